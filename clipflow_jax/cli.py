@@ -1,0 +1,316 @@
+"""The command line: clipflow COMMAND --config=configs/x.py[:k=v,...] --workdir=DIR --config.any.key=value."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipflow_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+START = time.time()
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command. Bad input prints one line on stderr and returns 2."""
+  logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+  logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # tells of every platform that is not there
+  parser = _parser()
+  try:
+    options, rest = parser.parse_known_args(argv)
+    if not options.command:
+      parser.print_help()
+      return 2
+    if rest and not (hasattr(options, "config") and all(item.startswith("--config.") for item in rest)):
+      raise UserError(f"unknown argument {rest[0]!r}; see clipflow {options.command} --help")
+    options.overrides = rest
+    options.run(options)
+  except UserError as error:
+    print(f"clipflow: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog="clipflow", description="CLIP-Flow: one model that understands and draws images.")
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+  def command(run: Callable, summary: str, example: str, *, config: str | None = None) -> argparse.ArgumentParser:
+    name = run.__name__.strip("_")
+    sub = commands.add_parser(
+      name,
+      help=summary,
+      description=summary,
+      epilog=f"example: {example}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    sub.set_defaults(run=run)
+    if config is not None:
+      needed = " (default %(default)s)" if config else ""
+      sub.add_argument(
+        "--config",
+        default=config or None,
+        required=not config,
+        help=f"a config file, with :k=v,... for its own arguments{needed}; --config.any.key=value overrides a key",
+      )
+    return sub
+
+  sub = command(
+    _quickstart,
+    "train every stage on the built-in shapes, draw, read, evaluate, and write a report",
+    "clipflow quickstart --workdir=quickstart",
+    config="configs/quickstart.py",
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+
+  sub = command(
+    _train,
+    "train one stage, or all the stages of a run; the same command resumes",
+    "clipflow train --config=configs/contrastive.py --workdir=runs/clip --config.steps=1000",
+    config="",
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+
+  sub = command(
+    _draw,
+    "draw pictures from prompts",
+    'clipflow draw --workdir=quickstart --prompt="a red circle" --output=drawn.png',
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--prompt", action="append", default=[], help="may be repeated; none draws unconditionally")
+  sub.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+  sub.add_argument("--count", type=int, default=1, help="pictures of each prompt")
+  sub.add_argument("--steps", type=int)
+  sub.add_argument("--guidance", type=float)
+  sub.add_argument("--seed", type=int, default=0)
+  sub.add_argument("--output", type=Path, default=Path("drawn.png"), help="one PNG: the pictures as a grid")
+
+  sub = command(
+    _chat,
+    "ask about a picture, or talk; one answer with --message, else a conversation",
+    'clipflow chat --workdir=quickstart --image=drawn.png --message="what colour is the circle?"',
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--image", type=Path)
+  sub.add_argument("--message")
+
+  sub = command(
+    _evaluate,
+    "measure a trained model and write WORKDIR/report",
+    "clipflow evaluate --workdir=quickstart --n=1000",
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--n", type=int, default=1000, help="pictures behind each score")
+  sub.add_argument("--per-category", type=int, default=128, help="prompts of each compositional category")
+  sub.add_argument("--seed", type=int, default=0)
+
+  sub = command(
+    _prepare,
+    "make a clean folder of captioned pictures from others",
+    "clipflow prepare --source=folder --input=photos,drawings --output=data --size=60",
+  )
+  sub.add_argument("--source", choices=["folder"], default="folder")
+  sub.add_argument("--input", required=True, help="folders with captions.jsonl, separated by commas")
+  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument("--size", type=int, default=60, help="pixels of the square pictures written")
+  sub.add_argument("--fit", choices=["crop", "pad"], default="crop", help="how a picture becomes square")
+
+  sub = command(
+    _info,
+    "show what a config trains, or what a workdir holds",
+    "clipflow info --workdir=quickstart",
+    config="configs/quickstart.py",
+  )
+  sub.add_argument("--workdir", type=Path)
+  return parser
+
+
+# Commands. Heavy imports are inside: --help and a typo answer at once.
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+  from clipflow_jax.training import stages
+
+  config = load_config(options.config, options.overrides)
+  stages.train(config, options.workdir, _sampler())
+  _report(options.workdir, **config.evaluation)
+
+
+def _train(options: argparse.Namespace) -> None:
+  from clipflow_jax.training import stages
+
+  stages.train(load_config(options.config, options.overrides), options.workdir, _sampler())
+
+
+def _draw(options: argparse.Namespace) -> None:
+  from clipflow_jax.inference import show
+
+  prompts = list(options.prompt)
+  if options.prompts:
+    prompts += [line for line in _read_text(options.prompts).splitlines() if line.strip()]
+  prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
+  model = _load(options.workdir)
+  pictures = model.draw(prompts, steps=options.steps, guidance=options.guidance, seed=options.seed)
+  show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
+  print(f"drew {len(pictures)} picture(s) into {options.output}")
+
+
+def _chat(options: argparse.Namespace) -> None:
+  from PIL import Image, UnidentifiedImageError
+
+  messages: list[dict] = []
+  first: list[dict] = []
+  if options.image:
+    try:
+      first = [{"type": "image", "image": Image.open(options.image)}]
+    except (OSError, UnidentifiedImageError) as error:
+      raise UserError(f"cannot read the picture {options.image}: {error}") from error
+  model = _load(options.workdir)
+  while True:
+    try:
+      words = options.message or input("> ")
+    except EOFError:
+      return
+    messages.append({"role": "user", "content": [*first, {"type": "text", "text": words}]})
+    first = []
+    answer = model.chat(messages)
+    messages.append({"role": "assistant", "content": answer})
+    print(answer)
+    if options.message:
+      return
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+  _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+  from clipflow_jax.data.prepare import prepare
+
+  prepare(options.input.split(","), options.output, size=options.size, fit=options.fit)
+
+
+def _info(options: argparse.Namespace) -> None:
+  from clipflow_jax.inference.info import describe_config, describe_workdir
+
+  if options.workdir:
+    print(describe_workdir(options.workdir))
+  else:
+    print(describe_config(load_config(options.config, options.overrides)))
+
+
+# What commands share.
+
+
+def load_config(path: str, overrides: list[str]) -> ConfigDict:
+  """The config of "file.py[:arg]" with "--config.a.b=value" overrides. Files are sought here, then beside the package.
+
+  Raises UserError for a missing file, an unknown key or a value of another type.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  sys.path[:0] = [str(Path(__file__).parent.parent)]  # configs import each other as `configs.x`
+  name, _, argument = path.partition(":")
+  places = [Path(name), Path(__file__).parent.parent / name]
+  found = next((place for place in places if place.is_file()), None)
+  if not found:
+    raise UserError(f"config file {name!r} does not exist (looked here and in {places[1].parent})")
+  values = flags.FlagValues()
+  argv = ["clipflow", f"--config={found}{f':{argument}' if argument else ''}", *overrides]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+    return values["config"].value
+  except (flags.Error, KeyError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"config {path}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+  """One line of an error of ml_collections."""
+  text = str(error)
+  if isinstance(error, KeyError | AttributeError):  # an unknown key: quoted, and quoted again
+    return "unknown key " + text.replace("\\n", "; ").translate(str.maketrans("", "", "\"'\\"))
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  # A config file that fails comes with its traceback, of which the last line tells.
+  return lines[-1] if "Traceback" in text else " ".join(lines)
+
+
+def _load(workdir: Path):
+  from clipflow_jax.inference.pipeline import ClipFlow
+  from clipflow_jax.training import stages
+
+  if not workdir.exists():
+    raise UserError(f"workdir {workdir} does not exist; train one with: clipflow quickstart --workdir={workdir}")
+  return ClipFlow.from_checkpoint(stages.newest(workdir))
+
+
+def _read_text(path: Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _sampler() -> Callable:
+  """What a stage writes while it trains: a few pictures from captions and the captions of a few pictures, of the test split."""
+  from clipflow_jax.data import sources
+  from clipflow_jax.inference.pipeline import ClipFlow
+
+  models: dict[str, ClipFlow] = {}
+
+  def sample(model, config, params, chat, step, writer):
+    pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
+    pipeline.params = params  # the same compiled functions with today's parameters
+    source = sources.make(config.data.source, "test")
+    examples = [source[i] for i in range(16)]
+    weights = config.objective.weights
+    if weights.get("flow"):
+      writer.images(step, "drawn", pipeline.draw([e.captions[0] for e in examples]))
+      writer.text(step, "prompts", [e.captions[0] for e in examples])
+    import numpy as np
+
+    images = np.stack([e.image for e in examples])
+    if weights.get("pixels"):
+      writer.images(step, "reconstructed", pipeline.decode(pipeline.encode(images)))
+    if weights.get("language"):
+      writer.images(step, "read", images)
+      writer.text(step, "captions", pipeline.caption(images))
+
+  return sample
+
+
+def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> None:
+  from clipflow_jax.data import sources
+  from clipflow_jax.evaluation import bars, report
+  from clipflow_jax.training import stages
+
+  model = _load(workdir)
+  print(f"evaluating on {n} pictures")
+  shapes = model.config.data.source.kind == "shapes"
+  source = sources.make(model.config.data.source, "test")
+  if shapes:
+    metrics, artefacts = report.evaluate_shapes(model, source, n=n, per_category=per_category, seed=seed)
+  else:
+    metrics, artefacts = report.evaluate_folder(model, source, n=n, seed=seed)
+  install = float(os.environ.get("CLIPFLOW_INSTALL_SECONDS", 0)) / 60
+  metrics = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install, **metrics}
+  shown = bars.QUICKSTART if shapes else ()
+  metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
+  report.print_table(metrics, shown)
+  print(f"report: {workdir / 'report' / 'index.html'}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

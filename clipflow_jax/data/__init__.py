@@ -1,0 +1,1 @@
+"""Captioned pictures: sources, text, sequences and the pipeline that makes batches."""

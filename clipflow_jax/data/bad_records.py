@@ -1,0 +1,103 @@
+"""Bad records are counted, named and skipped; too many of them stop the run."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MIN_SEEN = 100  # a fraction of fewer records says nothing
+SHOWN = 5  # names in the error itself
+
+
+class BadRecords:
+  """Counts what was read and what could not be, and writes the first `limit` distinct names to `path`.
+
+  A line of the file is {"name", "kind", "why"}; the kind is what stands before the colon of the reason. Names
+  that are in the file already, from an earlier run, are not written again. Safe to share among threads; each
+  worker process counts for itself and appends to the same file.
+  """
+
+  def __init__(self, path: Path | None, max_fraction: float, limit: int = 100):
+    if not 0 <= max_fraction <= 1:
+      raise UserError(f"the largest fraction of bad records is {max_fraction}: give one from 0 to 1")
+    self.path = path
+    self.max_fraction = max_fraction
+    self.limit = limit
+    self.seen = 0
+    self.kinds: collections.Counter[str] = collections.Counter()
+    self.named = {} if path is None else _read(path)  # name -> reason
+    self._lock = threading.Lock()
+
+  @property
+  def bad(self) -> int:
+    return self.kinds.total()
+
+  def guard(self, fn: Callable[P, T]) -> Callable[P, T | None]:
+    """`fn`, with None, which Grain's MapDataset drops, instead of a BadRecord.
+
+    The guarded function raises UserError, with names, once more than `max_fraction` of at least 100 records
+    were bad.
+    """
+
+    @functools.wraps(fn)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T | None:
+      try:
+        result = fn(*args, **kwargs)
+      except BadRecord as error:
+        self._count(error)
+        return None
+      self._count(None)
+      return result
+
+    return guarded
+
+  def summary(self) -> str:
+    """One line: how many of how many were bad, of which kinds, and the first names."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
+    names = "; ".join(f"{name} ({why})" for name, why in list(self.named.items())[:SHOWN])
+    return f"{self.bad} of {self.seen} records are bad ({kinds}): {names}"
+
+  def _count(self, error: BadRecord | None) -> None:
+    with self._lock:
+      self.seen += 1
+      if error is not None:
+        kind = error.why.partition(":")[0]
+        self.kinds[kind] += 1
+        if error.name not in self.named and len(self.named) < self.limit:
+          self.named[error.name] = error.why
+          self._write({"name": error.name, "kind": kind, "why": error.why})
+      if self.seen >= MIN_SEEN and self.bad > self.max_fraction * self.seen:
+        more = "" if self.path is None else f"; more names are in {self.path}"
+        raise UserError(
+          f"{self.summary()}{more}; mend them or allow more than the fraction {self.max_fraction}"
+        )
+
+  def _write(self, row: dict[str, str]) -> None:
+    if self.path is not None:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      with self.path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+  def __getstate__(self) -> dict[str, Any]:  # a lock does not travel to worker processes
+    return {key: value for key, value in vars(self).items() if key != "_lock"}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update(state, _lock=threading.Lock())
+
+
+def _read(path: Path) -> dict[str, str]:
+  if not path.exists():
+    return {}
+  rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+  return {row["name"]: row["why"] for row in rows}

@@ -1,0 +1,30 @@
+"""What a source of captioned pictures hands out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+  """One captioned picture."""
+
+  id: str
+  image: np.ndarray  # u8[H,W,3]
+  captions: tuple[str, ...]  # texts it may be drawn from
+  description: str  # the answer to "describe the picture."
+  questions: tuple[tuple[str, str], ...]  # (question, answer)
+
+
+class BadRecord(Exception):
+  """A record that cannot be read, raised by a source's `__getitem__` with its name and the reason."""
+
+  def __init__(self, name: str, why: str):
+    super().__init__(name, why)
+    self.name = name
+    self.why = why
+
+  def __str__(self) -> str:
+    return f"{self.name}: {self.why}"

@@ -1,0 +1,69 @@
+"""One picture file to pixels: whatever Pillow opens becomes a square of 8-bit RGB on white."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from clipflow_jax.data.example import BadRecord
+
+# Pillow also opens formats that run other programs (EPS): what is not listed is not tried.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# A small file can claim any size; this much takes 256 MiB as RGBA. Below Pillow's own limit.
+MAX_PIXELS = 2**26
+
+
+def decode(source: bytes | Path, size: int, *, fit: str = "crop", name: str | None = None) -> np.ndarray:
+  """A picture, its bytes or its path, as u8[size,size,3].
+
+  The first frame, turned as its EXIF says, transparency composited on white, 16-bit greys scaled to 8. `fit`
+  makes it square: "crop" takes the largest central square, "pad" keeps everything and adds white. Resized
+  with Pillow's antialiased bicubic filter. Raises BadRecord(name, why) for what cannot be read; the name is
+  the path where none is given.
+  """
+  name = name or (str(source) if isinstance(source, Path) else "bytes")
+  try:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise BadRecord(name, f"too large: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
+      rgb = _to_rgb(ImageOps.exif_transpose(image))
+  except BadRecord:
+    raise
+  except Image.DecompressionBombError as error:
+    raise BadRecord(name, f"too large: {error}") from error
+  except UnidentifiedImageError as error:  # its own message holds the address of the buffer
+    raise BadRecord(name, f"not a picture: none of {', '.join(FORMATS)}") from error
+  except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+    raise BadRecord(name, f"cannot be decoded: {error or type(error).__name__}") from error
+  return np.asarray(FITS[fit](rgb, size))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith("I"):  # 16-bit greys; Pillow's own conversion would clip them at 255
+    grey = np.asarray(image, np.int64).clip(0, 2**16 - 1)
+    return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+  if image.mode == "F":
+    raise ValueError("floating-point pixels have no agreed white")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+  return image.convert("RGB")
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+  return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+  # Not ImageOps.pad: before Pillow 13 it fails where the shorter side rounds to nothing.
+  width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+  square = Image.new("RGB", (size, size), "white")
+  small = image.resize((width, height), Image.Resampling.BICUBIC)
+  square.paste(small, ((size - width) // 2, (size - height) // 2))
+  return square
+
+
+FITS = {"crop": _crop, "pad": _pad}

@@ -1,0 +1,215 @@
+"""What is said of a scene of shapes: captions of several templates, questions and their answers.
+
+Everything is lower case without digits, made of the few words of WORDS. Every caption names every object by
+colour and shape, and as outlined when it is; what a text says of a scene is always true of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from clipflow_jax.data.shapes import (
+  BACKGROUNDS,
+  COLOURS,
+  PLACES,
+  SEEN_PAIRS,
+  SHAPES,
+  SIZES,
+  Object,
+  Scene,
+  pick,
+  related,
+)
+
+# Captions.
+NUMBERS = ("zero", "one", "two", "three", "four")
+RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mention:
+  """What a caption fixes of one object; None is free."""
+
+  shape: str
+  colour: str
+  outlined: bool
+  size: str | None = None
+  place: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+  """A text and what it says."""
+
+  text: str
+  mentions: tuple[Mention, ...]  # one for every object
+  relation: str | None = None  # a key of RELATIONS: mentions[0] is there of mentions[1]
+  background: str | None = None
+
+
+def describe(scene: Scene) -> Caption:
+  """The canonical full caption: everything about every object in reading order, and the background."""
+  return _write(
+    [_mention(thing, size=True, place=True) for thing in scene.objects], background=scene.background
+  )
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> Caption:
+  """One true caption of several templates, naming every object; size, place and background only at times.
+
+  Of three and more different objects no size or place is said: captions stay within some 24 words.
+  """
+  few = len(scene.objects) <= 2
+  if few and rng.random() < 0.4:
+    return describe(scene)
+  background = scene.background if rng.random() < 0.25 else None
+  things = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
+  if _identical(things):
+    size = len({thing.size for thing in things}) == 1 and rng.random() < 0.5
+    return _write([_mention(thing, size=size) for thing in things], background=background)
+  if len(things) == 2 and rng.random() < 0.5:
+    relation = pick(rng, [name for name in RELATIONS if related(things[0], name, things[1])])
+    return _write([_mention(thing) for thing in things], relation, background)
+  place = few and rng.random() < 0.25
+  return _write([_mention(thing, size=few and rng.random() < 0.5, place=place) for thing in things], None, background)
+
+
+def _identical(things: Sequence[Object]) -> bool:
+  """Whether several things differ in nothing that a caption must say."""
+  return len(things) > 1 and len({(thing.shape, thing.colour, thing.outlined) for thing in things}) == 1
+
+
+def _mention(thing: Object, size: bool = False, place: bool = False) -> Mention:
+  return Mention(
+    thing.shape, thing.colour, thing.outlined, thing.size if size else None, thing.place if place else None
+  )
+
+
+def _write(
+  mentions: Sequence[Mention], relation: str | None = None, background: str | None = None
+) -> Caption:
+  phrases = [_article(_look_words(mention)) + _where(mention.place) for mention in mentions]
+  if relation is not None:
+    text = f"{phrases[0]} {RELATIONS[relation]} {phrases[1]}"
+  elif len(set(phrases)) == 1 and len(phrases) > 1:
+    text = f"{NUMBERS[len(phrases)]} {_plural(_look_words(mentions[0]))}"
+  else:
+    text = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+  if background is not None:
+    text += f" on {_article(background)} background"
+  return Caption(text, tuple(mentions), relation, background)
+
+
+def _look_words(mention: Mention) -> str:
+  words = (mention.size, "outlined" if mention.outlined else None, mention.colour, mention.shape)
+  return " ".join(word for word in words if word)
+
+
+def _where(place: int | None) -> str:
+  return "" if place is None else f" at the {PLACES[place]}"
+
+
+def _article(words: str) -> str:
+  return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _plural(words: str) -> str:
+  return words + ("es" if words.endswith("s") else "s")
+
+
+# Questions.
+def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
+  """n questions of mixed kinds with short answers, unambiguous.
+
+  "is there" is yes as often as no. What is not there is a near miss, right in colour or shape, never UNSEEN.
+  """
+  asked: list[tuple[str, str]] = []
+  while len(asked) < n:
+    asked += [pair for k in rng.permutation(len(_KINDS)) if (pair := _KINDS[k](scene, rng))]
+  return asked[:n]
+
+
+def _ask_colour_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+  things = _unique(scene, lambda thing: thing.shape)
+  if not things:
+    return None
+  thing = pick(rng, things)
+  return f"what colour is the {thing.shape}?", thing.colour
+
+
+def _ask_colour_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  thing = pick(rng, scene.objects)
+  return f"what colour is the shape{_where(thing.place)}?", thing.colour
+
+
+def _ask_shape_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  thing = pick(rng, scene.objects)
+  return f"which shape is{_where(thing.place)}?", thing.shape
+
+
+def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+  things = _unique(scene, _pair)
+  if not things:
+    return None
+  thing = pick(rng, things)
+  return f"where is the {thing.colour} {thing.shape}?", PLACES[thing.place]
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  return "how many shapes are there?", NUMBERS[len(scene.objects)]
+
+
+def _ask_count_of_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  pair = _near_miss(scene, rng) if rng.random() < 0.25 else _pair(pick(rng, scene.objects))
+  count = sum(_pair(thing) == pair for thing in scene.objects)
+  return f"how many {_plural(' '.join(pair))} are there?", NUMBERS[count]
+
+
+def _ask_presence(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  there = rng.random() < 0.5
+  pair = _pair(pick(rng, scene.objects)) if there else _near_miss(scene, rng)
+  return f"is there {_article(' '.join(pair))}?", "yes" if there else "no"
+
+
+def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  return "what is the background colour?", scene.background
+
+
+_KINDS = (
+  _ask_colour_of_shape,
+  _ask_colour_at_place,
+  _ask_shape_at_place,
+  _ask_place,
+  _ask_count,
+  _ask_count_of_pair,
+  _ask_presence,
+  _ask_background,
+)
+
+
+def _pair(thing: Object) -> tuple[str, str]:
+  return thing.colour, thing.shape
+
+
+def _unique(scene: Scene, key: Callable[[Object], Hashable]) -> list[Object]:
+  """The things that share their key with no other."""
+  counts = Counter(map(key, scene.objects))
+  return [thing for thing in scene.objects if counts[key(thing)] == 1]
+
+
+def _near_miss(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  """A pair that is not in the scene, but its colour or its shape is."""
+  there = {_pair(thing) for thing in scene.objects}
+  colours, shapes = map(set, zip(*there))
+  return pick(rng, [(c, s) for c, s in SEEN_PAIRS if (c, s) not in there and (c in colours or s in shapes)])
+
+
+_NAMES = (*SHAPES, *map(_plural, SHAPES), *COLOURS, *BACKGROUNDS, *SIZES, *NUMBERS, *PLACES)
+_GLUE = "a an and at the on background outlined to of above below"
+_ASKED = "what colour is shape shapes how many are there where which yes no"
+WORDS = frozenset(" ".join((*_NAMES, _GLUE, _ASKED)).split())
+"""Every word of every text; besides them there are only spaces, commas and question marks."""

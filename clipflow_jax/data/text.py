@@ -1,0 +1,179 @@
+"""Tokenizers and chat templates. What a tokenizer says is what is used: ours is only the default."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipflow_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
+
+PAD, BEGIN, END, USER, ASSISTANT, IMAGE = (
+  "<|pad|>",
+  "<|begin|>",
+  "<|end|>",
+  "<|user|>",
+  "<|assistant|>",
+  "<|image|>",
+)
+# transformers warns at import that PyTorch is absent; its tokenizers need none.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+_HOLE = "\N{LEFT WHITE LENTICULAR BRACKET}{}\N{RIGHT WHITE LENTICULAR BRACKET}"  # stands for words while a template is rendered
+_HOLES = re.compile(_HOLE.format(r"(\d+)"))
+SPECIAL = (PAD, BEGIN, END, USER, ASSISTANT, IMAGE)
+
+CHAT_TEMPLATE = (
+  "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>"
+  "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+  "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+  "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+  """A byte-level BPE tokenizer (Radford et al. 2019) with at most `vocabulary` tokens: no text is unknown to it."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+  from transformers import PreTrainedTokenizerFast
+
+  core = Tokenizer(models.BPE())
+  core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+  core.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocabulary,
+    special_tokens=list(SPECIAL),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  core.train_from_iterator(texts, trainer)
+  tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=core,
+    pad_token=PAD,
+    bos_token=BEGIN,
+    eos_token=END,
+    additional_special_tokens=[USER, ASSISTANT, IMAGE],
+    clean_up_tokenization_spaces=False,
+  )
+  tokenizer.chat_template = CHAT_TEMPLATE
+  return tokenizer
+
+
+def to_files(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, str]:
+  """The tokenizer as {file name: text}, by way of a scratch `directory`; what checkpoints carry."""
+  tokenizer.save_pretrained(directory)
+  return {
+    file.name: file.read_text()
+    for file in sorted(Path(directory).iterdir())
+    if file.suffix in (".json", ".jinja")
+  }
+
+
+def from_files(files: dict[str, str], directory: Path) -> PreTrainedTokenizerFast:
+  """Inverse of `to_files`."""
+  from transformers import AutoTokenizer
+
+  for name, text in files.items():
+    (Path(directory) / Path(name).name).write_text(text)
+  return AutoTokenizer.from_pretrained(str(directory))
+
+
+def with_vocabulary(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+  """Model fields with every `vocabulary` that is 0 set to the tokenizer's size."""
+  return {
+    key: with_vocabulary(value, vocabulary)
+    if isinstance(value, dict)
+    else vocabulary
+    if key == "vocabulary" and not value
+    else value
+    for key, value in fields.items()
+  }
+
+
+class Chat:
+  """A tokenizer with its chat template, as token ids per turn.
+
+  The template is rendered once per shape of conversation (roles, and where pictures stand), with holes for the words: a
+  training example costs no template, and a repeated piece of text no encoding.
+  """
+
+  def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    self.tokenizer = tokenizer
+    self.encode = functools.lru_cache(maxsize=65536)(self._encode)
+    self._frames = functools.lru_cache(maxsize=1024)(self._frames_of)
+    self.image = tokenizer.convert_tokens_to_ids(IMAGE)
+    if self.image is None or self.image == tokenizer.unk_token_id:
+      raise UserError(f"the tokenizer has no token {IMAGE}; add it with tokenizer.add_special_tokens")
+    # In people's words a special token is just noise; only the template may write one.
+    self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))))
+    self.pad = tokenizer.pad_token_id
+    self.begin = tokenizer.bos_token_id
+    self.end = tokenizer.eos_token_id
+
+  def _encode(self, text: str) -> tuple[int, ...]:
+    return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+  def without_special(self, words: str) -> str:
+    """People's words without special tokens, also those that removing others would make."""
+    while (shorter := self._special.sub("", words)) != words:
+      words = shorter
+    return words
+
+  def _frames_of(self, shape: tuple[tuple[str, tuple[bool, ...]], ...]) -> list[tuple[str, bool]]:
+    """(rendered piece with holes, is written by the assistant) of a conversation of (role, (is a picture, ...)).
+
+    Asking the template for longer and longer beginnings tells whose words are whose, whatever the template.
+    """
+    hole = itertools.count()
+    # Content as one string, pictures by their word: templates of language models know nothing else.
+    messages = [
+      {"role": role, "content": "".join(IMAGE if image else _HOLE.format(next(hole)) for image in parts)}
+      for role, parts in shape
+    ]
+    done, pieces = "", []
+    for i, (role, _) in enumerate(shape):
+      asks = [(i, True, False)] if role == "assistant" else []
+      for count, prompt, written in [*asks, (i + 1, False, role == "assistant")]:
+        rendered = self.tokenizer.apply_chat_template(
+          messages[:count], tokenize=False, add_generation_prompt=prompt
+        )
+        if not rendered.startswith(done):
+          raise UserError("the tokenizer's chat template rewrites earlier turns as a conversation goes on; use one that does not")
+        pieces.append((rendered[len(done) :], written))
+        done = rendered
+    end = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return [*pieces, (end[len(done) :], False)]
+
+  def pieces(
+    self, turns: tuple[tuple[str, str], ...], *, prompt: bool = False
+  ) -> list[tuple[tuple[int, ...], bool]]:
+    """(token ids, is written by the assistant) of successive pieces of a conversation.
+
+    turns: (role, text), where IMAGE in a text stands for a picture. prompt: end where the assistant begins to write.
+    """
+    parts = [
+      (role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns
+    ]
+    frames = self._frames(tuple((role, tuple(part == IMAGE for part in split)) for role, split in parts))
+    words = [self.without_special(part) for _, split in parts for part in split if part != IMAGE]
+    frames = frames if prompt else frames[:-1]
+    return [
+      (self.encode(_HOLES.sub(lambda hole: words[int(hole[1])], frame)), written) for frame, written in frames
+    ]
+
+  def prompt(self, turns: tuple[tuple[str, str], ...]) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins to write."""
+    return [token for piece, _ in self.pieces(turns, prompt=True) for token in piece]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text without special tokens, up to the first end."""
+    ids = list(ids)
+    ids = ids[: ids.index(self.end)] if self.end in ids else ids
+    return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

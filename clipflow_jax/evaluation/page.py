@@ -1,0 +1,166 @@
+"""One static page: the table of bars, every picture with its prompt and mark, what was read and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from clipflow_jax.evaluation.bars import Standing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawing:
+  """A picture the model drew. right: the reader's verdict, None where there is no reader."""
+
+  image: np.ndarray  # u8[H,W,3]
+  prompt: str
+  group: str
+  right: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+  """A real picture and what the model wrote of it."""
+
+  image: np.ndarray  # u8[H,W,3]
+  question: str
+  written: str
+  truth: str
+
+  @property
+  def right(self) -> bool:
+    return self.written.strip() == self.truth.strip()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Artefacts:
+  """What a report shows beside its numbers: the first of each kind, never a choice of the best."""
+
+  title: str
+  drawings: Sequence[Drawing]
+  readings: Sequence[Reading]
+  real: np.ndarray  # u8[N,H,W,3]
+  decoded: np.ndarray  # u8[N,H,W,3]: real, through the tower's features and back
+
+
+def drawing_path(index: int) -> str:
+  """Where the page looks for the picture of a drawing."""
+  return f"pictures/drawing_{index:03d}.png"
+
+
+def reading_path(index: int) -> str:
+  """Where the page looks for the picture of a reading."""
+  return f"pictures/reading_{index:03d}.png"
+
+
+def html(
+  metrics: Mapping[str, Any], artefacts: Artefacts, standings: Sequence[Standing], has_curves: bool
+) -> str:
+  """The whole page. It needs nothing but the pictures beside it: no script, no font, no network."""
+  sections = [
+    _bars(standings),
+    _drawings(artefacts.drawings, metrics.get("compositional_by_category", {})),
+    _readings(artefacts.readings),
+    "<h2>Reconstructions</h2><p>Real pictures, and the same through the tower's features and the decoder.</p>"
+    '<img class="wide" src="reconstructions.png" alt="real pictures above their reconstructions">',
+    '<h2>Training</h2><img class="wide" src="curves.png" alt="training curves">' if has_curves else "",
+    _measured(metrics),
+  ]
+  title = escape(artefacts.title)
+  return (
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+    f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
+    f"<body><h1>{title}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
+  )
+
+
+def number(value: object) -> str:
+  """Four significant digits for a float, the plain text of anything else."""
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _bars(standings: Sequence[Standing]) -> str:
+  if not standings:
+    return ""
+  rows = [
+    [escape(s.bar.text), f"{s.bar.sense} {number(s.limit)}", _value(s), _mark(s.reached, "reached", "missed")]
+    for s in standings
+  ]
+  return "<h2>Bars</h2>" + _table(["measure", "bar", "measured", ""], rows)
+
+
+def _value(standing: Standing) -> str:
+  return "not measured" if standing.value is None else number(standing.value)
+
+
+def _drawings(drawings: Sequence[Drawing], shares: Mapping[str, float]) -> str:
+  parts = ["<h2>Drawn from words</h2><p>The first prompts of each kind, not chosen.</p>"]
+  for group in dict.fromkeys(drawing.group for drawing in drawings):
+    share = f": {number(shares[group])} right" if group in shares else ""
+    figures = [
+      _figure(drawing_path(i), drawing.prompt, f"{_mark(drawing.right)} {escape(drawing.prompt)}")
+      for i, drawing in enumerate(drawings)
+      if drawing.group == group
+    ]
+    parts.append(f'<h3>{escape(group)}{share}</h3><div class="sheet">{"".join(figures)}</div>')
+  return "\n".join(parts)
+
+
+def _readings(readings: Sequence[Reading]) -> str:
+  figures = [
+    _figure(
+      reading_path(i),
+      reading.truth,
+      f"<i>{escape(reading.question)}</i><br>{_mark(reading.right)} {escape(reading.written) or '(nothing)'}"
+      + ("" if reading.right else f"<br><small>truth: {escape(reading.truth)}</small>"),
+    )
+    for i, reading in enumerate(readings)
+  ]
+  heading = "<h2>Read from pictures</h2><p>Real pictures, what was asked and what the model wrote.</p>"
+  return f'{heading}<div class="sheet">{"".join(figures)}</div>' if figures else ""
+
+
+def _measured(metrics: Mapping[str, Any]) -> str:
+  """Every metric; the entries of a nested one follow its name."""
+  rows = []
+  for name, value in metrics.items():
+    inner = value.items() if isinstance(value, Mapping) else [("", value)]
+    rows += [[escape(f"{name} {key}".strip()), escape(number(v))] for key, v in inner]
+  return "<h2>Everything measured</h2>" + _table(["name", "value"], rows)
+
+
+def _figure(path: str, alternative: str, caption: str) -> str:
+  return (
+    f'<figure><img src="{path}" alt="{escape(alternative)}"><figcaption>{caption}</figcaption></figure>\n'
+  )
+
+
+def _mark(right: bool | None, yes: str = "right", no: str = "wrong") -> str:
+  if right is None:
+    return ""
+  return f'<b class="right">✓ {yes}</b>' if right else f'<b class="wrong">✗ {no}</b>'
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+  head = "".join(f"<th>{cell}</th>" for cell in heads)
+  body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
+  return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+_STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; color: #222; }
+body { max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: .25em .9em .25em 0; border-bottom: 1px solid #ddd; }
+.sheet { display: flex; flex-wrap: wrap; gap: 14px; }
+figure { width: 150px; margin: 0; }
+figure img { width: 150px; image-rendering: pixelated; border: 1px solid #ccc; }
+figcaption { font-size: 12px; }
+.wide { max-width: 100%; }
+.right { color: #17702e; }
+.wrong { color: #b3261e; }
+"""

@@ -1,0 +1,1 @@
+"""Flow matching as pure functions on arrays: the path, the solvers, guidance."""

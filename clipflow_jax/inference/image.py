@@ -1,0 +1,92 @@
+"""Drawing: from prompts to features in one compiled scan, guided in one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
+from clipflow_jax.flow import guidance, path, solvers
+from clipflow_jax.models.clipflow import ClipFlow, Place
+from clipflow_jax.models.layers import to_pixels
+
+DECODER_STEPS = 10  # of a flow decoder: given the features little is left to decide
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How to draw. guide: "text" (away from the empty prompt, two passes a step) or "early" (away from the early head, one)."""
+
+  steps: int = 40
+  guidance: float = 1.5
+  eta: float = 1.0
+  method: str = "euler"
+  interval: tuple[float, float] = (0.0, 1.0)
+  guide: str = "text"
+
+  def __post_init__(self):
+    object.__setattr__(self, "interval", tuple(self.interval))
+    if self.steps < 1:
+      raise UserError(f"sampling steps {self.steps}: at least 1 is needed")
+    if self.method not in solvers.METHODS:
+      raise UserError(f"sampling method {self.method!r} is unknown; choose one of {', '.join(solvers.METHODS)}")
+    if self.guide not in ("text", "early"):
+      raise UserError(f"sampling guide {self.guide!r} is unknown; choose text or early")
+
+
+def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> jax.Array:
+  """Standardised features f32[B,T,C]. prompts: B rows whose first picture is the target; empty: the same, no text; keys key[B].
+
+  A row's picture is a function of its prompt and key alone. Pure; jit it with model and sampling closed over.
+  """
+  rows = prompts.tokens.shape[0]
+  by_text = sampling.guide == "text" and sampling.guidance != 1.0
+  batch = jax.tree.map(lambda *x: jnp.concatenate(x), prompts, empty) if by_text else prompts
+
+  def run(bound: ClipFlow) -> jax.Array:
+    _, context = bound.read(batch, None)
+    place = Place(batch.image_segments[:, :1], batch.image_order[:, :1], batch.image_positions[:, :1])
+
+    def pair(x_t, t):
+      if sampling.guide == "early":
+        return bound.predict(x_t, t, context, place)
+      both = bound.velocity(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), (context, place))
+      return both[:rows], both[rows:]
+
+    if sampling.guidance == 1.0:
+
+      def velocity(x_t, t):
+        return bound.velocity(x_t, t, (context, place))
+
+    else:
+      rule = guidance.internal if sampling.guide == "early" else guidance.classifier_free
+      velocity = rule(pair, sampling.guidance, sampling.interval)
+    noise = solvers.start(keys, (1, *bound.feature_shape))
+    times = path.grid(sampling.steps, bound.alpha)
+    x = solvers.solve(velocity, noise, times, method=sampling.method, eta=sampling.eta, keys=keys)
+    return x[:, 0]
+
+  return model.apply({"params": params}, method=run)
+
+
+def decode(model: ClipFlow, params, features: jax.Array, keys: jax.Array) -> jax.Array:
+  """Standardised features f32[B,T,C] -> pictures u8[B,H,W,3], by whichever decoder the model has. keys key[B]: a flow's noise."""
+
+  def run(bound: ClipFlow) -> jax.Array:
+    if not bound.pixel_decoder.get("flow"):
+      return bound.pixels(features)
+    side = bound.pixel_decoder["image_size"]
+
+    def velocity(x_t, t):  # pictures as [B,1,H*W,3] on the path's axes
+      pictures = x_t.reshape(-1, side, side, 3)
+      clean = bound.decode(features, pictures, t[:, 0]).reshape(x_t.shape)
+      return path.velocity(clean, x_t, t)
+
+    noise = solvers.start(keys, (1, side * side, 3))
+    x = solvers.solve(velocity, noise, path.grid(DECODER_STEPS, 1.0), method="heun")
+    return to_pixels(x.reshape(-1, side, side, 3))
+
+  return model.apply({"params": params}, method=run)

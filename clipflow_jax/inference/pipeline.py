@@ -1,0 +1,210 @@
+"""The whole model as one object: load a checkpoint, then draw, read and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.data import sequence
+from clipflow_jax.data.pipeline import DESCRIBE
+from clipflow_jax.data.sequence import Conversation, Layout
+from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
+from clipflow_jax.errors import UserError
+from clipflow_jax.inference import image, text
+from clipflow_jax.inference.image import Sampling
+from clipflow_jax.models.clipflow import ClipFlow as Model
+from clipflow_jax.training import checkpoint
+from clipflow_jax.training.state import Params, merge
+
+Message = dict[str, Any]  # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
+
+
+class ClipFlow:
+  """A trained model. Every method takes any number of items and runs them in batches of one compiled shape.
+
+  Pictures are u8[N,H,W,3] at the model's size (`image_size`); texts are lists of str. The same call gives the same result,
+  whatever else is in the batch.
+  """
+
+  def __init__(self, model: Model, params: Params, chat: Chat, config: ConfigDict, step: int = 0, batch_size: int = 64):
+    self.model, self.params, self.tokenizer, self.config, self.step = model, params, chat, config, step
+    self.batch_size = batch_size
+    self.image_size = model.clip["vision"]["image_size"]
+    self._compiled: dict[Any, Callable] = {}
+
+  @classmethod
+  def from_checkpoint(cls, path: Path | str, batch_size: int = 64) -> ClipFlow:
+    """From a workdir, its checkpoints folder or one step's folder: averaged parameters where the run kept an average."""
+    read = checkpoint.load(path, ("ema", "trained", "frozen"))
+    state = read.state
+    params = merge(state["ema"] or state["trained"], state["frozen"] or {})
+    with tempfile.TemporaryDirectory() as scratch:
+      chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)))
+    config = ConfigDict(read.meta["config"])
+    model = Model(**with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
+    return cls(model, jax.device_put(params), chat, config, read.step, batch_size)
+
+  # Drawing.
+
+  def draw(self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0) -> np.ndarray:
+    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything."""
+    return self.decode(self.draw_features(prompts, steps, guidance, seed), seed)
+
+  def draw_unconditional(self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0) -> np.ndarray:
+    """n pictures u8[n,H,W,3] of no prompt."""
+    return self.draw([""] * n, steps, guidance, seed)
+
+  def draw_features(
+    self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0
+  ) -> np.ndarray:
+    """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read."""
+    self._need("transformer", "draw")
+    given = {"steps": steps, "guidance": guidance}
+    sampling = Sampling(**self.config.sampling.to_dict())
+    sampling = dataclasses.replace(sampling, **{k: v for k, v in given.items() if v is not None})
+    empty = self._rows([self._drawn("")])
+    rows = self._rows([self._drawn(prompt) for prompt in prompts])
+
+    def run(params, rows, keys, empty):
+      empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (keys.shape[0], *x.shape[1:])), empty)
+      return image.draw(self.model, params, rows, empty, keys, sampling)
+
+    return self._batched(("draw", sampling), run, (rows, self._keys(len(prompts), seed)), empty)
+
+  def decode(self, features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""
+    self._need("pixel_decoder", "decode")
+
+    def run(params, features, keys):
+      return image.decode(self.model, params, features, keys)
+
+    return self._batched(("decode",), run, (np.asarray(features), self._keys(len(features), seed)))
+
+  # Reading.
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """Standardised features f32[N,T,C] of pictures u8[N,H,W,3]."""
+
+    def run(params, images):
+      return self.model.apply({"params": params}, images, method=lambda m, x: m.standardise(m.see(x).features))
+
+    return self._batched(("encode",), run, (self._images(images),))
+
+  def caption(self, images: np.ndarray) -> list[str]:
+    """A full description of each picture."""
+    return self.answer(images, [DESCRIBE] * len(images))
+
+  def answer(self, images: np.ndarray, questions: Sequence[str]) -> list[str]:
+    """An answer to one question about each picture."""
+    return self._write([sequence.asked(picture, q) for picture, q in zip(self._images(images), questions, strict=True)])
+
+  def chat(self, messages: list[Message]) -> str:
+    """The assistant's next words after messages in the usual form, pictures among them as u8[H,W,3] or PIL images."""
+    self._need("transformer", "chat")
+    turns, pictures = [], []
+    for message in messages:
+      content = message["content"]
+      parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+      words = ""
+      for part in parts:
+        if part["type"] == "image":
+          pictures.append(self._fit(part["image"]))
+        words += IMAGE if part["type"] == "image" else part["text"]
+      turns.append((message["role"], words))
+    empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+    images = np.stack(pictures) if pictures else empty
+    return self._write([Conversation(tuple(turns), images, (1,) * len(pictures))])[0]
+
+  # Comparing.
+
+  def embed_image(self, images: np.ndarray) -> np.ndarray:
+    """CLIP embeddings f32[N,E] at unit norm."""
+
+    def run(params, images):
+      return self.model.apply({"params": params}, images, method=lambda m, x: m.see(x).embedding)
+
+    return self._batched(("embed_image",), run, (self._images(images),))
+
+  def embed_text(self, texts: Sequence[str]) -> np.ndarray:
+    """CLIP embeddings f32[N,E] at unit norm."""
+    blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid)
+    rows = sequence.stack([sequence.pad(sequence.encode(sequence.words(t, blank), self.tokenizer, layout), layout) for t in texts])
+
+    def run(params, tokens, mask):
+      return self.model.apply({"params": params}, tokens, mask, method=lambda m, *a: m.clip_model.embed_text(*a))
+
+    return self._batched(("embed_text",), run, (rows.tokens, rows.loss_weights > 0))
+
+  def classify(self, images: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Which of the names each picture is nearest to in CLIP's space, i32[N] (zero-shot classification)."""
+    return (self.embed_image(images) @ self.embed_text(names).T).argmax(axis=1).astype(np.int32)
+
+  # What all of them share.
+
+  def _write(self, conversations: Sequence[Conversation], new: int = 64) -> list[str]:
+    self._need("transformer", "write")
+    rows = self._rows(conversations, prompt=True)
+
+    def run(params, rows):
+      features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
+      return text.generate(self.model, params, rows, features, new=new, end=self.tokenizer.end)
+
+    return [self.tokenizer.decode(ids.tolist()) for ids in self._batched(("write", new), run, (rows,))]
+
+  def _drawn(self, prompt: str) -> Conversation:
+    return sequence.drawn(prompt, np.zeros((self.image_size, self.image_size, 3), np.uint8))
+
+  def _rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
+    """The conversations as rows, at the shortest of a few lengths that holds them all."""
+    limit = self.config.get("max_length", 512)
+    pictures = max((len(c.roles) for c in conversations), default=0)
+    layout = Layout(limit, pictures, self.model.grid)
+    examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
+    longest = max((len(e["tokens"]) for e in examples), default=1)
+    layout = dataclasses.replace(layout, length=min(limit, -(-longest // 16) * 16))
+    return sequence.stack([sequence.pad(example, layout) for example in examples])
+
+  def _keys(self, n: int, seed: int) -> jax.Array:
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(n))
+
+  def _images(self, images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    size = self.image_size
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
+      raise UserError(f"pictures are {images.dtype}{list(images.shape)}; this model takes uint8 [N,{size},{size},3]")
+    return images
+
+  def _fit(self, picture: Any) -> np.ndarray:
+    from PIL import Image
+
+    if not isinstance(picture, Image.Image):
+      picture = Image.fromarray(np.asarray(picture))
+    return np.asarray(picture.convert("RGB").resize((self.image_size, self.image_size), Image.Resampling.LANCZOS))
+
+  def _need(self, part: str, verb: str) -> None:
+    if not getattr(self.model, part):
+      raise UserError(f"this checkpoint has no {part}, so it cannot {verb}; train a stage that has one")
+
+  def _batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
+    """run(params, *items, *constant) over items' first axis in padded batches of one size, jitted once per shape."""
+    jitted = self._compiled.setdefault(name, jax.jit(run))
+    n = jax.tree.leaves(items)[0].shape[0]
+    size = min(self.batch_size, 1 << (n - 1).bit_length()) if n else 1
+    outputs = []
+    for start in range(0, n, size):
+      part = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is filled with its last item
+      batch = jax.tree.map(lambda x, part=part: x[part], items)
+      outputs.append(np.asarray(jitted(self.params, *batch, *constant))[: n - start])
+    if not outputs:
+      raise UserError("nothing to do: the list is empty")
+    return np.concatenate(outputs)

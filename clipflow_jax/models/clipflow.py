@@ -1,0 +1,227 @@
+"""CLIP-Flow: one model that understands and draws, joined of towers, transformer and pixel decoder.
+
+A picture becomes standardised features; the transformer reads them in its text stream, and draws them as
+noisy blocks beside the stream; the pixel decoder turns features into pixels. Understanding and generation
+meet in one feature space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.flow import path
+from clipflow_jax.models.clip import Clip
+from clipflow_jax.models.layers import GridPositions, Linear, grid_positions, to_pixels
+from clipflow_jax.models.pixel_decoder import PixelDecoder
+from clipflow_jax.models.time import TimeTokens
+from clipflow_jax.models.transformer import Context, Transformer
+from clipflow_jax.models.vision import Seen
+
+
+@flax.struct.dataclass
+class Place:
+  """Where M noisy blocks stand beside the stream."""
+
+  segments: jax.Array  # i32[B,M]
+  order: jax.Array  # i32[B,M]
+  positions: jax.Array  # i32[B,M] rotary time
+
+
+class Statistics(nn.Module):
+  """Mean and std per (token, channel) of the tower's features: measured on data, kept with the weights."""
+
+  tokens: int
+  channels: int
+
+  @nn.compact
+  def __call__(self) -> tuple[jax.Array, jax.Array]:
+    shape = (self.tokens, self.channels)
+    mean = self.param("mean", nn.initializers.zeros, shape, jnp.float32)
+    return mean, self.param("std", nn.initializers.ones, shape, jnp.float32)
+
+
+class FlowHead(nn.Module):
+  """Linear in and out of the noisy blocks, with time tokens and the strong positions that tiny flows need."""
+
+  width: int
+  channels: int
+  rows: int
+  columns: int
+  time_tokens: int = 4
+  position_std: float = 0.7  # of row and of column each: together as strong as the tokens themselves
+  early: bool = False
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.entry = Linear(self.width, True, dtype=self.dtype)
+    self.grid = GridPositions(self.rows, self.columns, self.width, self.position_std)
+    self.time = TimeTokens(self.width, self.time_tokens, self.dtype)
+    self.head = Linear(self.channels, True, dtype=self.dtype)
+    if self.early:
+      self.early_head = Linear(self.channels, True, dtype=self.dtype)
+
+  def enter(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """x_t f[B,M,T,C], t f32[B,M] -> f[B,M,time_tokens+T,F]."""
+    tokens = self.entry(x_t) + self.grid().astype(self.dtype)
+    return jnp.concatenate([self.time(t), tokens], axis=2)
+
+  def leave(self, hidden: jax.Array, early: bool = False) -> jax.Array:
+    """hidden f[B,M,time_tokens+T,F] -> f32[B,M,T,C]."""
+    head = self.early_head if early else self.head
+    return head(hidden[:, :, self.time_tokens :]).astype(jnp.float32)
+
+
+class ClipFlow(nn.Module):
+  """The whole model. Parts that a run does not need are None.
+
+  clip, transformer, pixel_decoder: fields of those modules. prediction: what the flow head gives, "x" or "v".
+  shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).
+  """
+
+  clip: dict[str, Any]
+  transformer: dict[str, Any] | None = None
+  pixel_decoder: dict[str, Any] | None = None
+  prediction: str = "x"
+  shift_scale: float = 1.0
+  dtype: Any = jnp.float32
+
+  @property
+  def grid(self) -> int:
+    """Rows, and columns, of a picture's tokens."""
+    return self.clip["vision"]["image_size"] // self.clip["vision"]["patch_size"]
+
+  @property
+  def feature_shape(self) -> tuple[int, int]:
+    """(T, C)."""
+    return self.grid**2, self.clip["vision"]["width"]
+
+  @property
+  def alpha(self) -> float:
+    """The time shift of training and sampling."""
+    return path.shift_for(*self.feature_shape, self.shift_scale)
+
+  def setup(self):
+    if self.prediction not in ("x", "v"):
+      raise ValueError(f"prediction {self.prediction!r} is unknown; choose x or v")
+    tokens, channels = self.feature_shape
+    self.clip_model = Clip(**self.clip, dtype=self.dtype)
+    self.statistics = Statistics(tokens, channels)
+    if self.transformer:
+      fields = self.transformer
+      self.language_model = Transformer(**fields, dtype=self.dtype)
+      self.image_connector = Linear(fields["width"], True, dtype=self.dtype)
+      # Standardising per token takes from the features where they are: the reader is told again.
+      self.image_grid = GridPositions(self.grid, self.grid, fields["width"], 0.7)
+      if fields.get("flow_width"):
+        early = bool(fields.get("early_layer"))
+        self.flow_head = FlowHead(
+          fields["flow_width"], channels, self.grid, self.grid, early=early, dtype=self.dtype
+        )
+    if self.pixel_decoder:
+      self.decoder = PixelDecoder(**self.pixel_decoder, dtype=self.dtype)
+
+  # Features.
+
+  def see(self, images: jax.Array) -> Seen:
+    """images u8[B,H,W,3] -> what the tower makes of them, features raw."""
+    return self.clip_model.see(images)
+
+  def standardise(self, raw: jax.Array) -> jax.Array:
+    """Raw features f32[...,T,C] -> standardised by the stored statistics."""
+    mean, std = self.statistics()
+    return (raw - mean) / std
+
+  def features(self, batch: Batch) -> jax.Array:
+    """Standardised features f32[B,N,T,C] of the batch's pictures, cached or seen now, without gradients."""
+    if batch.features is not None:
+      return batch.features.astype(jnp.float32)
+    b, n = batch.images.shape[:2]
+    raw = self.see(batch.images.reshape(b * n, *batch.images.shape[2:])).features
+    return jax.lax.stop_gradient(self.standardise(raw).reshape(b, n, *self.feature_shape))
+
+  # Understanding.
+
+  def embed_stream(self, tokens: jax.Array, image_index: jax.Array, features: jax.Array | None) -> jax.Array:
+    """The stream's inputs f[B,S,D]: words, and projected features f32[B,N,T,C] where image_index >= 0."""
+    x = self.language_model.embed(tokens)
+    if features is None:
+      return x
+    b = tokens.shape[0]
+    pictures = self.image_connector(features) + self.image_grid().astype(self.dtype)
+    pictures = pictures.reshape(b, -1, pictures.shape[-1])
+    slots = jnp.take_along_axis(pictures, jnp.maximum(image_index, 0)[..., None], axis=1)
+    return jnp.where((image_index >= 0)[..., None], slots, x)
+
+  def read(self, batch: Batch, features: jax.Array | None) -> tuple[jax.Array, Context]:
+    """The text stream of a batch -> (hidden f[B,S,D], Context)."""
+    x = self.embed_stream(batch.tokens, batch.image_index, features)
+    return self.language_model.read(x, batch.segments, batch.order, batch.positions)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """hidden f[..., D] -> next-token logits f32[..., V]."""
+    return self.language_model.logits(hidden)
+
+  def extend(self, tokens: jax.Array, positions: jax.Array, context: Context, write_at: jax.Array):
+    """Words i32[B,Q] at positions i32[B,Q] into the context's buffer -> (logits f32[B,Q,V], Context)."""
+    x = self.language_model.embed(tokens)
+    positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
+    hidden, context = self.language_model.extend(x, positions, context, write_at)
+    return self.logits(hidden), context
+
+  # Drawing.
+
+  def predict(self, x_t: jax.Array, t: jax.Array, context: Context, place: Place):
+    """The flow network's velocities at x_t f32[B,M,T,C], t f32[B,M] -> (full f32[B,M,T,C], early or None)."""
+    grid = jnp.pad(grid_positions(self.grid, self.grid), ((self.flow_head.time_tokens, 0), (0, 0)))
+    positions = place.positions[:, :, None, None] + grid
+    z = self.flow_head.enter(x_t, t)
+    hidden, early = self.language_model.draw(z, positions, place.segments, place.order, context)
+
+    def to_velocity(out):
+      return path.velocity(out, x_t, t) if self.prediction == "x" else out
+
+    full = to_velocity(self.flow_head.leave(hidden))
+    return full, None if early is None else to_velocity(self.flow_head.leave(early, early=True))
+
+  def velocity(self, x_t: jax.Array, t: jax.Array, context: tuple[Context, Place]) -> jax.Array:
+    """v f32[B,M,T,C] at x_t f32[B,M,T,C], t f32[B,M], given what to draw: where drawers meet solvers."""
+    return self.predict(x_t, t, *context)[0]
+
+  def decode(
+    self, features: jax.Array, noisy: jax.Array | None = None, t: jax.Array | None = None
+  ) -> jax.Array:
+    """Standardised features f32[B,T,C] -> pictures f32[B,H,W,3] in -1..1 (a flow: from noisy ones at t)."""
+    return self.decoder(features, noisy, t)
+
+  def pixels(self, features: jax.Array) -> jax.Array:
+    """Standardised features f32[B,T,C] -> u8[B,H,W,3] by the deterministic decoder."""
+    return to_pixels(self.decode(features))
+
+  def everything(self, batch: Batch) -> None:
+    """Touches every part once, so that `init` makes every parameter."""
+    b, n = batch.image_roles.shape
+    images = batch.images.reshape(b * n, *batch.images.shape[2:])
+    seen = self.see(images)
+    words = min(self.clip["text"]["length"], batch.tokens.shape[1])
+    self.clip_model.embed_text(batch.tokens[:, :words], batch.segments[:, :words] > 0)
+    self.clip_model.temperature()
+    if self.clip.get("captioner"):
+      repeated = jnp.repeat(batch.tokens, n, axis=0)
+      self.clip_model.caption_logits(repeated, seen.tokens, jnp.repeat(batch.segments, n, axis=0))
+      self.clip_model.read_pixels(seen.tokens)
+    features = self.features(batch)
+    if self.transformer:
+      hidden, context = self.read(batch, features)
+      self.logits(hidden)
+      if self.transformer.get("flow_width"):
+        place = Place(batch.image_segments, batch.image_order, batch.image_positions)
+        self.predict(features, jnp.ones((b, n)), context, place)
+    if self.pixel_decoder:
+      flat = features.reshape(b * n, *self.feature_shape)
+      self.decode(flat, images.astype(jnp.float32), jnp.ones(b * n))

@@ -1,0 +1,73 @@
+"""The encoder of CLIP's towers: LayerNorm, biases, GELU (Dosovitskiy et al. 2021; Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clipflow_jax.models.attention import attend
+from clipflow_jax.models.layers import Linear, standardise
+from clipflow_jax.parallel.sharding import shard
+
+
+class EncoderAttention(nn.Module):
+  """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]."""
+
+  heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, mask):
+    def project(name):
+      return Linear(x.shape[-1], True, dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], self.heads, -1)
+
+    out = attend(project("query"), project("key"), project("value"), mask)
+    return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
+
+
+class EncoderBlock(nn.Module):
+  """Pre-norm attention and GELU network, residual. x f[B,S,D], mask as `EncoderAttention` -> f[B,S,D]."""
+
+  heads: int
+  mlp: int
+  norm_eps: float = 1e-6
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, mask):
+    def norm(name):
+      return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
+
+    x = x + EncoderAttention(self.heads, self.dtype, name="attention")(norm("attention_norm")(x), mask)
+    y = nn.gelu(Linear(self.mlp, True, dtype=self.dtype, name="up")(norm("mlp_norm")(x)))
+    return shard(x + Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y), "batch", "sequence")
+
+
+class Encoder(nn.Module):
+  """`layers` EncoderBlocks, scanned.
+
+  x f[B,S,D], mask as `EncoderAttention`, layer_weights f32[layers]
+  -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output under an affine-free LayerNorm, or None).
+  """
+
+  layers: int
+  heads: int
+  mlp: int
+  norm_eps: float = 1e-6
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, mask=None, layer_weights=None):
+    def body(block, carry, weight):
+      x, total = carry
+      x = block(x, mask)
+      # Summed in the carry: no layer's output outlives its layer.
+      return (x, None if weight is None else total + weight * standardise(x)), None
+
+    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+    block = EncoderBlock(self.heads, self.mlp, self.norm_eps, self.dtype, name="layers")
+    total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
+    (x, total), _ = scan(block, (x, total), layer_weights)
+    return x, total

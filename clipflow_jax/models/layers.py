@@ -1,0 +1,118 @@
+"""The small parts that every tower is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Dtype = Any
+
+
+class Linear(nn.Module):
+  """x f[..., D] -> f[..., features]."""
+
+  features: int
+  use_bias: bool = False
+  kernel_init: Callable = nn.initializers.lecun_normal()
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+    # One matrix product over all rows: with two leading axes XLA on CPU takes twice as long.
+    flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = (flat @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+    return y
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
+
+  epsilon: float = 1e-6
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+    return (x * scale).astype(self.dtype)
+
+
+def standardise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """LayerNorm without affine, in float32: every token f[..., C] to mean 0, variance 1."""
+  x = x.astype(jnp.float32)
+  x = x - x.mean(axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+class SwiGLU(nn.Module):
+  """Gated feed-forward network (Shazeer 2020). x f[..., D] -> f[..., D]."""
+
+  hidden: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate = Linear(self.hidden, dtype=self.dtype, name="gate")(x)
+    up = Linear(self.hidden, dtype=self.dtype, name="up")(x)
+    return Linear(x.shape[-1], dtype=self.dtype, name="down")(nn.silu(gate) * up)
+
+
+class GridPositions(nn.Module):
+  """Learned row + column embeddings of a grid -> f32[rows*columns, D], each begun with deviation `std`."""
+
+  rows: int
+  columns: int
+  width: int
+  std: float
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    init = nn.initializers.normal(self.std)
+    row = self.param("row_positions", init, (self.rows, self.width), jnp.float32)
+    column = self.param("column_positions", init, (self.columns, self.width), jnp.float32)
+    return (row[:, None] + column[None]).reshape(-1, self.width)
+
+
+def grid_positions(rows: int, columns: int) -> jax.Array:
+  """Rotary positions i32[rows*columns, 3] of a picture's tokens: (0, row, column)."""
+  row, column = jnp.divmod(jnp.arange(rows * columns), columns)
+  return jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
+
+
+def to_patches(images: jax.Array, patch: int) -> jax.Array:
+  """images [B,H,W,3] -> [B, (H/p)*(W/p), p*p*3], rows of patches first."""
+  b, h, w, c = images.shape
+  x = images.reshape(b, h // patch, patch, w // patch, patch, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def from_patches(patches: jax.Array, patch: int, rows: int, columns: int) -> jax.Array:
+  """Inverse of `to_patches`: [B, rows*columns, p*p*3] -> [B,H,W,3]."""
+  b = patches.shape[0]
+  x = patches.reshape(b, rows, columns, patch, patch, 3)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * patch, columns * patch, 3)
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+  """Pixels u8 in 0..255 -> f32 in -1..1, the range of every model here."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_pixels(images: jax.Array) -> jax.Array:
+  """Inverse of `to_unit`, clipped: f -> u8."""
+  return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def fourier(t: jax.Array, features: int) -> jax.Array:
+  """Times f[...] in 0..1 -> f32[..., features], cosines and sines (Vaswani et al. 2017)."""
+  frequencies = 1000.0 * jnp.exp(-jnp.log(10000.0) * jnp.arange(features // 2) / (features // 2))
+  angles = t[..., None].astype(jnp.float32) * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,0 +1,25 @@
+"""Noise levels as tokens: no adaptive norms, so flow and language layers are the same block (RAEv2, iMF)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clipflow_jax.models.layers import Linear, fourier
+
+
+class TimeTokens(nn.Module):
+  """Times f32[...] in 0..1 -> f[..., tokens, width]."""
+
+  width: int
+  tokens: int = 4
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, t: jax.Array) -> jax.Array:
+    x = nn.silu(Linear(self.width, True, dtype=self.dtype, name="time_hidden")(fourier(t, self.width)))
+    x = Linear(self.tokens * self.width, True, dtype=self.dtype, name="time_out")(x)
+    return x.reshape(*t.shape, self.tokens, self.width)

@@ -1,0 +1,202 @@
+"""The transformer: one block, two experts, one attention.
+
+Expert `text` reads the text stream (words and clean pictures); expert `flow` denoises picture blocks that
+stand beside it. By the mask rule nothing in the stream ever sees a noisy block, so the stream is computed
+once, its keys and values (the `Context`) are kept, and any number of noisy blocks, solver steps or new words
+attend to them. Training, drawing and decoding all walk this one way, and a frozen text expert is exactly the
+language model it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clipflow_jax.models.attention import Attention, visible
+from clipflow_jax.models.layers import RMSNorm, SwiGLU
+from clipflow_jax.parallel.sharding import shard
+
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+  """Pre-norm attention and SwiGLU, residual (Touvron et al. 2023). Arguments and results as `Attention`."""
+
+  mlp: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  rope_theta: float = 10_000.0
+  rope_sections: tuple[int, ...] = ()
+  qk_norm: bool = True
+  qkv_bias: bool = False
+  norm_eps: float = 1e-6
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, positions, mask, past=None, write_at=None):
+    attention = Attention(
+      self.heads,
+      self.kv_heads,
+      self.head_dim,
+      self.rope_theta,
+      self.rope_sections,
+      self.qk_norm,
+      self.qkv_bias,
+      self.norm_eps,
+      self.dtype,
+      name="attention",
+    )
+    y, kv = attention(
+      RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at
+    )
+    x = x + y
+    x = x + SwiGLU(self.mlp, self.dtype, name="mlp")(RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x))
+    return shard(x, "batch", "sequence"), kv
+
+
+class Stack(nn.Module):
+  """`layers` Blocks, scanned. past: keys and values stacked over layers, f[L,B,P,g,k] twice.
+
+  Returns (f[B,S,D], (keys, values) f[L,B,K,g,k]); with `keep_kv` False the second is None.
+  """
+
+  layers: int
+  block: dict[str, Any]
+  remat: str = "none"
+  keep_kv: bool = True
+
+  @nn.compact
+  def __call__(self, x, positions, mask, past=None, write_at=None):
+    def body(block, x, past):
+      x, kv = block(x, positions, mask, past, write_at)
+      return x, kv if self.keep_kv else None
+
+    if self.remat != "none":
+      body = nn.remat(body, prevent_cse=False, policy=REMAT[self.remat])
+    scan = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.layers,
+      in_axes=0,
+      out_axes=0,
+    )
+    return scan(Block(**self.block, name="layers"), x, past)
+
+
+class Context(flax.struct.PyTreeNode):
+  """What the text stream leaves behind for everything that attends to it."""
+
+  keys: jax.Array  # f[L,B,S,g,k]
+  values: jax.Array  # f[L,B,S,g,k]
+  segments: jax.Array  # i32[B,S]
+  order: jax.Array  # i32[B,S]
+
+
+class Transformer(nn.Module):
+  """A decoder stack whose layers hold one set of weights per expert.
+
+  Source: Shi et al. 2024 (LMFusion); Deng et al. 2025 (BAGEL).
+  Both experts share depth, heads and head dim, because they share the attention; width and mlp are their own.
+  flow_width 0 leaves the flow expert out. early_layer: after how many layers the flow's early prediction is
+  taken (0: none).
+  """
+
+  vocabulary: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp: int
+  flow_width: int = 0
+  flow_mlp: int = 0
+  early_layer: int = 0
+  rope_theta: float = 10_000.0
+  rope_sections: tuple[int, ...] = ()
+  qk_norm: bool = True
+  qkv_bias: bool = False
+  tie_embeddings: bool = True
+  norm_eps: float = 1e-6
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    shared = dict(
+      heads=self.heads,
+      kv_heads=self.kv_heads,
+      head_dim=self.head_dim,
+      rope_theta=self.rope_theta,
+      rope_sections=self.rope_sections,
+      qk_norm=self.qk_norm,
+      qkv_bias=self.qkv_bias,
+      norm_eps=self.norm_eps,
+      dtype=self.dtype,
+    )
+    self.embed = nn.Embed(
+      self.vocabulary, self.width, embedding_init=nn.initializers.normal(self.width**-0.5), dtype=self.dtype
+    )
+    self.text = Stack(self.layers, dict(shared, mlp=self.mlp), self.remat)
+    self.text_norm = RMSNorm(self.norm_eps, self.dtype)
+    if not self.tie_embeddings:
+      self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)
+    if self.flow_width:
+      flow = dict(shared, mlp=self.flow_mlp)
+      if self.early_layer:
+        self.flow_early = Stack(self.early_layer, flow, self.remat, keep_kv=False)
+        self.early_norm = RMSNorm(self.norm_eps, self.dtype)
+      self.flow = Stack(self.layers - self.early_layer, flow, self.remat, keep_kv=False)
+      self.flow_norm = RMSNorm(self.norm_eps, self.dtype)
+
+  def read(self, x: jax.Array, segments: jax.Array, order: jax.Array, positions: jax.Array):
+    """The text stream: x f[B,S,D], segments, order i32[B,S], positions i32[B,S,3] -> (f[B,S,D], Context)."""
+    mask = visible(segments, order, segments, order)
+    x, (keys, values) = self.text(shard(x, "batch", "sequence"), positions, mask)
+    return self.text_norm(x), Context(keys, values, segments, order)
+
+  def extend(self, x: jax.Array, positions: jax.Array, context: Context, write_at: jax.Array):
+    """Slots x f[B,Q,D] put into the context's buffer at `write_at` (its segments and order already say so).
+
+    Returns (hidden f[B,Q,D], Context). The rule is `read`'s, so decoding equals the full forward pass.
+    """
+    slots = write_at + jnp.arange(x.shape[1])
+    segments, order = jnp.take(context.segments, slots, axis=1), jnp.take(context.order, slots, axis=1)
+    mask = visible(segments, order, context.segments, context.order)
+    x, (keys, values) = self.text(x, positions, mask, (context.keys, context.values), write_at)
+    return self.text_norm(x), context.replace(keys=keys, values=values)
+
+  def draw(self, z: jax.Array, positions: jax.Array, segments: jax.Array, order: jax.Array, context: Context):
+    """Noisy blocks z f[B,M,n,F], positions i32[B,M,n,3]; segments, order i32[B,M]: which slots each sees.
+
+    Returns (hidden f[B,M,n,F], early hidden or None).
+    """
+    b, m, n, width = z.shape
+    see_text = visible(segments, order, context.segments, context.order)  # [B,M,S]
+    mask = jnp.concatenate([see_text, jnp.ones((b, m, n), bool)], axis=-1).reshape(b * m, 1, -1)
+
+    def per_block(kv):  # f[L,B,S,g,k] -> f[L,B*M,S,g,k]
+      return jnp.repeat(kv, m, axis=1)
+
+    past = (per_block(context.keys), per_block(context.values))
+    x, positions = z.reshape(b * m, n, width), positions.reshape(b * m, n, 3)
+    early, split = None, self.early_layer
+    if split:
+      x, _ = self.flow_early(x, positions, mask, jax.tree.map(lambda a: a[:split], past))
+      early = self.early_norm(x).reshape(b, m, n, width)
+    x, _ = self.flow(x, positions, mask, jax.tree.map(lambda a: a[split:], past))
+    return self.flow_norm(x).reshape(b, m, n, width), early
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """hidden f[..., D] -> f32[..., V]."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    out = self.embed.attend(rows) if self.tie_embeddings else self.head(rows)
+    return out.reshape(*hidden.shape[:-1], self.vocabulary).astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""What a stage minimises. Objectives give sums, and how many things they sum: parts of a batch add up."""

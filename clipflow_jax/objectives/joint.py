@@ -1,0 +1,81 @@
+"""The loss of a stage: a weighted sum of objectives, each computed only where it has a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from clipflow_jax.batch import TARGET, Batch
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.objectives import contrastive, flow, language, pixels
+
+NAMES = ("contrastive", "caption", "readout", "language", "flow", "pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """weights: name -> weight, of NAMES. The other fields are those objectives' own settings."""
+
+  weights: dict[str, float]
+  levels: int = 1
+  early: float = 0.0
+  decoder_noise: float = 0.5
+  decoder_edges: float = 10.0
+  stop_text: bool = False  # the text expert is frozen: its keys and values carry no gradient
+
+  def __post_init__(self):
+    unknown = set(self.weights) - set(NAMES)
+    if unknown or not any(self.weights.values()):
+      raise ValueError(
+        f"objective weights {dict(self.weights)} must name at least one of {', '.join(NAMES)}, and no other"
+      )
+
+  def counts(self, batch: Batch) -> dict[str, jax.Array]:
+    """How many things each sum of `sums` adds up in this batch, at least 1."""
+    rows = jnp.float32(batch.tokens.shape[0])
+    words = language.weight(batch.segments, batch.loss_weights)
+    counts = {"contrastive": rows, "caption": words, "readout": rows, "language": words}
+    counts["flow"] = ((batch.image_roles & TARGET) > 0).sum()
+    counts["pixels"] = (batch.image_roles > 0).sum()
+    return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in counts.items()}
+
+  def sums(self, model: ClipFlow, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
+    """Each objective's sum over the batch, and its metrics' (objective_metric). model: bound; keys key[B]."""
+    on = {name for name, weight in self.weights.items() if weight}
+    sums: dict[str, jax.Array] = {}
+    if on & {"contrastive", "caption", "readout"}:
+      sums |= contrastive.losses(model, batch, self.weights)
+    if on & {"language", "flow", "pixels"}:
+      features = model.features(batch)
+    if on & {"language", "flow"}:
+      hidden, context = model.read(batch, features)
+      if "language" in on:
+        loss, right = language.predict_next(
+          model.logits(hidden), batch.tokens, batch.segments, batch.loss_weights
+        )
+        sums |= {"language": loss, "language_accuracy": right}
+      if "flow" in on:
+        context = jax.lax.stop_gradient(context) if self.stop_text else context
+        sums |= flow.losses(model, batch, features, context, keys, levels=self.levels, early=self.early)
+    if "pixels" in on:
+      flat = batch.images.reshape(-1, *batch.images.shape[2:])
+      each = jnp.repeat(keys, batch.images.shape[1])
+      sums |= pixels.losses(
+        model,
+        flat,
+        features.reshape(-1, *features.shape[2:]),
+        each,
+        noise=self.decoder_noise,
+        edges=self.decoder_edges,
+      )
+    return sums
+
+  def loss(
+    self, sums: dict[str, jax.Array], counts: dict[str, jax.Array]
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(weighted loss, all metrics as means). With the counts of a larger batch, its parts' losses add up."""
+    means = {name: value / counts[name.split("_")[0]] for name, value in sums.items()}
+    total = sum((weight * means[name] for name, weight in self.weights.items() if weight), jnp.float32(0))
+    return total, means | {"loss": total}

@@ -1,0 +1,1 @@
+"""The device mesh and what is sharded over it."""

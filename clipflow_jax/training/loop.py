@@ -1,0 +1,240 @@
+"""The training loop: every stage, every size. It reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.data import sources, text
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.pipeline import Pipeline
+from clipflow_jax.data.sequence import Layout
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.objectives.joint import Objective
+from clipflow_jax.parallel import mesh as meshes
+from clipflow_jax.parallel import sharding
+from clipflow_jax.training import checkpoint, flops, optimizer, state, step
+from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
+from clipflow_jax.training.state import Params, TrainState
+
+log = logging.getLogger(__name__)
+
+# (model, config, all parameters, tokenizer, step, writer): writes samples. What is sampled is not training's business.
+Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer], None]
+
+
+def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> TrainState:
+  """Runs one stage to its end, from its newest checkpoint if it has one. Returns the final state.
+
+  Order of beginnings: the workdir's own checkpoint, else `config.init_from` (its tokenizer, its parameters where names and
+  shapes agree), else fresh. SIGTERM writes a checkpoint and raises SystemExit(0) at the next step.
+  """
+  # Devices and what they hold.
+  workdir.mkdir(parents=True, exist_ok=True)
+  mesh = meshes.make(config.mesh)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
+
+  # Text, data, model: what a batch is.
+  start = checkpoint.load(config.init_from, ("trained", "ema", "frozen")) if config.init_from else None
+  source = sources.make(config.data.source, "train")
+  chat = text.Chat(_tokenizer(config, workdir, start, source))
+  model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
+  pipeline = _pipeline(config, source, chat, model)
+  bad = BadRecords(workdir / "data_errors.jsonl", config.data.max_bad_fraction)
+  batches = pipeline.batches(bad)
+  example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(pipeline.batches(bad)))
+
+  # The objective and its optimizer.
+  objective = Objective(**config.objective)
+  seed = config.seed
+  abstract = jax.eval_shape(lambda: _init(model, example, seed))
+  scales = state.multipliers(abstract, config.train)
+  tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
+
+  # The state, created sharded.
+  def fresh():
+    return state.create(_init(model, example, seed), scales, tx, ema=config.ema > 0)
+
+  shardings = state.shardings(jax.eval_shape(fresh), mesh)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(fresh), shardings
+  )
+  with jax.set_mesh(mesh):
+    restored = checkpoints.restore(target)
+    if restored:
+      now = restored.state
+      batches.set_state(restored.data_state)
+      log.info("resumed at step %d", restored.step)
+    else:
+      now = jax.jit(fresh, out_shardings=shardings)()
+      if start:
+        now = _take(now, start, shardings)
+      if config.measure_features:
+        now = measure_features(model, now, pipeline, config.measure_features)
+
+    # The step, compiled once.
+    batch_sharding = sharding.of_batch(example, mesh)
+    pure = step.make(model, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
+    jitted = jax.jit(
+      pure,
+      in_shardings=(shardings, batch_sharding),
+      out_shardings=(shardings, None),
+      donate_argnums=0,
+    )
+    before = time.perf_counter()
+    compiled = jitted.lower(target, example).compile()
+    log.info("compiled the step in %.1f s", time.perf_counter() - before)
+    throughput = Throughput(
+      total_steps=config.steps,
+      images_per_step=int(np.prod(example.image_roles.shape)),
+      tokens_per_step=int(np.prod(example.tokens.shape)),
+      flops_per_step=flops.count(pure, target, example),
+      peak_flops=peak_flops() * jax.device_count(),
+    )
+
+    # The run.
+    begin = int(now.step)
+    meta = {"config": json.loads(config.to_json_best_effort()), "tokenizer": _files(chat)}
+    writer = Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)
+    meter = Meter()
+    saved = begin
+    stop = _on_sigterm()
+    for number in range(begin + 1, config.steps + 1):
+      with throughput.waiting():
+        batch = jax.device_put(next(batches), batch_sharding)
+      now, metrics = compiled(now, batch)
+      meter.update(metrics)
+      throughput.step()
+      last = number == config.steps or stop()
+      if number % config.log_every == 0 or last:
+        means = meter.compute()
+        _check(means, number, config)
+        writer.scalars(number, means | throughput.compute(number))
+      if number % config.checkpoint_every == 0 or last:
+        checkpoints.save(number, now, data_state=batches.get_state(), meta=meta)
+        saved = number
+      if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
+        sample(model, config, now.averaged, chat, number, writer)
+        throughput.start()
+      if stop():
+        break
+    checkpoints.close()
+    writer.close()
+    if bad.bad:
+      log.warning("%s", bad.summary())
+    if stop() and saved < config.steps:
+      log.info("stopped by SIGTERM at step %d; the same command resumes", saved)
+      raise SystemExit(0)
+  return now
+
+
+def measure_features(model: ClipFlow, now: TrainState, pipeline: Pipeline, pictures: int) -> TrainState:
+  """The state with mean and deviation per (token, channel) of the tower's features over about `pictures` training pictures."""
+
+  @jax.jit
+  def moments(params, images):
+    raw = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="see").features
+    return jnp.stack([raw.sum(0), jnp.square(raw).sum(0)])
+
+  batches = pipeline.batches(BadRecords(None, 1.0))
+  total, count = 0.0, 0
+  while count < pictures:
+    images = next(batches).images
+    total = total + moments(now.averaged, images)
+    count += images.shape[0] * images.shape[1]
+  mean = total[0] / count
+  std = jnp.sqrt(jnp.maximum(total[1] / count - jnp.square(mean), 1e-4))
+  flat = state.flatten(now.frozen)
+  for name, value in (("statistics/mean", mean), ("statistics/std", std)):
+    if name not in flat:
+      raise UserError(f"config.train must freeze {name}: it is measured, not learned")
+    flat[name] = jax.device_put(value, flat[name].sharding)
+  log.info("measured the features of %d pictures", count)
+  return now.replace(frozen=state.nest(flat))
+
+
+def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
+  zeros = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), example)
+  return model.init(jax.random.key(seed), zeros, method="everything")["params"]
+
+
+def _take(now: TrainState, start: checkpoint.Restored, shardings: TrainState) -> TrainState:
+  """Parameters of another run where path and shape agree; what was taken and what was left is logged."""
+  theirs: dict[str, Any] = {}
+  for name in ("frozen", "trained", "ema"):  # the average last: it is what that run would be drawn with
+    theirs |= state.flatten(start.state[name] or {})
+  taken: set[str] = set()
+
+  def take(tree, places):
+    flat, places = state.flatten(tree), state.flatten(places)
+    for path, leaf in flat.items():
+      if path in theirs and theirs[path].shape == leaf.shape:
+        flat[path] = jax.device_put(theirs[path].astype(leaf.dtype), places[path])
+        taken.add(path)
+    return state.nest(flat)
+
+  trained, frozen = take(now.trained, shardings.trained), take(now.frozen, shardings.frozen)
+  ema = None if now.ema is None else take(now.ema, shardings.ema)
+  ours = {*state.flatten(now.trained), *state.flatten(now.frozen)}
+  log.info("init_from step %d: took %d parameters of %d", start.step, len(taken), len(ours))
+  for what, paths in (("fresh here", ours - taken), ("left there", set(theirs) - taken)):
+    if paths:
+      log.info("  %s: %s", what, ", ".join(sorted(paths)))
+  return now.replace(trained=trained, frozen=frozen, ema=ema)
+
+
+def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, source: sources.Source):
+  """The tokenizer of the run that this one starts from, else one trained on this run's own texts (the same each time)."""
+  if start:
+    with tempfile.TemporaryDirectory() as scratch:
+      return text.from_files(start.meta["tokenizer"], Path(scratch))
+  count = min(config.tokenizer.examples, len(source))
+  examples = (BadRecords(None, 1.0).guard(source.__getitem__)(i) for i in range(count))
+  return text.train_tokenizer(
+    (words for found in examples if found for words in (*found.captions, found.description, *sum(found.questions, ()))),
+    config.tokenizer.vocabulary,
+  )
+
+
+def _files(chat: text.Chat) -> dict[str, str]:
+  with tempfile.TemporaryDirectory() as scratch:
+    return text.to_files(chat.tokenizer, Path(scratch))
+
+
+def _pipeline(config: ConfigDict, source: sources.Source, chat: text.Chat, model: ClipFlow) -> Pipeline:
+  fields = config.data.to_dict()
+  del fields["source"], fields["max_bad_fraction"]
+  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid)
+  return Pipeline(source=source, chat=chat, layout=layout, seed=config.seed, **fields)
+
+
+def _check(means: dict[str, float], number: int, config: ConfigDict) -> None:
+  if means["skipped_in_a_row"] >= config.optimizer.get("patience", 10):
+    raise UserError(
+      f"the gradient was not finite in {int(means['skipped_in_a_row'])} steps in a row before step {number}; "
+      "lower optimizer.learning_rate or look at the data"
+    )
+
+
+def _on_sigterm() -> Callable[[], bool]:
+  """Whether SIGTERM has come; the handler only remembers it, the loop acts between steps."""
+  seen: list[int] = []
+  try:
+    signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+  except ValueError:  # not the main thread: the caller owns signals
+    pass
+  return lambda: bool(seen)

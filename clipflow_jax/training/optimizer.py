@@ -1,0 +1,79 @@
+"""The optimizer of a stage, from optax parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.training.state import Params, flatten, nest
+
+# Matrices between hidden layers go to Muon; heads, embeddings, gains and biases to Adam.
+MUON = r".*/kernel"
+NOT_MUON = r".*head/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """name: "muon" (Jordan et al. 2024; from scratch) or "adamw" (fine-tuning).
+
+  learning_rate: its peak, after `warmup` steps from 0 and before a cosine to `final` of it at `steps`.
+  adam_learning_rate: the peak for what Muon leaves to Adam. clip: global gradient norm.
+  patience: steps in a row with a non-finite gradient that are skipped before the run stops.
+  """
+
+  steps: int
+  name: str = "muon"
+  learning_rate: float = 0.02
+  adam_learning_rate: float = 3e-3
+  warmup: int = 20
+  final: float = 0.0
+  weight_decay: float = 0.0
+  clip: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.95
+  patience: int = 10
+
+  def schedule(self, peak: float) -> optax.Schedule:
+    warmup = min(self.warmup, self.steps // 2)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(self.steps, warmup + 1), end_value=peak * self.final)
+
+  def make(self, scales: dict[str, float]) -> optax.GradientTransformation:
+    """The whole chain. scales: {path: learning-rate multiplier} of the trained parameters."""
+    if self.name == "muon":
+      rule = optax.contrib.muon(
+        self.schedule(self.learning_rate),
+        weight_decay=self.weight_decay,
+        adam_b1=self.b1,
+        adam_b2=self.b2,
+        adam_learning_rate=self.schedule(self.adam_learning_rate),
+        muon_weight_dimension_numbers=muon_dimensions,
+      )
+    elif self.name == "adamw":
+      rule = optax.adamw(
+        self.schedule(self.learning_rate),
+        b1=self.b1,
+        b2=self.b2,
+        weight_decay=self.weight_decay,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+      )
+    else:
+      raise UserError(f"optimizer {self.name!r} is unknown; choose muon or adamw")
+    tree = nest({path: scale for path, scale in scales.items() if scale})
+    scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda update, scale: update * scale, updates, tree))
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled), self.patience)
+
+
+def muon_dimensions(params: Params) -> Params:
+  """For optax: which parameters are Muon's, the last two axes of each being its matrix (an axis before is layers)."""
+
+  def of(path, leaf):
+    if not re.fullmatch(MUON, path) or re.fullmatch(NOT_MUON, path):
+      return None
+    return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
+  return nest({path: of(path, leaf) for path, leaf in flatten(params).items()})

@@ -1,0 +1,57 @@
+"""A run of several stages, each starting from the one before: workdir/STAGE is one stage's workdir."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.training import loop
+
+ORDER = "stages.json"  # names in order: what tells a run of several stages from a single one
+
+
+def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None) -> None:
+  """One stage, or with `config.order` each of `config.stages` in that order. Finished stages are not run again."""
+  if "order" not in config:
+    loop.train(config, workdir, sample)
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / ORDER).write_text(json.dumps(list(config.order)))
+  before = config.get("init_from", "")
+  for name in config.order:
+    stage = config.stages[name]
+    if before and not stage.init_from:
+      stage.init_from = str(before)
+    if not is_finished(workdir / name, stage.steps):
+      loop.train(stage, workdir / name, sample)
+    before = workdir / name
+
+
+def is_finished(workdir: Path, steps: int) -> bool:
+  """Whether a stage's newest checkpoint is its last."""
+  return any(folder.name == str(steps) for folder in (workdir / "checkpoints").glob("*"))
+
+
+def newest(path: Path | str) -> Path:
+  """Where to load from: the last stage with a checkpoint for a run of several stages, else `path` itself."""
+  path = Path(path)
+  if not (path / ORDER).exists():
+    return path
+  for name in reversed(json.loads((path / ORDER).read_text())):
+    if any((path / name / "checkpoints").glob("[0-9]*")):
+      return path / name
+  raise UserError(f"no stage of {path} has a checkpoint yet; train it first")
+
+
+def history(path: Path | str) -> list[dict[str, Any]]:
+  """All lines of metrics.jsonl of a run, stages in order."""
+  path = Path(path)
+  names = json.loads((path / ORDER).read_text()) if (path / ORDER).exists() else [""]
+  files = [path / name / "metrics.jsonl" for name in names]
+  return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+
+

@@ -1,0 +1,91 @@
+"""What a run is between two steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clipflow_jax.parallel import sharding
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Parameters are kept in two trees that together are the model's: frozen ones have no moments, no average, no gradient."""
+
+  step: jax.Array  # i32[]
+  trained: Params
+  frozen: Params
+  ema: Params | None  # average of `trained`, or None
+  opt_state: Any
+
+  @property
+  def params(self) -> Params:
+    """All parameters, as trained."""
+    return merge(self.trained, self.frozen)
+
+  @property
+  def averaged(self) -> Params:
+    """All parameters, with the average in place of what is trained: what is evaluated and drawn with."""
+    return merge(self.trained if self.ema is None else self.ema, self.frozen)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+  """Nested parameters -> {"a/b/kernel": leaf}."""
+  return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def nest(flat: dict[str, Any]) -> Params:
+  """Inverse of `flatten`."""
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def merge(a: Params, b: Params) -> Params:
+  """One tree of two that share no leaf."""
+  return nest(flatten(a) | flatten(b))
+
+
+def multipliers(params: Params, table: tuple[tuple[str, float], ...]) -> dict[str, float]:
+  """{path: learning-rate multiplier} by a table of (regex, multiplier), each parameter matched by exactly one row."""
+  patterns = [pattern for pattern, _ in table]
+  return {path: table[sharding.match_once(path, patterns, "train table")][1] for path in flatten(params)}
+
+
+def split(params: Params, scales: dict[str, float]) -> tuple[Params, Params]:
+  """(trained, frozen): a multiplier of 0 freezes."""
+  flat = flatten(params)
+  trained = {path: leaf for path, leaf in flat.items() if scales[path]}
+  return nest(trained), nest({path: leaf for path, leaf in flat.items() if path not in trained})
+
+
+def create(params: Params, scales: dict[str, float], tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
+  """The state at step 0. Pure: run it under jit with `shardings`' result as out_shardings."""
+  trained, frozen = split(params, scales)
+  copy = jax.tree.map(jnp.copy, trained) if ema else None  # its own buffers: both are donated
+  return TrainState(jnp.zeros((), jnp.int32), trained, frozen, copy, tx.init(trained))
+
+
+def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+  """A NamedSharding for each leaf of an abstract state: moments and averages follow their parameter."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+  of_trained = flatten(sharding.of_parameters(state.trained, mesh))
+  shapes = {path: leaf.shape for path, leaf in flatten(state.trained).items()}
+
+  def moment(key_path, leaf):
+    path = "/".join(str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey))
+    return of_trained[path] if shapes.get(path) == leaf.shape else replicated
+
+  return TrainState(
+    step=replicated,
+    trained=nest(of_trained),
+    frozen=sharding.of_parameters(state.frozen, mesh),
+    ema=None if state.ema is None else nest(of_trained),
+    opt_state=jax.tree_util.tree_map_with_path(moment, state.opt_state),
+  )

@@ -1,0 +1,71 @@
+"""The train step: one jitted function of (state, batch), with the state donated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.objectives.joint import Objective
+from clipflow_jax.training.state import TrainState, merge
+
+Metrics = dict[str, jax.Array]
+
+
+def make(
+  model: ClipFlow,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int,
+  ema: float = 0.0,
+  accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The pure step. Its randomness is fold_in(seed, step), one key a row, so it depends on neither restarts nor sharding.
+
+  ema: decay of the average of parameters, warmed up as min(ema, (1+step)/(10+step)).
+  accumulate: the batch is cut into that many parts, whose gradients add up to the whole batch's: losses are divided by
+    the whole batch's counts. (A contrastive loss compares within a part.)
+  """
+
+  def gradients(state: TrainState, batch: Batch, keys: jax.Array, counts):
+    def loss(trained):
+      variables = {"params": merge(trained, state.frozen)}
+      sums = model.apply(variables, batch, keys, method=objective.sums)
+      return objective.loss(sums, counts)
+
+    return jax.grad(loss, has_aux=True)(state.trained)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    rows = batch.tokens.shape[0]
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows)
+    counts = objective.counts(batch)
+    if accumulate == 1:
+      grads, metrics = gradients(state, batch, keys, counts)
+    else:
+      parts = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), (batch, keys))
+
+      def add(total, part):
+        return jax.tree.map(jnp.add, total, gradients(state, *part, counts)), None
+
+      first, rest = (jax.tree.map(lambda x, s=s: x[s], parts) for s in (0, slice(1, None)))
+      (grads, metrics), _ = jax.lax.scan(add, gradients(state, *first, counts), rest)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    average = state.ema
+    if average is not None:
+      decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+      average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trained)
+    metrics |= {
+      "gradient_norm": optax.global_norm(grads),
+      "skipped": opt_state.total_notfinite.astype(jnp.float32),
+      "skipped_in_a_row": opt_state.notfinite_count.astype(jnp.float32),
+    }
+    new = state.replace(step=state.step + 1, trained=trained, ema=average, opt_state=opt_state)
+    return new, metrics
+
+  return step

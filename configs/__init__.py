@@ -1,0 +1,1 @@
+"""What to run: one file per run, read by `clipflow COMMAND --config=configs/NAME.py`."""

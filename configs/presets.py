@@ -1,0 +1,108 @@
+"""Model sizes, and what every stage's config has."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clipflow_jax.errors import UserError
+
+# Who trains what: (regex of parameter paths, learning-rate multiplier); a path matches exactly one row, 0
+# freezes.
+CLIP = r"clip_model/.*"
+STATISTICS = r"statistics/.*"
+TEXT = r"(language_model/(embed|text|text_norm|head)|image_connector|image_grid)/.*"
+FLOW = r"(language_model/(flow|flow_norm|flow_early|early_norm)|flow_head)/.*"
+DECODER = r"decoder/.*"
+
+
+def trains(**scales: float) -> tuple[tuple[str, float], ...]:
+  """The train table in which only the named parts (clip, text, flow, decoder) learn, at their multiplier."""
+  parts = {"clip": CLIP, "text": TEXT, "flow": FLOW, "decoder": DECODER}
+  return ((STATISTICS, 0.0), *((pattern, scales.get(name, 0.0)) for name, pattern in parts.items()))
+
+
+def arguments(arg: str, **defaults: Any) -> ConfigDict:
+  """The options "k=v,..." after a config's name, typed like their defaults."""
+  options = ConfigDict(defaults)
+  for item in filter(None, arg.split(",")):
+    name, _, value = item.partition("=")
+    if name not in defaults:
+      raise UserError(f"config argument {name!r} is unknown; there are {', '.join(defaults)}")
+    try:
+      parsed = json.loads(value) if isinstance(defaults[name], int | float) else value
+      is_flag = isinstance(defaults[name], bool) and parsed in (0, 1)
+      options[name] = bool(parsed) if is_flag else parsed
+    except (TypeError, ValueError) as error:
+      raise UserError(f"config argument {item!r}: {value!r} is not like {defaults[name]!r}") from error
+  return options
+
+
+def tiny(image_size: int = 60) -> dict[str, Any]:
+  """About 4 M parameters: learns `shapes` in minutes on two CPU cores. 6 x 6 tokens of 128 channels."""
+  patch = dict(image_size=image_size, patch_size=image_size // 6)
+  vision = dict(patch, width=128, layers=3, heads=2, mlp=384, embedding=64)
+  # Without qk-norm: it costs a third of a block's backward pass on CPU, and nothing this small diverges without it.
+  attention = dict(heads=2, kv_heads=2, head_dim=64, qk_norm=False)
+  return dict(
+    clip=dict(
+      vision=vision,
+      text=dict(vocabulary=0, length=32, width=128, layers=2, heads=2, mlp=256, embedding=64),
+      captioner=dict(vocabulary=0, width=128, layers=1, mlp=256, **attention),
+    ),
+    transformer=dict(
+      vocabulary=0,
+      width=128,
+      layers=4,
+      mlp=256,
+      flow_width=128,
+      flow_mlp=256,
+      rope_sections=(16, 8, 8),
+      **attention,
+    ),
+    pixel_decoder=dict(patch, width=128, layers=3, heads=2, mlp=256, flow=False, qk_norm=False),
+    prediction="x",
+    shift_scale=11.3,  # the dimension law undershoots for features of low rank
+  )
+
+
+def stage(name: str, **fields: Any) -> ConfigDict:
+  """A stage's config: every key that the loop reads, with its default. `fields` override whole keys."""
+  config = ConfigDict(
+    dict(
+      name=name,
+      seed=0,
+      init_from="",  # a workdir whose parameters and tokenizer to begin with
+      mesh=dict(fsdp=-1),
+      model=tiny(),
+      tokenizer=dict(vocabulary=1024, examples=2000),  # trained where init_from gives none
+      data=dict(
+        source=dict(kind="shapes", size=60, counts=(0.46, 0.44, 0.06, 0.04), questions=0),
+        tasks=dict(),
+        length=64,
+        images_per_row=1,
+        batch_size=64,
+        drop_text=0.1,
+        bins=1,
+        threads=0,
+        max_bad_fraction=0.05,
+      ),
+      objective=dict(weights=dict()),
+      train=(),
+      optimizer=dict(name="muon", learning_rate=0.02, adam_learning_rate=3e-3, warmup=20, clip=1.0),
+      steps=0,
+      accumulate=1,
+      ema=0.0,
+      measure_features=0,  # pictures to measure the features' statistics on before the first step
+      log_every=20,
+      checkpoint_every=1000,
+      sample_every=0,
+      keep=1,
+      sampling=dict(steps=40, guidance=1.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="text"),
+    )
+  )
+  for key, value in fields.items():
+    config[key] = value
+  return config

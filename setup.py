@@ -1,0 +1,58 @@
+"""The package, its dependencies and its console script; the settings of the tools are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+BASE = [
+  # The numerics. Python 3.11 stops at jax 0.10.
+  "jax>=0.10,<0.12",
+  "flax>=0.12.8,<0.13",
+  "optax>=0.2.8,<0.3",
+  "orbax-checkpoint>=0.12.8,<0.13",
+  "numpy>=2.1,<3",
+  "scipy>=1.14,<2",
+  # Data and text.
+  "grain>=0.2.18,<0.3",
+  "pillow>=12,<14",
+  "transformers>=5.0,<6",
+  "tokenizers>=0.22,<1",
+  # Weights in and out.
+  "safetensors>=0.7,<1",
+  "huggingface_hub>=1.0,<3",
+  # Configuration, metrics, what the user sees.
+  "ml_collections>=1.1,<2",
+  "clu>=0.0.12,<0.1",
+  "tensorboardX>=2.6.5,<3",
+  "rich>=14,<16",
+  "matplotlib>=3.10,<4",
+]
+
+EXTRAS = {
+  "gpu": ["jax[cuda12]>=0.10,<0.12"],
+  "tpu": ["jax[tpu]>=0.10,<0.12"],
+  "tfds": ["tensorflow-datasets>=4.9.9,<5"],
+  "prepare": ["apache-beam>=2.70,<3"],
+  "notebooks": ["jupyterlab>=4.4,<5", "ipywidgets>=8.1,<9"],
+  "demo": ["gradio>=6,<7"],
+  "test": [
+    "pytest>=9,<10",
+    "hypothesis>=6.150,<7",
+    "ruff>=0.17,<0.18",
+    "mypy>=2.4,<3",
+    "import-linter>=2.10,<3",
+  ],
+  # The PyTorch that the golden values of the parity tests come from.
+  "parity": ["torch==2.13.0"],
+}
+
+setup(
+  name="clipflow_jax",
+  version="0.1.0",
+  description="CLIP-Flow in JAX: one transformer that reads pictures and draws them in CLIP feature space",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  # configs/ is installed beside clipflow_jax/, as it lies in the checkout: one rule finds it in both.
+  packages=find_packages(include=["clipflow_jax*", "configs*"]),
+  install_requires=BASE,
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["clipflow = clipflow_jax.cli:main"]},
+)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import pytest
+
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.errors import UserError
+
+
+def load(i: int) -> int:
+  """Every tenth record is bad, in two ways."""
+  if i % 20 == 0:
+    raise BadRecord(f"{i}.png", f"missing file: {i}")
+  if i % 10 == 0:
+    raise BadRecord(f"{i}.png", "cannot be decoded: truncated")
+  return i
+
+
+def test_bad_records_become_none_and_are_counted_by_kind(tmp_path):
+  bad = BadRecords(tmp_path / "run" / "data_errors.jsonl", 0.5)
+  results = [bad.guard(load)(i) for i in range(200)]
+  assert [i for i, result in enumerate(results) if result is None] == list(range(0, 200, 10))
+  assert all(result in (None, i) for i, result in enumerate(results))
+  assert (bad.seen, bad.bad, bad.kinds) == (200, 20, {"missing file": 10, "cannot be decoded": 10})
+  rows = [json.loads(line) for line in (tmp_path / "run" / "data_errors.jsonl").read_text().splitlines()]
+  assert rows[:2] == [
+    {"name": "0.png", "kind": "missing file", "why": "missing file: 0"},
+    {"name": "10.png", "kind": "cannot be decoded", "why": "cannot be decoded: truncated"},
+  ]
+  assert len(rows) == 20
+
+
+def test_grain_drops_what_is_bad():
+  numbers = grain.MapDataset.range(30).map(BadRecords(None, 0.5).guard(load))
+  assert [numbers[i] for i in range(30)] == [None if i % 10 == 0 else i for i in range(30)]
+  assert list(numbers.to_iter_dataset()) == [i for i in range(30) if i % 10]
+
+
+def test_each_name_is_written_once_also_over_epochs_and_resumed_runs(tmp_path):
+  path = tmp_path / "data_errors.jsonl"
+  for _ in range(2):
+    bad = BadRecords(path, 0.5)
+    guarded = bad.guard(load)
+    for i in [*range(50), *range(50)]:
+      guarded(i)
+    assert bad.bad == 10
+    assert len(path.read_text().splitlines()) == 5
+
+
+def test_only_the_first_names_are_written(tmp_path):
+  bad = BadRecords(tmp_path / "data_errors.jsonl", 1.0, limit=3)
+  for i in range(0, 100, 10):
+    bad.guard(load)(i)
+  assert [json.loads(line)["name"] for line in bad.path.read_text().splitlines()] == [
+    "0.png",
+    "10.png",
+    "20.png",
+  ]
+  assert bad.bad == 10
+
+
+def test_too_many_stop_the_run_with_the_list_but_not_before_a_hundred(tmp_path):
+  bad = BadRecords(tmp_path / "data_errors.jsonl", 0.05)
+  guarded = bad.guard(load)
+  for i in range(99):
+    guarded(i)
+  with pytest.raises(UserError) as error:
+    guarded(99)
+  message = str(error.value)
+  assert message.startswith(
+    "10 of 100 records are bad (5 missing file, 5 cannot be decoded): 0.png (missing file: 0);"
+  )
+  assert str(bad.path) in message and "0.05" in message and "\n" not in message
+
+
+def test_exactly_the_allowed_fraction_goes_on():
+  bad = BadRecords(None, 0.1)
+  for i in range(1, 1001):
+    bad.guard(load)(i)
+  assert bad.bad == 100
+
+
+def test_other_errors_pass():
+  with pytest.raises(ZeroDivisionError):
+    BadRecords(None, 1.0).guard(lambda: 1 // 0)()
+
+
+def test_threads_share_one_count(tmp_path):
+  bad = BadRecords(tmp_path / "data_errors.jsonl", 0.5, limit=1000)
+  with ThreadPoolExecutor(16) as pool:
+    list(pool.map(bad.guard(load), range(4000)))
+  names = [json.loads(line)["name"] for line in bad.path.read_text().splitlines()]
+  assert (bad.seen, bad.bad) == (4000, 400)
+  assert sorted(names) == sorted(f"{i}.png" for i in range(0, 4000, 10))
+
+
+def test_it_travels_to_worker_processes(tmp_path):
+  bad = BadRecords(tmp_path / "data_errors.jsonl", 0.5)
+  bad.guard(load)(0)
+  copy = pickle.loads(pickle.dumps(bad))
+  copy.guard(load)(10)
+  assert (copy.bad, bad.bad) == (2, 1)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5])
+def test_the_fraction_is_checked(fraction):
+  with pytest.raises(UserError, match="give one from 0 to 1"):
+    BadRecords(None, fraction)

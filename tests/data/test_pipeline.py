@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipflow_jax.batch import INPUT, TARGET, Batch
+from clipflow_jax.data import text
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.example import Example
+from clipflow_jax.data.pipeline import DESCRIBE, Pipeline
+from clipflow_jax.data.sequence import Layout
+from clipflow_jax.data.shapes_source import ShapesSource
+from clipflow_jax.data.sources import FolderSource
+from clipflow_jax.data.text import IMAGE, Chat
+from clipflow_jax.errors import UserError
+
+SHAPES = ShapesSource(size=24, counts=(1.0,), questions=1)
+ONE = Layout(length=64, images=1, grid=3)
+PACKED = Layout(length=160, images=3, grid=3)
+
+
+@dataclasses.dataclass
+class Constant:
+  """The same two captions under every index."""
+
+  def __len__(self) -> int:
+    return 1000
+
+  def __getitem__(self, i: int) -> Example:
+    return Example(str(i), np.full((24, 24, 3), i % 256, np.uint8), ("one", "two"), "all", (("how?", "so"),))
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+  texts = [
+    words
+    for i in range(100)
+    for words in (*SHAPES[i].captions, SHAPES[i].description, *SHAPES[i].questions[0])
+  ]
+  return Chat(text.train_tokenizer([*texts, DESCRIBE, "one", "two", "all", "how?", "so"], 400))
+
+
+def make(chat: Chat, **fields) -> Pipeline:
+  defaults = dict(
+    source=SHAPES, chat=chat, layout=ONE, batch_size=4, tasks={"draw": 1.0, "caption": 1.0}, seed=1
+  )
+  return Pipeline(**defaults | fields)
+
+
+def stream(pipeline: Pipeline):
+  return pipeline.batches(BadRecords(None, 0.0))
+
+
+def take(iterator, n: int) -> list[Batch]:
+  return list(itertools.islice(iterator, n))
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+  pairs = [(vars(x), vars(y)) for x, y in zip(a, b, strict=True)]
+  return all(np.array_equal(x[name], y[name]) for x, y in pairs for name in x if x[name] is not None)
+
+
+LAYOUTS = {
+  "alone": dict(layout=ONE),
+  "packed": dict(layout=PACKED, bins=2, tasks={"draw": 1.0, "converse": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_stream_is_a_pure_function_of_the_seed(chat, name):
+  pipeline = make(chat, **LAYOUTS[name])
+  first = take(stream(pipeline), 4)
+  assert same(first, take(stream(dataclasses.replace(pipeline, threads=5)), 4))
+  assert not same(first, take(stream(dataclasses.replace(pipeline, seed=2)), 4))
+  assert not same(first[:1], first[1:2])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_a_stream_resumes_where_its_state_says(chat, name, before):
+  pipeline = make(chat, **LAYOUTS[name])
+  whole = take(stream(pipeline), before + 4)
+  interrupted = stream(pipeline)
+  take(interrupted, before)
+  state = json.loads(json.dumps(interrupted.get_state()))  # as a checkpoint keeps it
+  resumed = stream(pipeline)
+  resumed.set_state(state)
+  assert same(take(resumed, 4), whole[before:])
+  assert same(take(interrupted, 4), whole[before:])  # asking for the state moves nothing
+
+
+def test_batches_have_the_layouts_shape(chat):
+  (batch,) = take(stream(make(chat, **LAYOUTS["packed"])), 1)
+  assert batch.tokens.shape == (4, PACKED.length)
+  assert batch.images.shape == (4, PACKED.images, 24, 24, 3)
+  assert batch.segments.max() == 3  # packing does pack
+  used = (batch.segments > 0).mean()
+  assert used > 0.5, used
+
+
+def test_an_epoch_shows_every_record_once(chat, tmp_path):
+  folder = write_folder(tmp_path, 12)
+  source = FolderSource(folder, size=24, split="all")
+  batches = take(stream(make(chat, source=source, tasks={"caption": 1.0}, batch_size=6)), 4)
+  epochs = [np.concatenate([b.images[:, 0, 0, 0, 0] for b in batches[i : i + 2]]).tolist() for i in (0, 2)]
+  assert [sorted(epoch) for epoch in epochs] == [[10 * i for i in range(12)]] * 2
+  assert epochs[0] != epochs[1]  # each in its own order
+
+
+# Tasks.
+
+
+def count(chat: Chat, n: int, **fields) -> collections.Counter:
+  pipeline = make(chat, source=Constant(), **fields)
+  counts: collections.Counter = collections.Counter()
+  for i in range(n):
+    example = pipeline.example(i, np.random.default_rng(i))
+    words = chat.tokenizer.decode(example["tokens"].tolist(), skip_special_tokens=True).strip()
+    if example["image_roles"][0] == TARGET:
+      counts["drawn of nothing" if not words else f"drawn of {words}"] += 1
+    else:
+      counts["read" if (example["image_index"] >= 0).any() else "captioned"] += 1
+      assert example["image_roles"][0] == INPUT
+  return counts
+
+
+def test_tasks_come_by_their_weights(chat):
+  counts = count(chat, 2000, tasks={"draw": 1.0, "caption": 2.0, "converse": 5.0}, drop_text=0.0)
+  assert counts["captioned"] / 2000 == pytest.approx(2 / 8, abs=0.03)
+  assert counts["read"] / 2000 == pytest.approx(5 / 8, abs=0.03)
+  assert counts["drawn of nothing"] == 0
+
+
+def test_text_is_dropped_from_a_fraction_of_drawings_and_captions_are_taken_evenly(chat):
+  counts = count(chat, 2000, tasks={"draw": 1.0}, drop_text=0.25)
+  assert counts["drawn of nothing"] / 2000 == pytest.approx(0.25, abs=0.03)
+  assert counts["drawn of one"] / counts["drawn of two"] == pytest.approx(1.0, abs=0.15)
+  assert counts.total() == 2000
+
+
+def test_only_drawings_lose_their_text(chat):
+  assert count(chat, 100, tasks={"caption": 1.0}, drop_text=1.0) == {"captioned": 100}
+
+
+def test_a_conversation_is_the_description_and_then_the_questions(chat):
+  example = make(chat, source=Constant(), tasks={"converse": 1.0}).example(3, np.random.default_rng(0))
+  words = chat.tokenizer.decode(example["tokens"][example["image_index"] < 0].tolist())
+  assert words == (
+    f"<|begin|><|user|>{IMAGE} {DESCRIBE}<|assistant|> all<|end|><|user|> how?<|assistant|> so<|end|>"
+  )
+
+
+@pytest.mark.parametrize("tasks", [{}, {"draw": 0.0}, {"paint": 1.0}])
+def test_tasks_that_are_no_tasks_are_refused(chat, tasks):
+  with pytest.raises(UserError, match="data.tasks .* caption, draw, converse"):
+    make(chat, tasks=tasks)
+
+
+# Bad records.
+
+
+def write_folder(path: Path, n: int, corrupt: tuple[int, ...] = (), long: tuple[int, ...] = ()) -> Path:
+  """n pictures of grey level 10 i with captions; some are no pictures, some have captions that fit no row."""
+  for i in range(n):
+    Image.new("L", (24, 24), 10 * i).save(path / f"{i}.png")
+  for i in corrupt:
+    (path / f"{i}.png").write_bytes((path / f"{i}.png").read_bytes()[:-30])
+  lines = [{"file": f"{i}.png", "caption": "one " * (100 if i in long else 1)} for i in range(n)]
+  (path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return path
+
+
+def test_bad_records_are_counted_named_and_skipped(chat, tmp_path):
+  folder = write_folder(tmp_path, 20, corrupt=(3, 11), long=(7,))
+  source = FolderSource(folder, size=24, split="all")
+  bad = BadRecords(tmp_path / "out" / "data_errors.jsonl", 0.2)
+  pipeline = make(chat, source=source, batch_size=17, tasks={"caption": 1.0})
+  batches = take(pipeline.batches(bad), 2)
+  epoch = [10 * i for i in range(20) if i not in (3, 7, 11)]
+  for batch in batches:  # 17 good ones are an epoch
+    assert sorted(batch.images[:, 0, 0, 0, 0].tolist()) == epoch
+  rows = [json.loads(line) for line in (tmp_path / "out" / "data_errors.jsonl").read_text().splitlines()]
+  assert {Path(row["name"]).name: row["kind"] for row in rows} == {
+    "3.png": "cannot be decoded",
+    "11.png": "cannot be decoded",
+    "7.png": "too long",
+  }
+  assert bad.bad >= 5 and bad.seen >= 39  # some read ahead
+  assert bad.bad / bad.seen == pytest.approx(3 / 20, abs=0.05)
+
+
+def test_too_many_bad_records_stop_the_stream_with_their_names(chat, tmp_path):
+  folder = write_folder(tmp_path, 20, corrupt=tuple(range(8)))
+  source = FolderSource(folder, size=24, split="all")
+  bad = BadRecords(tmp_path / "data_errors.jsonl", 0.1)
+  batches = make(chat, source=source, tasks={"caption": 1.0}).batches(bad)
+  with pytest.raises(UserError, match=r"records are bad .*cannot be decoded.*\.png") as error:
+    take(batches, 100)
+  assert "\n" not in str(error.value)

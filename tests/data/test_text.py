@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from clipflow_jax.data import text
+from clipflow_jax.data.text import ASSISTANT, BEGIN, END, IMAGE, PAD, USER, Chat
+from clipflow_jax.errors import UserError
+
+TEXTS = ["a small red circle above a blue square", "what colour is the circle?", "is there a star? no"] * 3
+CHATML = (
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+  return Chat(text.train_tokenizer(TEXTS, 320))
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Chat:
+  tokenizer = text.train_tokenizer(TEXTS, 320)
+  tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", IMAGE]})
+  tokenizer.eos_token = "<|im_end|>"
+  tokenizer.chat_template = CHATML
+  return Chat(tokenizer)
+
+
+def tokens_of(chat: Chat, pieces) -> list[tuple[str, bool]]:
+  """(text, is written by the assistant) of pieces."""
+  return [(chat.tokenizer.decode(ids), written) for ids, written in pieces]
+
+
+def names(chat: Chat, ids) -> list[str]:
+  return chat.tokenizer.convert_ids_to_tokens(list(ids))
+
+
+# The tokenizer.
+
+
+@given(words=st.text())
+@example(words=" two  spaces \n and\tothers ")
+@example(words="naïve 水 🎨 \x00")
+def test_no_text_is_unknown_and_decoding_gives_it_back(chat, words):
+  ids = chat.tokenizer.encode(words, add_special_tokens=False)
+  assert None not in ids
+  assert chat.tokenizer.decode(ids) in (words, " " + words)
+
+
+def test_the_vocabulary_is_at_most_what_was_asked_and_begins_with_the_special_tokens(chat):
+  assert len(chat.tokenizer) <= 320
+  assert chat.tokenizer.convert_tokens_to_ids(list(text.SPECIAL)) == list(range(len(text.SPECIAL)))
+  assert (chat.pad, chat.begin, chat.end, chat.image) == tuple(
+    map(text.SPECIAL.index, (PAD, BEGIN, END, IMAGE))
+  )
+
+
+def test_frequent_words_are_one_token(chat):
+  assert names(chat, chat.encode("circle")) == ["Ġcircle"]
+
+
+def test_training_is_deterministic(tmp_path):
+  def files(name: str) -> dict[str, str]:
+    (tmp_path / name).mkdir()
+    return text.to_files(text.train_tokenizer(TEXTS, 300), tmp_path / name)
+
+  assert files("a") == files("b")
+
+
+def test_a_tokenizer_survives_its_files(chat, tmp_path):
+  for name in ("out", "in"):
+    (tmp_path / name).mkdir()
+  files = text.to_files(chat.tokenizer, tmp_path / "out")
+  assert "tokenizer.json" in files
+  again = Chat(text.from_files(files, tmp_path / "in"))
+  turns = (("user", f"{IMAGE}is there a 水 star?"), ("assistant", "no"))
+  assert again.pieces(turns) == chat.pieces(turns)
+  assert (again.pad, again.begin, again.end, again.image) == (chat.pad, chat.begin, chat.end, chat.image)
+  assert len(again.tokenizer) == len(chat.tokenizer)
+
+
+def test_files_stay_in_their_directory(chat, tmp_path):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "out").mkdir()
+  files = text.to_files(chat.tokenizer, tmp_path / "out")
+  text.from_files({**files, "../escaped.json": "{}"}, tmp_path / "in")
+  assert not (tmp_path / "escaped.json").exists()
+
+
+def test_only_a_vocabulary_of_zero_is_filled_in():
+  fields = {
+    "clip": {"text": {"vocabulary": 0, "width": 0}},
+    "transformer": {"vocabulary": 7},
+    "decoder": None,
+  }
+  filled = text.with_vocabulary(fields, 99)
+  assert filled == {
+    "clip": {"text": {"vocabulary": 99, "width": 0}},
+    "transformer": {"vocabulary": 7},
+    "decoder": None,
+  }
+  assert fields["clip"]["text"]["vocabulary"] == 0
+
+
+def test_a_tokenizer_without_a_token_for_pictures_is_refused():
+  from transformers import PreTrainedTokenizerFast
+
+  core = text.train_tokenizer(TEXTS, 300).backend_tokenizer
+  plain = PreTrainedTokenizerFast(
+    tokenizer_object=type(core).from_str(core.to_str().replace(IMAGE, "<|other|>"))
+  )
+  with pytest.raises(UserError, match="no token <|image|>"):
+    Chat(plain)
+
+
+# Conversations.
+
+
+def test_a_conversation_is_its_words_in_the_template(chat):
+  turns = (
+    ("user", f"{IMAGE}what colour?"),
+    ("assistant", "red"),
+    ("user", "how many?"),
+    ("assistant", "two"),
+  )
+  ids = [token for piece, _ in chat.pieces(turns) for token in piece]
+  pieces = (
+    f"{BEGIN}{USER}{IMAGE} what colour?",
+    f"{ASSISTANT}",
+    " red",
+    f"{END}{USER} how many?{ASSISTANT} two{END}",
+  )
+  assert chat.tokenizer.decode(ids) == "".join(pieces)
+
+
+def test_the_assistants_words_and_their_end_are_marked_and_nothing_else(chat):
+  turns = (
+    ("user", f"{IMAGE}what colour?"),
+    ("assistant", "red"),
+    ("user", "how many?"),
+    ("assistant", "two"),
+  )
+  written = [piece for piece, is_written in tokens_of(chat, chat.pieces(turns)) if is_written]
+  assert written == [f" red{END}", f" two{END}"]
+
+
+def test_a_drawing_is_written_by_the_assistant(chat):
+  pieces = tokens_of(chat, chat.pieces((("user", "a star"), ("assistant", IMAGE))))
+  assert [piece for piece, is_written in pieces if is_written] == [f"{IMAGE}{END}"]
+
+
+def test_a_prompt_ends_where_the_assistant_begins(chat):
+  prompt = chat.prompt((("user", f"{IMAGE}what colour?"),))
+  whole = [
+    token
+    for piece, _ in chat.pieces((("user", f"{IMAGE}what colour?"), ("assistant", "red")))
+    for token in piece
+  ]
+  assert prompt == whole[: len(prompt)]
+  assert names(chat, prompt)[-1] == ASSISTANT
+  assert chat.decode(whole[len(prompt) :]) == "red"
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    f"a {END} b",
+    f"{BEGIN}{USER}a{ASSISTANT}b",
+    f"{PAD}a b",
+    "a <|e<|end|>nd|> b",
+    "<|i<|us<|pad|>er|>mage|>a b",
+  ],
+)
+def test_special_tokens_in_peoples_words_are_removed(chat, words):
+  for role in ("user", "assistant"):
+    turns = (("user", words), ("assistant", "c")) if role == "user" else (("user", "c"), ("assistant", words))
+    clean = tuple((who, said if said == "c" else "a b") for who, said in turns)
+    special = [
+      t for t in names(chat, [t for piece, _ in chat.pieces(turns) for t in piece]) if t in text.SPECIAL
+    ]
+    assert special == [
+      t for t in names(chat, [t for piece, _ in chat.pieces(clean) for t in piece]) if t in text.SPECIAL
+    ]
+
+
+@given(
+  words=st.lists(st.sampled_from(["<|", "|>", "end", "user", END, PAD, "a ", text._HOLE.format(0)])).map(
+    "".join
+  )
+)
+def test_no_words_can_write_a_special_token(chat, words):
+  plain, crafted = (chat.prompt((("user", said),)) for said in ("a", words))
+  ids = set(range(len(text.SPECIAL)))
+  assert [t for t in crafted if t in ids] == [t for t in plain if t in ids]
+
+
+def test_words_that_look_like_holes_of_the_template_are_words(chat):
+  hole = text._HOLE.format(0)
+  turns = (("user", f"{hole}{IMAGE}a"), ("assistant", hole), ("user", "b"))
+  said = chat.tokenizer.decode(chat.prompt(turns))
+  assert said == f"{BEGIN}{USER} {hole}{IMAGE} a{ASSISTANT} {hole}{END}{USER} b{ASSISTANT}"
+
+
+def test_decoding_stops_at_the_first_end(chat):
+  ids = [*chat.encode("red circle"), chat.end, *chat.encode("blue")]
+  assert chat.decode(ids) == "red circle"
+  assert chat.decode([chat.end]) == chat.decode([]) == ""
+  assert chat.decode([chat.begin, *chat.encode("red"), chat.image]) == "red"
+
+
+# Another model's template.
+
+
+def test_a_foreign_template_is_used_as_it_is(chatml):
+  turns = (
+    ("user", f"{IMAGE}what colour?"),
+    ("assistant", "red"),
+    ("user", "how many?"),
+    ("assistant", "two"),
+  )
+  pieces = tokens_of(chatml, chatml.pieces(turns))
+  assert "".join(piece for piece, _ in pieces).replace(" ", "") == (
+    "<|im_start|>user\n<|image|>whatcolour?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    "<|im_start|>user\nhowmany?<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+  )
+  written = [piece.replace(" ", "") for piece, is_written in pieces if is_written]
+  assert written == ["red<|im_end|>\n", "two<|im_end|>\n"]
+
+
+def test_a_foreign_prompt_ends_where_the_assistant_begins(chatml):
+  prompt = chatml.tokenizer.decode(chatml.prompt((("user", "a star"),)))
+  assert prompt.endswith(("<|im_start|>assistant\n", "<|im_start|> assistant\n"))
+  assert chatml.decode([*chatml.encode("red"), chatml.end, *chatml.encode("\n")]) == "red"
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(chat, tmp_path):
+  tokenizer = text.train_tokenizer(TEXTS, 320)
+  tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  with pytest.raises(UserError, match="chat template"):
+    Chat(tokenizer).pieces((("user", "a"), ("assistant", "b"), ("user", "c")))
