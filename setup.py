@@ -15,6 +15,7 @@ BASE = [
   "pillow>=12,<14",
   "transformers>=5.0,<6",
   "tokenizers>=0.22,<1",
+  "jinja2>=3.1,<4",
   # Weights in and out.
   "safetensors>=0.7,<1",
   "huggingface_hub>=1.0,<3",

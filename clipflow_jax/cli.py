@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from clipflow_jax.errors import UserError
 
@@ -41,8 +41,15 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, without the usage."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="clipflow", description="CLIP-Flow: one model that understands and draws images.")
+  parser = _Parser(prog="clipflow", description="CLIP-Flow: one model that understands and draws images.")
   commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
   def command(run: Callable, summary: str, example: str, *, config: str | None = None) -> argparse.ArgumentParser:
@@ -162,21 +169,26 @@ def _draw(options: argparse.Namespace) -> None:
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
   model = _load(options.workdir)
   pictures = model.draw(prompts, steps=options.steps, guidance=options.guidance, seed=options.seed)
-  show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
+  sheet = show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts])
+  try:
+    sheet.save(options.output)
+  except (OSError, ValueError) as error:  # a folder that is not there; an ending that is no picture's
+    raise UserError(f"cannot write {options.output}: {error}") from error
   print(f"drew {len(pictures)} picture(s) into {options.output}")
 
 
 def _chat(options: argparse.Namespace) -> None:
-  from PIL import Image, UnidentifiedImageError
+  from clipflow_jax.data import images
+  from clipflow_jax.data.example import BadRecord
 
+  model = _load(options.workdir)
   messages: list[dict] = []
   first: list[dict] = []
   if options.image:
     try:
-      first = [{"type": "image", "image": Image.open(options.image)}]
-    except (OSError, UnidentifiedImageError) as error:
-      raise UserError(f"cannot read the picture {options.image}: {error}") from error
-  model = _load(options.workdir)
+      first = [{"type": "image", "image": images.decode(options.image, model.image_size)}]
+    except BadRecord as error:
+      raise UserError(f"cannot read the picture {error}") from error
   while True:
     try:
       words = options.message or input("> ")
@@ -308,7 +320,7 @@ def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> None:
   metrics = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install, **metrics}
   shown = bars.QUICKSTART if shapes else ()
   metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
-  report.print_table(metrics, shown)
+  print(bars.table(metrics, shown))
   print(f"report: {workdir / 'report' / 'index.html'}")
 
 

@@ -81,6 +81,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       data=dict(
         source=dict(kind="shapes", size=60, counts=(0.46, 0.44, 0.06, 0.04), questions=0),
         tasks=dict(),
+        row=(),
         length=64,
         images_per_row=1,
         batch_size=64,

@@ -29,7 +29,7 @@ def decode(source: bytes | Path, size: int, *, fit: str = "crop", name: str | No
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise BadRecord(name, f"too large: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
-      rgb = _to_rgb(ImageOps.exif_transpose(image))
+      return square(image, size, fit=fit)
   except BadRecord:
     raise
   except Image.DecompressionBombError as error:
@@ -38,7 +38,11 @@ def decode(source: bytes | Path, size: int, *, fit: str = "crop", name: str | No
     raise BadRecord(name, f"not a picture: none of {', '.join(FORMATS)}") from error
   except Exception as error:  # on damaged files Pillow's readers raise nearly anything
     raise BadRecord(name, f"cannot be decoded: {error or type(error).__name__}") from error
-  return np.asarray(FITS[fit](rgb, size))
+
+
+def square(image: Image.Image, size: int, *, fit: str = "crop") -> np.ndarray:
+  """An open picture as `decode` makes it, u8[size,size,3]."""
+  return np.asarray(FITS[fit](_to_rgb(ImageOps.exif_transpose(image)), size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -24,8 +24,9 @@ DESCRIBE = "describe the picture."
 
 
 def converse(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
-  """The picture's description, then its questions."""
-  return sequence.read(example.image, ((DESCRIBE, example.description), *example.questions))
+  """The picture's description and its questions in any order: each must at times be answered from the picture alone."""
+  exchanges = ((DESCRIBE, example.description), *example.questions)
+  return sequence.read(example.image, tuple(exchanges[i] for i in rng.permutation(len(exchanges))))
 
 
 def draw(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
@@ -48,30 +49,34 @@ TASKS: dict[str, Callable[[Example, np.random.Generator, float], Conversation]] 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """tasks: name -> weight, of TASKS; each example is put to one of them. bins: rows that packing fills at a time."""
+  """How examples become rows.
+
+  tasks: name -> weight, of TASKS; each example is put to one of them, and Grain packs them, `bins` rows at a time.
+  row: instead, names of TASKS in order: every row holds one example of each, as far as they fit. Each row then has the
+    same mixture and the same number of targets, so that no noisy block is computed in vain.
+  """
 
   source: Any
   chat: Chat
   layout: Layout
   batch_size: int
   tasks: dict[str, float]
+  row: tuple[str, ...] = ()
   drop_text: float = 0.1
   seed: int = 0
   bins: int = 1
   threads: int = 2
 
   def __post_init__(self):
-    unknown = set(self.tasks) - set(TASKS)
-    if unknown or not sum(self.tasks.values()) > 0:
+    unknown = (set(self.tasks) | set(self.row)) - set(TASKS)
+    if unknown or not (self.row or sum(self.tasks.values()) > 0):
       raise UserError(
-        f"data.tasks {dict(self.tasks)} must give a weight to some of {', '.join(TASKS)}, and no other"
+        f"data.tasks {dict(self.tasks)} must give a weight to some of {', '.join(TASKS)}, or data.row name some; no other"
       )
 
-  def example(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Record i under a random task -> the arrays of one example. Raises BadRecord."""
+  def example(self, i: int, task: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Record i put to a task -> the arrays of one example. Raises BadRecord."""
     record = self.source[i]
-    names, weights = zip(*sorted(self.tasks.items()), strict=True)
-    task = names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
     try:
       return sequence.encode(TASKS[task](record, rng, self.drop_text), self.chat, self.layout)
     except UserError as error:
@@ -79,18 +84,30 @@ class Pipeline:
 
   def batches(self, bad: BadRecords) -> grain.DatasetIterator:
     """An endless iterator of Batches (numpy). Its get_state() and set_state() resume it anywhere. Bad records go to `bad`."""
-    rows = grain.MapDataset.range(len(self.source)).shuffle(seed=self.seed).repeat()
-    rows = rows.seed(self.seed).random_map(bad.guard(self.example))
-    stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=64))
-    if self.layout.images == 1:  # a picture fills the row: there is nothing to pack
-      finished = stream.map(lambda example: sequence.pad(example, self.layout))
+    example = bad.guard(self.example)
+    records = grain.MapDataset.range(len(self.source)).shuffle(seed=self.seed).repeat().seed(self.seed)
+    options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=64)
+
+    def at_random(i, rng):
+      names, weights = zip(*sorted(self.tasks.items()), strict=True)
+      return example(i, names[rng.choice(len(names), p=np.array(weights) / sum(weights))], rng)
+
+    def in_order(indices, rng):
+      found = [e for i, task in zip(indices, self.row, strict=True) if (e := example(i, task, rng))]
+      return sequence.pack(found, self.layout) if found else None
+
+    if self.row:
+      rows = records.batch(len(self.row)).random_map(in_order).to_iter_dataset(options)
+    elif self.layout.images == 1:  # a picture fills the row: there is nothing to pack
+      stream = records.random_map(at_random).to_iter_dataset(options)
+      rows = stream.map(lambda one: sequence.pack([one], self.layout))
     else:
       packed = grain.experimental.FirstFitPackIterDataset(
-        stream,
+        records.random_map(at_random).to_iter_dataset(options),
         length_struct=sequence.lengths(self.layout),
         num_packing_bins=self.bins,
         seed=self.seed,
         shuffle_bins=False,
       )
-      finished = packed.map(lambda row: sequence.finish(row, self.layout))
-    return iter(finished.batch(self.batch_size, batch_fn=sequence.stack))
+      rows = packed.map(lambda row: sequence.finish(row, self.layout))
+    return iter(rows.batch(self.batch_size, batch_fn=sequence.stack))

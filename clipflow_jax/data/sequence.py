@@ -149,14 +149,22 @@ def finish(row: dict[str, np.ndarray], layout: Layout) -> Batch:
   )
 
 
-def pad(example: dict[str, np.ndarray], layout: Layout) -> Batch:
-  """One example alone in its row: what inference sends through the model."""
+def pack(examples: list[dict[str, np.ndarray]], layout: Layout) -> Batch:
+  """One row of the examples in their order, leaving out those for which no room is left."""
   room = lengths(layout)
-  row = {name: np.zeros((room[name], *value.shape[1:]), value.dtype) for name, value in example.items()}
-  for name, value in example.items():
-    row[name][: len(value)] = value
-  for name in ("tokens", "images"):
-    row[f"{name}_segment_ids"] = (np.arange(room[name]) < len(example[name])).astype(np.int32)
+  row = {name: np.zeros((room[name], *value.shape[1:]), value.dtype) for name, value in examples[0].items()}
+  used, number = dict.fromkeys(room, 0), 0
+  row |= {f"{name}_segment_ids": np.zeros(room[name], np.int32) for name in ("tokens", "images")}
+  for example in examples:
+    if any(used[name] + len(value) > room[name] for name, value in example.items()):
+      continue
+    number += 1
+    for name, value in example.items():
+      place = slice(used[name], used[name] + len(value))
+      row[name][place] = value
+      if f"{name}_segment_ids" in row:
+        row[f"{name}_segment_ids"][place] = number
+      used[name] = place.stop
   return finish(row, layout)
 
 

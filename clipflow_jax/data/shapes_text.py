@@ -64,18 +64,20 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
   Of three and more different objects no size or place is said: captions stay within some 24 words.
   """
   few = len(scene.objects) <= 2
-  if few and rng.random() < 0.4:
+  style = rng.random()
+  if few and style < 0.3:
     return describe(scene)
-  background = scene.background if rng.random() < 0.25 else None
+  plain = style > 0.7  # colours and shapes alone
+  background = scene.background if not plain and rng.random() < 0.4 else None
   things = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
   if _identical(things):
-    size = len({thing.size for thing in things}) == 1 and rng.random() < 0.5
+    size = not plain and len({thing.size for thing in things}) == 1 and rng.random() < 0.5
     return _write([_mention(thing, size=size) for thing in things], background=background)
   if len(things) == 2 and rng.random() < 0.5:
     relation = pick(rng, [name for name in RELATIONS if related(things[0], name, things[1])])
     return _write([_mention(thing) for thing in things], relation, background)
-  place = few and rng.random() < 0.25
-  return _write([_mention(thing, size=few and rng.random() < 0.5, place=place) for thing in things], None, background)
+  size, place = (few and not plain and rng.random() < 0.5 for _ in range(2))
+  return _write([_mention(thing, size=size, place=place) for thing in things], None, background)
 
 
 def _identical(things: Sequence[Object]) -> bool:

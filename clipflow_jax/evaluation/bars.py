@@ -55,3 +55,16 @@ def standings(metrics: Mapping[str, Any], bars: tuple[Bar, ...] = QUICKSTART) ->
     Standing(bar, metrics.get(bar.metric), bar.limit * (metrics.get(bar.times, 0.0) if bar.times else 1))
     for bar in bars
   ]
+
+
+def table(metrics: Mapping[str, Any], bars: tuple[Bar, ...] = QUICKSTART) -> str:
+  """What was measured beside its bar as text; without bars, every number."""
+  if not bars:
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return "\n".join(f"{name:<28} {value:10.4g}" for name, value in numbers.items())
+  lines = []
+  for standing in standings(metrics, bars):
+    bar, value = standing.bar, "not measured" if standing.value is None else f"{standing.value:.4g}"
+    mark = {True: "reached", False: "missed", None: ""}[standing.reached]
+    lines.append(f"{bar.text:<52} {value:>12}  {bar.sense} {standing.limit:<8.4g} {mark}")
+  return "\n".join(lines)

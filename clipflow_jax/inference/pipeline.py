@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
+from clipflow_jax.data.images import square
 from clipflow_jax.data.pipeline import DESCRIBE
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
@@ -22,7 +23,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, text
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.models.clipflow import ClipFlow as Model
-from clipflow_jax.training import checkpoint
+from clipflow_jax.training import checkpoint, stages
 from clipflow_jax.training.state import Params, merge
 
 Message = dict[str, Any]  # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
@@ -43,8 +44,8 @@ class ClipFlow:
 
   @classmethod
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64) -> ClipFlow:
-    """From a workdir, its checkpoints folder or one step's folder: averaged parameters where the run kept an average."""
-    read = checkpoint.load(path, ("ema", "trained", "frozen"))
+    """From a workdir (its last stage), a checkpoints folder or one step's folder: averaged parameters where it kept them."""
+    read = checkpoint.load(stages.newest(path), ("ema", "trained", "frozen"))
     state = read.state
     params = merge(state["ema"] or state["trained"], state["frozen"] or {})
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,12 +68,17 @@ class ClipFlow:
     self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0
   ) -> np.ndarray:
     """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read."""
-    self._need("transformer", "draw")
+    self._need("flow expert", "draw")
     given = {"steps": steps, "guidance": guidance}
     sampling = Sampling(**self.config.sampling.to_dict())
     sampling = dataclasses.replace(sampling, **{k: v for k, v in given.items() if v is not None})
-    empty = self._rows([self._drawn("")])
-    rows = self._rows([self._drawn(prompt) for prompt in prompts])
+    if sampling.guide == "early" and sampling.guidance != 1.0:
+      self._need("early head", "be guided by it")
+    if not prompts:
+      raise UserError("nothing to draw: there are no prompts")
+    # Together, so that they are of one length.
+    both = self._rows([self._drawn(prompt) for prompt in (*prompts, "")])
+    rows, empty = jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
 
     def run(params, rows, keys, empty):
       empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (keys.shape[0], *x.shape[1:])), empty)
@@ -82,7 +88,7 @@ class ClipFlow:
 
   def decode(self, features: np.ndarray, seed: int = 0) -> np.ndarray:
     """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""
-    self._need("pixel_decoder", "decode")
+    self._need("pixel decoder", "decode")
 
     def run(params, features, keys):
       return image.decode(self.model, params, features, keys)
@@ -136,9 +142,11 @@ class ClipFlow:
 
   def embed_text(self, texts: Sequence[str]) -> np.ndarray:
     """CLIP embeddings f32[N,E] at unit norm."""
+    if not texts:
+      raise UserError("nothing to embed: there are no texts")
     blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid)
-    rows = sequence.stack([sequence.pad(sequence.encode(sequence.words(t, blank), self.tokenizer, layout), layout) for t in texts])
+    rows = sequence.stack([sequence.pack([sequence.encode(sequence.words(t, blank), self.tokenizer, layout)], layout) for t in texts])
 
     def run(params, tokens, mask):
       return self.model.apply({"params": params}, tokens, mask, method=lambda m, *a: m.clip_model.embed_text(*a))
@@ -153,6 +161,8 @@ class ClipFlow:
 
   def _write(self, conversations: Sequence[Conversation], new: int = 64) -> list[str]:
     self._need("transformer", "write")
+    if not conversations:
+      raise UserError("nothing to read: there are no pictures")
     rows = self._rows(conversations, prompt=True)
 
     def run(params, rows):
@@ -167,12 +177,12 @@ class ClipFlow:
   def _rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
     """The conversations as rows, at the shortest of a few lengths that holds them all."""
     limit = self.config.get("max_length", 512)
-    pictures = max((len(c.roles) for c in conversations), default=0)
+    pictures = max(len(c.roles) for c in conversations)
     layout = Layout(limit, pictures, self.model.grid)
     examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
-    longest = max((len(e["tokens"]) for e in examples), default=1)
+    longest = max(len(e["tokens"]) for e in examples)
     layout = dataclasses.replace(layout, length=min(limit, -(-longest // 16) * 16))
-    return sequence.stack([sequence.pad(example, layout) for example in examples])
+    return sequence.stack([sequence.pack([example], layout) for example in examples])
 
   def _keys(self, n: int, seed: int) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(n))
@@ -189,10 +199,17 @@ class ClipFlow:
 
     if not isinstance(picture, Image.Image):
       picture = Image.fromarray(np.asarray(picture))
-    return np.asarray(picture.convert("RGB").resize((self.image_size, self.image_size), Image.Resampling.LANCZOS))
+    return square(picture, self.image_size)
 
   def _need(self, part: str, verb: str) -> None:
-    if not getattr(self.model, part):
+    transformer = self.model.transformer or {}
+    parts = {
+      "transformer": transformer,
+      "flow expert": transformer.get("flow_width"),
+      "early head": transformer.get("early_layer"),
+      "pixel decoder": self.model.pixel_decoder,
+    }
+    if not parts[part]:
       raise UserError(f"this checkpoint has no {part}, so it cannot {verb}; train a stage that has one")
 
   def _batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:

@@ -50,7 +50,7 @@ class VisionTower(nn.Module):
     x = Linear(self.width, True, dtype=self.dtype, name="patches")(
       to_patches(to_unit(images), self.patch_size)
     )
-    init = nn.initializers.normal(0.02)
+    init = nn.initializers.normal(0.1)
     x = x + self.param("place_positions", init, (self.tokens, self.width), jnp.float32)
     encoder = Encoder(self.layers, self.heads, self.mlp, self.norm_eps, self.dtype, name="encoder")
     tokens, features = encoder(x.astype(self.dtype), None, self._layer_weights() if with_features else None)

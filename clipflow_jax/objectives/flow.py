@@ -20,24 +20,30 @@ def losses(
   *,
   levels: int,
   early: float,
+  targets: int = 0,
 ) -> dict[str, jax.Array]:
   """Sums over target pictures of the MSE on the velocity, in float32 whatever the network predicts.
 
   features f32[B,N,T,C], keys key[B] (noise is a function of the row's key alone), levels: noise levels per
   picture, early: weight of the early head's loss within "flow" (0: none). The sums count each picture once:
   levels are averaged. Sums named flow_low and flow_high tell the two halves of the time law apart.
+  targets: noise only the first so many targets of a row, so that pictures that are only read cost nothing here
+  (0: all of a row's pictures). `count` says how many pictures that makes.
   """
-  _, n, tokens, channels = features.shape
+  chosen, is_target = _choose(batch, targets)
+  b, n = chosen.shape
+  tokens, channels = features.shape[2:]
   m = n * levels
-  x = jnp.repeat(features, levels, axis=1)
+
+  def per_level(x):
+    return jnp.repeat(jnp.take_along_axis(x, chosen.reshape(b, n, *[1] * (x.ndim - 2)), axis=1), levels, axis=1)
+
+  x = per_level(features)
   noise_keys, time_keys = jnp.unstack(jax.vmap(lambda key: jax.random.split(key, 2))(keys), axis=1)
   noise = jax.vmap(lambda key: jax.random.normal(key, (m, tokens, channels)))(noise_keys)
   t = jax.vmap(lambda key: path.sample_times(key, (m,), model.alpha))(time_keys)
-  place = Place(
-    *(jnp.repeat(a, levels, axis=1) for a in (batch.image_segments, batch.image_order, batch.image_positions))
-  )
-  # A picture that is no target is of segment 0: its block sees nothing, and its loss counts nothing.
-  is_target = jnp.repeat((batch.image_roles & TARGET) > 0, levels, axis=1)
+  place = Place(*map(per_level, (batch.image_segments, batch.image_order, batch.image_positions)))
+  is_target = jnp.repeat(is_target, levels, axis=1)
   full, first = model.predict(path.interpolate(x, noise, t), t, context, place)
   truth = noise - x
   if model.prediction == "x":  # the network's velocity is capped at MIN_T: so must the truth be
@@ -57,3 +63,15 @@ def losses(
     sums["flow_early"] = mse(first).sum()
     sums["flow"] += early * sums["flow_early"]
   return sums
+
+
+def count(batch: Batch, targets: int) -> jax.Array:
+  """How many pictures `losses` sums over."""
+  return _choose(batch, targets)[1].sum()
+
+
+def _choose(batch: Batch, targets: int) -> tuple[jax.Array, jax.Array]:
+  """(which pictures of each row i32[B,n], whether each is a target bool[B,n]), targets first."""
+  is_target = (batch.image_roles & TARGET) > 0
+  chosen = jnp.argsort(~is_target, axis=1, stable=True)[:, : targets or None]
+  return chosen, jnp.take_along_axis(is_target, chosen, axis=1)

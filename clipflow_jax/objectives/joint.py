@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from clipflow_jax.batch import TARGET, Batch
+from clipflow_jax.batch import Batch
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives import contrastive, flow, language, pixels
 
@@ -21,6 +21,7 @@ class Objective:
   weights: dict[str, float]
   levels: int = 1
   early: float = 0.0
+  targets: int = 0
   decoder_noise: float = 0.5
   decoder_edges: float = 10.0
   stop_text: bool = False  # the text expert is frozen: its keys and values carry no gradient
@@ -37,7 +38,7 @@ class Objective:
     rows = jnp.float32(batch.tokens.shape[0])
     words = language.weight(batch.segments, batch.loss_weights)
     counts = {"contrastive": rows, "caption": words, "readout": rows, "language": words}
-    counts["flow"] = ((batch.image_roles & TARGET) > 0).sum()
+    counts["flow"] = flow.count(batch, self.targets)
     counts["pixels"] = (batch.image_roles > 0).sum()
     return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in counts.items()}
 
@@ -58,7 +59,8 @@ class Objective:
         sums |= {"language": loss, "language_accuracy": right}
       if "flow" in on:
         context = jax.lax.stop_gradient(context) if self.stop_text else context
-        sums |= flow.losses(model, batch, features, context, keys, levels=self.levels, early=self.early)
+        settings = dict(levels=self.levels, early=self.early, targets=self.targets)
+        sums |= flow.losses(model, batch, features, context, keys, **settings)
     if "pixels" in on:
       flat = batch.images.reshape(-1, *batch.images.shape[2:])
       each = jnp.repeat(keys, batch.images.shape[1])

@@ -148,7 +148,7 @@ def _newest_readable(
   folders: list[epath.Path], read: Callable[[epath.Path], Restored]
 ) -> tuple[Restored, list[epath.Path]]:
   """The first of `folders` that can be read, and the damaged ones before it. UserError when there is none."""
-  damaged: list[epath.Path] = []
+  damaged: dict[epath.Path, str] = {}
   reason = ""
   for folder in folders:
     restored, reason = None, "another process could not read it"
@@ -160,9 +160,10 @@ def _newest_readable(
       reason = _reason(error)
     if _everywhere(restored is not None):
       assert restored is not None
-      return restored, damaged
-    log.warning("checkpoint %s is damaged and passed over: %s", folder, reason)
-    damaged.append(folder)
+      for passed, why in damaged.items():
+        log.warning("checkpoint %s is damaged and passed over: %s", passed, why)
+      return restored, list(damaged)
+    damaged[folder] = reason
   raise UserError(
     f"no readable checkpoint: {', '.join(map(str, damaged))} cannot be read ({reason}); "
     "restore the files from a copy, or start in another workdir"
@@ -222,10 +223,13 @@ def _saved_tree(folder: epath.Path) -> dict[str, Any]:
 
 
 def _check_files(state: epath.Path) -> None:
-  """Raises ValueError when a data file is missing or too short for the store's index. No array is read.
+  """Raises ValueError when a file that Orbax reads beside others is damaged, as far as no array need be read.
 
   Orbax would fail on it too, but abandon the reads of all other arrays, and Python prints each of them.
   """
+  for description in (state / "array_metadatas").glob("*"):
+    json.loads(description.read_text())
+  # The data files: none may be missing, or shorter than the index of the OCDBT store says.
   store = ts.KvStore.open(f"{state.as_uri()}/").result()
   nodes = [ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]]
   sizes: dict[str, int] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(fresh), shardings
   )
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), _sigterm() as stop:
     restored = checkpoints.restore(target)
     if restored:
       now = restored.state
@@ -112,14 +114,14 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     writer = Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)
     meter = Meter()
     saved = begin
-    stop = _on_sigterm()
     for number in range(begin + 1, config.steps + 1):
       with throughput.waiting():
         batch = jax.device_put(next(batches), batch_sharding)
       now, metrics = compiled(now, batch)
       meter.update(metrics)
       throughput.step()
-      last = number == config.steps or stop()
+      stopping = stop()  # asked once a step: a signal that comes while this one is sampled is for the next
+      last = number == config.steps or stopping
       if number % config.log_every == 0 or last:
         means = meter.compute()
         _check(means, number, config)
@@ -130,14 +132,14 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
         sample(model, config, now.averaged, chat, number, writer)
         throughput.start()
-      if stop():
+      if stopping:
         break
     checkpoints.close()
     writer.close()
     if bad.bad:
       log.warning("%s", bad.summary())
-    if stop() and saved < config.steps:
-      log.info("stopped by SIGTERM at step %d; the same command resumes", saved)
+    if stop():
+      log.info("stopped by SIGTERM at step %d; the same command goes on", saved)
       raise SystemExit(0)
   return now
 
@@ -146,16 +148,17 @@ def measure_features(model: ClipFlow, now: TrainState, pipeline: Pipeline, pictu
   """The state with mean and deviation per (token, channel) of the tower's features over about `pictures` training pictures."""
 
   @jax.jit
-  def moments(params, images):
+  def moments(params, images, roles):
     raw = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="see").features
+    raw = jnp.where(roles.reshape(-1, 1, 1) > 0, raw, 0.0)  # a packed row may have room for more pictures
     return jnp.stack([raw.sum(0), jnp.square(raw).sum(0)])
 
   batches = pipeline.batches(BadRecords(None, 1.0))
   total, count = 0.0, 0
   while count < pictures:
-    images = next(batches).images
-    total = total + moments(now.averaged, images)
-    count += images.shape[0] * images.shape[1]
+    batch = next(batches)
+    total = total + moments(now.averaged, batch.images, batch.image_roles)
+    count += int((batch.image_roles > 0).sum())
   mean = total[0] / count
   std = jnp.sqrt(jnp.maximum(total[1] / count - jnp.square(mean), 1e-4))
   flat = state.flatten(now.frozen)
@@ -230,11 +233,15 @@ def _check(means: dict[str, float], number: int, config: ConfigDict) -> None:
     )
 
 
-def _on_sigterm() -> Callable[[], bool]:
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
   """Whether SIGTERM has come; the handler only remembers it, the loop acts between steps."""
   seen: list[int] = []
+  if threading.current_thread() is not threading.main_thread():  # the caller owns signals
+    yield lambda: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
   try:
-    signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
-  except ValueError:  # not the main thread: the caller owns signals
-    pass
-  return lambda: bool(seen)
+    yield lambda: bool(seen)
+  finally:
+    signal.signal(signal.SIGTERM, before)

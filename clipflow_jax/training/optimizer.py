@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import jax
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -65,7 +66,9 @@ class Optimizer:
       raise UserError(f"optimizer {self.name!r} is unknown; choose muon or adamw")
     tree = nest({path: scale for path, scale in scales.items() if scale})
     scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda update, scale: update * scale, updates, tree))
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled), self.patience)
+    # Never accepted, however many: after `patience` the loop stops instead.
+    chain = optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled)
+    return optax.apply_if_finite(chain, np.iinfo(np.int32).max)
 
 
 def muon_dimensions(params: Params) -> Params:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import sharding
 
 Params = dict[str, Any]
@@ -53,9 +54,12 @@ def merge(a: Params, b: Params) -> Params:
 
 
 def multipliers(params: Params, table: tuple[tuple[str, float], ...]) -> dict[str, float]:
-  """{path: learning-rate multiplier} by a table of (regex, multiplier), each parameter matched by exactly one row."""
+  """{path: learning-rate multiplier} by a table of (regex, multiplier). UserError unless one row matches each parameter."""
   patterns = [pattern for pattern, _ in table]
-  return {path: table[sharding.match_once(path, patterns, "train table")][1] for path in flatten(params)}
+  try:
+    return {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}
+  except ValueError as error:
+    raise UserError(str(error)) from error
 
 
 def split(params: Params, scales: dict[str, float]) -> tuple[Params, Params]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.training.state import TrainState, merge
@@ -42,6 +43,8 @@ def make(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     rows = batch.tokens.shape[0]
+    if rows % accumulate:
+      raise UserError(f"data.batch_size {rows} cannot be cut into {accumulate} equal parts; change it or accumulate")
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows)
     counts = objective.counts(batch)
     if accumulate == 1:

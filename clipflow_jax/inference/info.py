@@ -1,0 +1,156 @@
+"""What a config would train and what a workdir holds, in words and tables."""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.data.text import with_vocabulary
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.training import checkpoint, stages, state
+
+VOCABULARY = 512  # stands for one that only the tokenizer will tell
+WIDTH = 100
+
+
+def describe_config(config: ConfigDict) -> str:
+  """The stages of a config, and for each part of the model how many parameters it trains. Nothing is allocated.
+
+  Raises UserError when the config describes no stage, or its train table does not fit its model.
+  """
+  every = [config.stages[name] for name in config.order] if "order" in config else [config]
+  if not every or not all("model" in stage for stage in every):
+    raise UserError("the config has neither a model nor stages that have one; see configs/ for examples")
+  plan = [
+    (
+      stage.name,
+      str(stage.steps),
+      f"{stage.data.batch_size} x {stage.data.length} words, {stage.data.images_per_row} pictures",
+      ", ".join(f"{name} {weight:g}" for name, weight in stage.objective.weights.items() if weight),
+    )
+    for stage in every
+  ]
+  parameters = {stage.name: _parameters(stage) for stage in every}
+  parts = list(dict.fromkeys(part for of_stage in parameters.values() for part in of_stage))
+  counts = [(part, *(_share(parameters[stage.name].get(part)) for stage in every)) for part in parts]
+  totals = [tuple(map(sum, zip(*parameters[stage.name].values(), strict=True))) for stage in every]
+  text = _table(("stage", "steps", "batch", "objective"), plan)
+  text += "\nMillions of parameters, trained / all:\n"
+  text += _table(("part", *parameters), [*counts, ("total", *map(_share, totals))])
+  if any(_has_open_vocabulary(stage.model.to_dict()) for stage in every):
+    text += (
+      f"\nThe vocabulary is open until a tokenizer is trained or taken over; {VOCABULARY} words are counted.\n"
+    )
+  return text
+
+
+def describe_workdir(path: Path | str) -> str:
+  """What a run has left in its workdir: checkpoints, last metrics, samples, report. Reads no arrays.
+
+  Raises UserError when there is no run.
+  """
+  path = Path(path)
+  order = path / stages.ORDER
+  names = json.loads(order.read_text()) if order.exists() else [""]
+  if names == [""] and not any((path / left).exists() for left in ("checkpoints", "metrics.jsonl", "report")):
+    raise UserError(f"{path} holds no run: give the workdir of clipflow train or clipflow quickstart")
+  rows = [row for name in names for row in _stage_rows(path / name, name)]
+  report = path / "report" / "metrics.json"
+  text = f"{path}\n" + _table((), rows)
+  if report.exists():
+    metrics = json.loads(report.read_text())
+    shown = [(name, _number(value)) for name, value in metrics.items() if not isinstance(value, dict)]
+    text += f"\n{report.with_name('index.html')}\n" + _table((), shown)
+  return text
+
+
+def _parameters(stage: ConfigDict) -> dict[str, tuple[int, int]]:
+  """{top-level module: (trained, all)} in numbers of parameters."""
+  model = ClipFlow(**with_vocabulary(stage.model.to_dict(), VOCABULARY))
+  side = stage.model.clip.vision.image_size
+
+  def init():
+    # Parameters depend on neither the length of a row nor its pictures.
+    fields = dict(tokens=(8,), segments=(8,), order=(8,), positions=(8, 3), image_index=(8,))
+    fields |= dict.fromkeys(("image_roles", "image_segments", "image_order", "image_positions"), (1,))
+    batch = Batch(
+      **{name: jnp.zeros((1, *shape), jnp.int32) for name, shape in fields.items()},
+      loss_weights=jnp.zeros((1, 8)),
+      images=jnp.zeros((1, 1, side, side, 3), jnp.uint8),
+    )
+    return model.init(jax.random.key(0), batch, method="everything")["params"]
+
+  params = jax.eval_shape(init)
+  scales = state.multipliers(params, stage.train)
+  counts: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+  for name, leaf in state.flatten(params).items():
+    part, size = name.split("/")[0], math.prod(leaf.shape)
+    trained, total = counts[part]
+    counts[part] = (trained + (size if scales[name] else 0), total + size)
+  return dict(counts)
+
+
+def _has_open_vocabulary(fields: dict[str, Any]) -> bool:
+  return with_vocabulary(fields, VOCABULARY) != fields
+
+
+def _share(counts: tuple[int, ...] | None) -> str:
+  return " / ".join(f"{count / 1e6:.3f}" for count in counts) if counts else "-"
+
+
+def _stage_rows(workdir: Path, name: str) -> Iterable[tuple[str, str]]:
+  """(what, its description) of one stage's workdir."""
+  try:
+    read = checkpoint.load(workdir, ())
+    name = read.meta["config"]["name"]
+    done = f"step {read.step} of {read.meta['config']['steps']}"
+  except UserError as error:
+    done = str(error) if (workdir / "checkpoints").exists() else "no checkpoint yet"
+  yield name or workdir.name, done
+  metrics = _last_metrics(workdir / "metrics.jsonl")
+  if metrics:
+    values = [f"{key} {_number(value)}" for key, value in metrics.items() if key not in ("step", "stage")]
+    yield "", f"step {metrics['step']}: {', '.join(values)}"
+  samples = sorted(file.name for file in (workdir / "samples").glob("*"))
+  if samples:
+    yield "", f"{len(samples)} samples, the last {workdir / 'samples' / samples[-1]}"
+
+
+def _last_metrics(file: Path) -> dict[str, Any] | None:
+  """The last whole line."""
+  for line in reversed(file.read_text().splitlines() if file.exists() else []):
+    try:
+      return json.loads(line)
+    except ValueError:
+      continue  # cut off when the process was killed
+  return None
+
+
+def _number(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  from rich.console import Console
+  from rich.table import Table
+
+  rows = list(rows)
+  table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
+  for i in range(len(header) or len(rows[0])):
+    table.add_column(header[i] if header else "", overflow="fold", no_wrap=i == 0)
+  for row in rows:
+    table.add_row(*row)
+  out = io.StringIO()
+  Console(file=out, width=WIDTH, highlight=False, markup=False, emoji=False).print(table)
+  return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())

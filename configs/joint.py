@@ -1,0 +1,18 @@
+"""Reading and drawing learned together: one language loss, one flow loss, rows packed with both kinds of example."""
+
+from ml_collections import ConfigDict
+
+from configs import presets
+
+
+def get_config() -> ConfigDict:
+  config = presets.stage("joint", steps=1100, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
+  config.data.row = ("converse", "draw", "draw")
+  config.data.source.questions = 3
+  config.data.length = 144
+  config.data.images_per_row = 3
+  config.data.batch_size = 16
+  config.objective.weights = dict(language=1.0, flow=1.0)
+  config.objective.levels = 2
+  config.objective.targets = 2
+  return config

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.flow import path
+from clipflow_jax.models.clipflow import ClipFlow, Place
+from tests import tiny
+
+BATCH = tiny.batch()
+SHAPE = (2, tiny.PICTURES, tiny.TOKENS, tiny.CHANNELS)
+X_T = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+T = np.array([[0.01, 0.3, 0.9], [0.5, 1.0, 0.7]], np.float32)
+
+
+def predict(params, model: ClipFlow, batch: Batch = BATCH):
+  """(features, velocity, full, early) at X_T and T."""
+
+  def run(bound: ClipFlow):
+    features = bound.features(batch)
+    _, context = bound.read(batch, features)
+    place = Place(batch.image_segments, batch.image_order, batch.image_positions)
+    return features, bound.velocity(X_T, T, (context, place)), *bound.predict(X_T, T, context, place)
+
+  return model.apply({"params": params}, method=run)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+  return tiny.params()
+
+
+@pytest.fixture(scope="module")
+def predicted(params) -> dict[str, tuple]:
+  both = jax.jit(lambda p: {name: predict(p, tiny.model(prediction=name)) for name in ("x", "v")})
+  return both(params)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_the_velocity_has_the_shape_of_the_features_and_an_early_twin(predicted, prediction: str):
+  features, velocity, full, early = predicted[prediction]
+  assert features.shape == velocity.shape == full.shape == early.shape == SHAPE
+  assert {a.dtype for a in predicted[prediction]} == {jnp.dtype(jnp.float32)}
+  np.testing.assert_array_equal(velocity, full)
+  assert not np.isclose(full, early, atol=1e-2).all()
+
+
+@pytest.mark.parametrize("head", [2, 3])
+def test_a_prediction_of_x_becomes_the_velocity_that_leads_there(predicted, head: int):
+  # The same network's output, once taken as the velocity and once as the clean features.
+  output = predicted["v"][head]
+  np.testing.assert_allclose(predicted["x"][head], path.velocity(output, X_T, T), atol=1e-4)
+
+
+def test_other_models_have_no_early_head(params):
+  model = tiny.model(transformer=tiny.FIELDS["transformer"] | dict(early_layer=0))
+  fresh = tiny.random_params(
+    jax.eval_shape(lambda: model.init(jax.random.key(0), BATCH, method="everything"))["params"]
+  )
+  assert "early_head" in params["flow_head"] and "early_head" not in fresh["flow_head"]
+  *_, full, early = jax.eval_shape(lambda: predict(fresh, model))
+  assert full.shape == SHAPE and early is None
+
+
+def test_an_unknown_prediction_is_an_error(params):
+  with pytest.raises(ValueError, match="'eps' is unknown; choose x or v"):
+    jax.eval_shape(lambda: predict(params, tiny.model(prediction="eps")))
+
+
+def test_the_dimension_law_and_its_scale_give_the_time_shift():
+  assert tiny.model(shift_scale=1.0).alpha == 1.0
+  assert tiny.model(shift_scale=20.0).alpha == pytest.approx(20 * (4 * 32 / 4096) ** 0.5)
+  assert tiny.model().feature_shape == (tiny.TOKENS, tiny.CHANNELS)
+
+
+def test_features_are_standardised_by_the_stored_statistics(params, predicted):
+  raw = tiny.model().apply({"params": params}, BATCH.images.reshape(-1, 16, 16, 3), method="see").features
+  mean, std = params["statistics"]["mean"], params["statistics"]["std"]
+  assert mean.shape == std.shape == (tiny.TOKENS, tiny.CHANNELS)
+  expected = (raw.reshape(SHAPE) - mean) / std
+  np.testing.assert_allclose(predicted["x"][0], expected, atol=1e-4)
+
+
+def test_cached_features_take_the_place_of_the_pictures(predicted, params):
+  cached = BATCH.replace(images=None, features=predicted["v"][0])
+  *_, full, _ = jax.jit(lambda p: predict(p, tiny.model(prediction="v"), cached))(params)
+  np.testing.assert_allclose(full, predicted["v"][2], atol=1e-5)
+
+
+def test_features_are_no_path_for_gradients(params):
+  def loss(params):
+    return tiny.model().apply({"params": params}, BATCH, method="features").sum()
+
+  gradient = jax.jit(jax.grad(loss))(params)
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_picture_is_read_where_the_stream_says(params):
+  rng = np.random.default_rng(1)
+  features = rng.normal(size=SHAPE).astype(np.float32)
+
+  def embed(features, index):
+    return tiny.model().apply({"params": params}, BATCH.tokens, index, features, method="embed_stream")
+
+  embedded, words = embed(features, BATCH.image_index), embed(None, BATCH.image_index)
+  is_word = BATCH.image_index < 0
+  np.testing.assert_array_equal(embedded[is_word], words[is_word])
+  connector, grid = params["image_connector"], params["image_grid"]
+  for row, slot in np.argwhere(~is_word):
+    picture, token = divmod(BATCH.image_index[row, slot], tiny.TOKENS)
+    expected = features[row, picture, token] @ np.asarray(connector["kernel"]) + connector["bias"]
+    expected += grid["row_positions"][token // tiny.GRID] + grid["column_positions"][token % tiny.GRID]
+    np.testing.assert_allclose(embedded[row, slot], expected, atol=1e-4)
+
+
+def test_words_are_written_as_they_would_be_read(params):
+  model = tiny.model()
+
+  def both(bound: ClipFlow):
+    hidden, context = bound.read(BATCH, bound.features(BATCH))
+    at = jnp.int32(tiny.LENGTH - 1)  # row 1 ends in a word there
+    written, _ = bound.extend(BATCH.tokens[:, -1:], BATCH.positions[:, -1:, 0], context, at)
+    return bound.logits(hidden), written
+
+  logits, written = jax.jit(lambda p: model.apply({"params": p}, method=both))(params)
+  np.testing.assert_allclose(written[1, 0], logits[1, -1], atol=1e-5)
+
+
+def test_the_decoders_output_becomes_pixels(params):
+  features = np.random.default_rng(2).normal(size=(2, tiny.TOKENS, tiny.CHANNELS)).astype(np.float32)
+  model = tiny.model()
+  pixels = jax.eval_shape(lambda p: model.apply({"params": p}, features, method="pixels"), params)
+  assert pixels.shape == (2, tiny.SIZE, tiny.SIZE, 3) and pixels.dtype == jnp.uint8

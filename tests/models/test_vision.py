@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from clipflow_jax.models.layers import standardise
+from clipflow_jax.models.vision import Seen, VisionTower
+from tests import tiny
+
+FIELDS = tiny.FIELDS["clip"]["vision"]
+IMAGES = tiny.batch().images[0]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def see(params, layers: tuple[int, ...], with_features: bool = True) -> Seen:
+  return VisionTower(**FIELDS, feature_layers=layers).apply({"params": params}, IMAGES, with_features)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+  return tiny.params()["clip_model"]["vision_tower"]
+
+
+def test_shapes_and_types(params):
+  seen = jax.eval_shape(lambda p: see(p, ()), params)
+  assert (seen.tokens.shape, seen.features.shape) == ((3, 4, 32), (3, 4, 32))
+  assert seen.embedding.shape == (3, 16)
+  assert seen.features.dtype == seen.embedding.dtype == np.float32
+
+
+def test_features_are_the_mean_of_the_chosen_layers_each_standardised(params):
+  first, last, both = (see(params, layers) for layers in ((1,), (2,), ()))
+  np.testing.assert_allclose(both.features, (first.features + last.features) / 2, atol=1e-5)
+  np.testing.assert_allclose(last.features, standardise(last.tokens), atol=1e-5)
+  assert not np.isclose(first.features, last.features, atol=1e-2).all()
+  for one in (first, last):
+    np.testing.assert_allclose(one.features.mean(axis=-1), 0, atol=1e-5)
+    np.testing.assert_allclose(one.features.std(axis=-1), 1, atol=1e-4)
+
+
+def test_without_features_the_rest_is_the_same(params):
+  short, whole = see(params, (), False), see(params, ())
+  assert short.features is None
+  np.testing.assert_allclose(short.tokens, whole.tokens, atol=1e-6)
+  np.testing.assert_allclose(short.embedding, whole.embedding, atol=1e-6)
+
+
+def test_embeddings_have_unit_norm_and_tell_pictures_apart(params):
+  embedding = np.asarray(see(params, ()).embedding)
+  np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
+  assert np.abs(embedding[0] - embedding[1]).max() > 1e-2

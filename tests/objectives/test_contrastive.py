@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from clipflow_jax.models.layers import to_patches, to_unit
+from clipflow_jax.objectives import contrastive
+from tests import tiny
+
+WEIGHTS = dict(contrastive=1.0, caption=1.0, readout=1.0)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_finding_each_other():
+  rng = np.random.default_rng(0)
+  images, texts = rng.normal(size=(2, 5, 8)).astype(np.float32)
+  scores = 3.0 * images.astype(np.float64) @ texts.T
+  loss, found = contrastive.match(images, texts, np.float32(3.0))
+  for i in range(5):
+    text_of_image = np.log(np.exp(scores[i]).sum()) - scores[i, i]
+    image_of_text = np.log(np.exp(scores[:, i]).sum()) - scores[i, i]
+    assert loss[i] == pytest.approx((text_of_image + image_of_text) / 2, rel=1e-4)
+    assert found[i] == (scores[i].argmax() == i)
+
+
+def test_pairs_that_agree_and_no_others_have_no_loss():
+  loss, found = contrastive.match(np.eye(4), np.eye(4), np.float32(50.0))
+  np.testing.assert_allclose(loss, 0, atol=1e-6)
+  assert found.all()
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+  return tiny.params()
+
+
+def captions() -> Any:
+  """Three rows of one caption and one picture each."""
+  rng = np.random.default_rng(0)
+  rows = [[tiny.example(rng, words)] for words in (4, 9, 7)]
+  pictures = rng.integers(0, 256, (3, 1, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
+  return tiny.pack(rows, pictures=1).replace(images=pictures)
+
+
+def test_the_sums_are_those_of_their_definitions(params):
+  batch, model = captions(), tiny.model()
+
+  @jax.jit
+  def evaluate(params, batch):
+    def run(bound):
+      clip = bound.clip_model
+      seen = clip.see(batch.images[:, 0])
+      texts = clip.embed_text(batch.tokens, batch.loss_weights > 0)
+      scores = clip.temperature() * seen.embedding @ texts.T
+      sums = contrastive.losses(bound, batch, WEIGHTS)
+      return sums, scores, clip.read_pixels(seen.tokens)
+
+    return model.apply({"params": params}, method=run)
+
+  sums, scores, pixels = evaluate(params, batch)
+  assert sums.keys() == {"contrastive", "contrastive_accuracy", "caption", "caption_accuracy", "readout"}
+  scores = np.asarray(scores, np.float64)
+  both_ways = np.log(np.exp(scores).sum(axis=1)) + np.log(np.exp(scores).sum(axis=0)) - 2 * np.diag(scores)
+  assert sums["contrastive"] == pytest.approx(both_ways.sum() / 2, rel=1e-4)
+  assert sums["contrastive_accuracy"] == (scores.argmax(axis=1) == np.arange(3)).sum()
+  truth = np.asarray(to_patches(to_unit(batch.images[:, 0]), tiny.PATCH))
+  assert sums["readout"] == pytest.approx(((pixels - truth) ** 2).mean(axis=(1, 2)).sum(), rel=1e-4)
+  # What frames the caption in the stream has no weight, and says nothing to the towers.
+  framing = (batch.loss_weights == 0) & (batch.segments > 0)
+  assert framing.any()
+  reframed, _, _ = evaluate(params, batch.replace(tokens=np.where(framing, 1, batch.tokens)))
+  assert reframed["contrastive"] == sums["contrastive"]
+  assert reframed["caption"] != sums["caption"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_only_what_has_a_weight_is_computed(params, name: str):
+  batch, model = captions(), tiny.model()
+  weights = dict.fromkeys(WEIGHTS, 0.0) | {name: 1.0}
+
+  def run(bound):
+    return contrastive.losses(bound, batch, weights)
+
+  sums = jax.eval_shape(lambda: model.apply({"params": params}, method=run))
+  assert {key.split("_")[0] for key in sums} == {name}

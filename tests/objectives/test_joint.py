@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipflow_jax.objectives import joint
+from clipflow_jax.objectives.joint import Objective
+from tests import tiny
+
+BATCH = tiny.batch()
+KEYS = jax.random.split(jax.random.key(0), 2)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+  return tiny.params()
+
+
+@pytest.mark.parametrize("weights", [{}, {"flow": 0.0}, {"flow": 1.0, "flwo": 1.0}])
+def test_weights_must_name_an_objective_and_no_other(weights: dict[str, float]):
+  with pytest.raises(ValueError, match="must name at least one of contrastive, .*, and no other"):
+    Objective(weights)
+
+
+def test_counts_are_of_what_the_sums_add_up():
+  counts = Objective({"flow": 1.0}).counts(BATCH)
+  assert counts.keys() == set(joint.NAMES)
+  assert counts["contrastive"] == counts["readout"] == 2
+  assert counts["flow"] == 3 and counts["pixels"] == 5
+  assert all(count.dtype == jnp.float32 for count in counts.values())
+  empty = tiny.pack([[], []])
+  assert {float(count) for count in Objective({"flow": 1.0}).counts(empty).values()} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("name", joint.NAMES)
+def test_an_objective_alone_gives_its_own_sums(params, name: str):
+  batch = BATCH if name in ("language", "flow", "pixels") else tiny.pack([[], []], pictures=1)
+  objective = Objective({name: 1.0}, levels=2)
+  sums = jax.eval_shape(
+    lambda: tiny.model().apply({"params": params}, batch, KEYS, method=objective.sums)
+  )
+  assert {key.split("_")[0] for key in sums} == {name}
+  assert {(value.shape, value.dtype) for value in sums.values()} == {((), jnp.dtype(jnp.float32))}
+
+
+def test_the_loss_is_the_weighted_sum_of_means():
+  objective = Objective({"language": 2.0, "flow": 0.5, "pixels": 0.0})
+  sums = {"language": 6.0, "language_accuracy": 3.0, "flow": 8.0, "flow_low": 4.0}
+  loss, metrics = objective.loss(sums, {"language": 3.0, "flow": 2.0})
+  assert loss == 2.0 * 2.0 + 0.5 * 4.0
+  assert metrics == {"language": 2.0, "language_accuracy": 1.0, "flow": 4.0, "flow_low": 2.0, "loss": loss}
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_frozen_text_expert_gets_no_gradient_from_drawing(params, stop: bool):
+  objective = Objective({"flow": 1.0}, stop_text=stop)
+
+  def loss(params):
+    return tiny.model().apply({"params": params}, BATCH, KEYS, method=objective.sums)["flow"]
+
+  gradient = jax.jit(jax.grad(loss))(params)["language_model"]
+
+  def largest(name: str) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient[name]))
+
+  assert (largest("text") == 0) == (largest("embed") == 0) == stop
+  assert largest("flow") > 0
+
+
+def test_a_picture_that_is_absent_has_no_pixel_loss(params):
+  """One picture in a row with room for three has the loss of one picture in a row with room for one."""
+  one = tiny.example(np.random.default_rng(0), 1, tiny.READ)
+  objective = Objective({"pixels": 1.0}, decoder_noise=0.0, decoder_edges=0.0)
+
+  def mean(room: int) -> float:
+    batch = tiny.pack([[one]], pictures=room)
+    run = jax.jit(lambda p: tiny.model().apply({"params": p}, batch, KEYS[:1], method=objective.sums))
+    return float(objective.loss(run(params), objective.counts(batch))[1]["pixels"])
+
+  assert mean(room=3) == pytest.approx(mean(room=1), rel=1e-4)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.parallel import mesh
+
+ON_EIGHT_DEVICES = """
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from clipflow_jax.parallel import mesh, sharding
+made = mesh.make({"data": 2, "fsdp": -1, "tensor": 2})
+assert made.shape == {"slice": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}, made.shape
+assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
+with jax.set_mesh(made):
+  placed = jax.jit(lambda x: sharding.shard(x, "batch", "sequence"))(jnp.ones((8, 4, 2)))
+  assert placed.sharding.shard_shape(placed.shape) == (2, 4, 2), placed.sharding
+kernel = sharding.of_parameters({"text": {"layers": {"query": {"kernel": jnp.ones((3, 8, 4))}}}}, made)
+assert kernel["text"]["layers"]["query"]["kernel"].spec == P(None, ("fsdp",), ("tensor",))
+"""
+
+
+def test_every_axis_is_there_in_order():
+  made = mesh.make({})
+  assert made.axis_names == ("slice", "data", "fsdp", "context", "tensor")
+  assert made.size == 1
+
+
+def test_minus_one_takes_what_is_left():
+  assert mesh.make({"fsdp": -1}).shape["fsdp"] == jax.device_count()
+
+
+def test_an_unknown_axis_is_an_error():
+  with pytest.raises(UserError, match="'model' is unknown; the axes are slice, data, fsdp, context, tensor"):
+    mesh.make({"model": 1})
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"data": 3},
+    {"data": 16},
+    {"tensor": 3, "fsdp": -1},
+    {"tensor": 16, "fsdp": -1},
+    {"data": -1, "fsdp": -1},
+    {"data": -2, "fsdp": 4},
+    {"data": 0, "fsdp": 8},
+    {"data": 0, "fsdp": -1},
+  ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_an_error(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  with pytest.raises(UserError, match=r"does not fit 8 device\(s\); set one axis to -1"):
+    mesh.make(sizes)
+
+
+def test_on_several_devices_arrays_are_cut_as_the_tables_say():
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  }
+  root = Path(__file__).parents[2]
+  command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+  result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from clipflow_jax.data import sources, text
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.pipeline import Pipeline
+from clipflow_jax.data.sequence import Layout
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.training import checkpoint, loop, state
+from clipflow_jax.training.state import TrainState
+from tests import tiny_runs
+
+ROOT = Path(__file__).parents[2]
+SPEED = {"step_time", "images_per_s", "tokens_per_s", "mfu", "data_wait_fraction", "eta_seconds"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  """Runs of one config share their compiled programs, as a resumed process does where the cache is switched on."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+  jax.config.update(names[1], 0.0)
+  compilation_cache.reset_cache()
+  yield
+  for name in names:
+    jax.config.update(name, before[name])
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, TrainState]:
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("whole")
+  return workdir, jax.device_get(loop.train(tiny_runs.decoder_stage(), workdir))
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl without what a clock says."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{name: value for name, value in row.items() if name not in SPEED} for row in rows]
+
+
+def assert_identical(a: Any, b: Any) -> None:
+  pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+  for (path, x), y in pairs:
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+def steps_of(workdir: Path) -> list[str]:
+  return sorted(folder.name for folder in (workdir / "checkpoints").iterdir())
+
+
+# What a run leaves.
+
+
+def test_a_run_writes_metrics_and_its_last_checkpoint(whole):
+  workdir, final = whole
+  assert [row["step"] for row in metrics(workdir)] == [1, 2, 3, 4]
+  assert int(final.step) == 4
+  assert steps_of(workdir) == ["4"]
+  read = checkpoint.load(workdir, ("trained", "ema", "frozen"))
+  assert_identical(read.state["trained"], final.trained)
+  assert_identical(read.state["ema"], final.ema)
+  assert read.meta["config"]["name"] == "decoder" and "tokenizer.json" in read.meta["tokenizer"]
+
+
+def test_a_finished_run_is_not_trained_again(whole):
+  workdir, final = whole
+  before = (workdir / "metrics.jsonl").read_text()
+  assert_identical(loop.train(tiny_runs.decoder_stage(), workdir), final)
+  assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+  other = loop.train(tiny_runs.decoder_stage(seed=1, steps=1), tmp_path)
+  assert metrics(tmp_path)[0]["loss"] != metrics(whole[0])[0]["loss"]
+  assert int(other.step) == 1
+
+
+def test_samples_are_taken_with_the_averaged_parameters_at_their_steps_and_at_the_end(tmp_path):
+  seen = []
+
+  def sample(model, config, params, chat, step, writer):
+    seen.append((step, jax.device_get(params)))
+    writer.text(step, "note", [chat.decode(chat.encode("a red star"))])
+
+  final = loop.train(tiny_runs.decoder_stage(sample_every=3), tmp_path, sample)
+  assert [step for step, _ in seen] == [3, 4]
+  assert_identical(seen[-1][1], final.averaged)
+  assert sorted(file.name for file in (tmp_path / "samples").iterdir()) == [
+    "decoder_000003_note.txt",
+    "decoder_000004_note.txt",
+  ]
+
+
+# Interruption.
+
+
+def terminate_at(when: int):
+  def sample(model, config, params, chat, step, writer):
+    if step == when:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  return sample
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_terminated_run_goes_on_bit_for_bit_as_if_nothing_had_been(whole, tmp_path, when):
+  before = signal.getsignal(signal.SIGTERM)
+  config = tiny_runs.decoder_stage(sample_every=1)
+  with pytest.raises(SystemExit) as stop:
+    loop.train(config, tmp_path, terminate_at(when))
+  assert stop.value.code == 0
+  assert steps_of(tmp_path) == [str(when + 1)]  # the signal came while step `when` was sampled
+  assert signal.getsignal(signal.SIGTERM) is before
+  resumed = loop.train(config, tmp_path)
+  assert_identical(resumed, whole[1])
+  assert metrics(tmp_path) == metrics(whole[0])
+
+
+def test_a_signal_during_the_last_step_ends_the_program_after_it(whole, tmp_path):
+  with pytest.raises(SystemExit) as stop:
+    loop.train(tiny_runs.decoder_stage(sample_every=1), tmp_path, terminate_at(4))
+  assert stop.value.code == 0
+  assert steps_of(tmp_path) == ["4"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from clipflow_jax.training import loop
+from tests import tiny_runs
+
+def sample(model, config, params, chat, step, writer):
+  if step == 3:
+    time.sleep(600)  # to be killed here
+
+loop.train(tiny_runs.decoder_stage(sample_every=1, checkpoint_every=2), Path(sys.argv[1]), sample)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit_as_if_nothing_had_been(whole, tmp_path):
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, cwd=ROOT)
+  try:
+    deadline = time.time() + 300
+    while not (rows := tmp_path / "metrics.jsonl").exists() or len(rows.read_text().splitlines()) < 3:
+      assert process.poll() is None and time.time() < deadline
+      time.sleep(0.2)
+    while not (tmp_path / "checkpoints" / "2").exists():
+      assert time.time() < deadline
+      time.sleep(0.2)
+  finally:
+    process.kill()
+    process.wait()
+  resumed = loop.train(tiny_runs.decoder_stage(sample_every=1, checkpoint_every=2), tmp_path)
+  assert_identical(resumed, whole[1])
+  assert metrics(tmp_path) == metrics(whole[0])
+
+
+# Beginnings.
+
+
+def test_a_run_begins_with_the_parameters_and_the_tokenizer_of_another(whole, tmp_path, caplog):
+  workdir, final = whole
+  config = tiny_runs.decoder_stage(steps=1, init_from=str(workdir), measure_features=0)
+  config.tokenizer.vocabulary = 280
+  config.optimizer.learning_rate = 0.0
+  config.model.pixel_decoder.layers = 2  # stacked layers no longer fit, all else does
+  with caplog.at_level("INFO"):
+    now = loop.train(config, tmp_path)
+  theirs, ours = state.flatten(final.averaged), state.flatten(now.params)
+  fresh = {path for path in ours if path.startswith("decoder/stack/")}
+  assert theirs.keys() == ours.keys() and fresh
+  assert_identical({p: ours[p] for p in ours.keys() - fresh}, {p: theirs[p] for p in ours.keys() - fresh})
+  assert all(theirs[path].shape != ours[path].shape for path in fresh)
+  own, other = (checkpoint.load(place, ()).meta["tokenizer"] for place in (tmp_path, workdir))
+  assert own == other
+  took = next(record.getMessage() for record in caplog.records if "init_from step 4" in record.getMessage())
+  assert took.endswith(f"took {len(ours) - len(fresh)} parameters of {len(ours)}")
+  assert any(record.getMessage().startswith("  fresh here: decoder/stack/") for record in caplog.records)
+
+
+def test_the_workdirs_own_checkpoint_comes_before_another_run(whole, tmp_path):
+  workdir, final = whole
+  resumed = loop.train(tiny_runs.decoder_stage(init_from=str(workdir)), workdir)
+  assert_identical(resumed, final)
+
+
+def test_a_run_to_begin_with_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(UserError, match="no checkpoint in .*nowhere"):
+    loop.train(tiny_runs.decoder_stage(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+
+
+# Features.
+
+
+def test_measured_features_have_mean_0_and_deviation_1(whole):
+  workdir, final = whole
+  config = tiny_runs.decoder_stage()
+  read = checkpoint.load(workdir, ())
+  (workdir / "scratch").mkdir()
+  chat = text.Chat(text.from_files(read.meta["tokenizer"], workdir / "scratch"))
+  model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
+  pipeline = Pipeline(
+    source=sources.make(config.data.source, "train"),
+    chat=chat,
+    layout=Layout(length=200, images=5, grid=model.grid),  # rows of one to five pictures
+    batch_size=4,
+    tasks={"converse": 1.0, "draw": 1.0},
+  )
+  measured = loop.measure_features(model, jax.device_put(final), pipeline, 60)
+  batches, pictures = pipeline.batches(BadRecords(None, 0.0)), []
+  while sum(map(len, pictures)) < 60:
+    batch = next(batches)
+    pictures.append(batch.images[batch.image_roles > 0])
+  images = np.concatenate(pictures)
+  assert len(images) < 4 * 5 * len(pictures)  # there was room left
+  features = model.apply({"params": measured.params}, images, method=lambda m, x: m.standardise(m.see(x).features))
+  np.testing.assert_allclose(features.mean(0), 0, atol=1e-3)
+  np.testing.assert_allclose(features.std(0), 1, atol=2e-3)
+  assert_identical(measured.trained, final.trained)
+
+
+def test_statistics_that_train_are_not_measured(tmp_path):
+  with pytest.raises(UserError, match="config.train must freeze statistics/mean"):
+    loop.train(tiny_runs.decoder_stage(train=((".*", 1.0),)), tmp_path)
+
+
+# Trouble.
+
+
+@pytest.mark.parametrize(("in_a_row", "stops"), [(9.0, False), (10.0, True), (15.5, True)])
+def test_a_run_of_steps_without_a_finite_gradient_stops(in_a_row, stops):
+  config = tiny_runs.decoder_stage()
+  if not stops:
+    loop._check({"skipped_in_a_row": in_a_row}, 20, config)
+    return
+  with pytest.raises(UserError, match="not finite in 1[05] steps in a row before step 20"):
+    loop._check({"skipped_in_a_row": in_a_row}, 20, config)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.training import loop, stages
+
+
+def config(**steps: int) -> ConfigDict:
+  every = {name: dict(name=name, steps=count, init_from="") for name, count in steps.items()}
+  return ConfigDict(dict(stages=every, order=tuple(steps)))
+
+
+def finish(workdir: Path, step: int) -> None:
+  (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, str, str]]:
+  """(stage, its workdir's name, init_from's last part) of every stage that was trained."""
+  calls: list[tuple[str, str, str]] = []
+
+  def train(config, workdir, sample):
+    calls.append((config.name, workdir.name, Path(config.init_from).name if config.init_from else ""))
+    finish(workdir, config.steps)
+
+  monkeypatch.setattr(loop, "train", train)
+  return calls
+
+
+def test_stages_are_trained_in_order_each_from_the_one_before(trained, tmp_path):
+  stages.train(config(b=3, a=2, c=1), tmp_path / "run")
+  assert trained == [("b", "b", ""), ("a", "a", "b"), ("c", "c", "a")]
+  assert json.loads((tmp_path / "run" / stages.ORDER).read_text()) == ["b", "a", "c"]
+
+
+def test_finished_stages_are_not_trained_again(trained, tmp_path):
+  finish(tmp_path / "a", 2)
+  finish(tmp_path / "b", 2)  # of 3: it was interrupted
+  stages.train(config(a=2, b=3, c=1), tmp_path)
+  assert trained == [("b", "b", "a"), ("c", "c", "b")]
+  stages.train(config(a=2, b=3, c=1), tmp_path)
+  assert len(trained) == 2
+
+
+def test_a_stage_that_names_its_beginning_keeps_it_and_a_run_may_have_one_too(trained, tmp_path):
+  run = config(a=1, b=1, c=1)
+  run.init_from = "elsewhere"
+  run.stages.c.init_from = "another"
+  stages.train(run, tmp_path)
+  assert trained == [("a", "a", "elsewhere"), ("b", "b", "a"), ("c", "c", "another")]
+
+
+def test_a_config_without_an_order_is_one_stage(trained, tmp_path):
+  stages.train(ConfigDict(dict(name="x", steps=1, init_from="")), tmp_path / "one")
+  assert trained == [("x", "one", "")]
+  assert not (tmp_path / "one" / stages.ORDER).exists()
+
+
+def test_a_stage_is_finished_when_its_last_step_is_there(tmp_path):
+  assert not stages.is_finished(tmp_path, 20)
+  finish(tmp_path, 2)
+  (tmp_path / "checkpoints" / "20.damaged").mkdir()
+  assert not stages.is_finished(tmp_path, 20)
+  finish(tmp_path, 20)
+  assert stages.is_finished(tmp_path, 20)
+
+
+def test_the_newest_is_the_last_stage_with_a_checkpoint(trained, tmp_path):
+  stages.train(config(a=1, b=1), tmp_path)
+  (tmp_path / stages.ORDER).write_text(json.dumps(["a", "b", "c"]))
+  assert stages.newest(tmp_path) == tmp_path / "b"
+  assert stages.newest(str(tmp_path / "a")) == tmp_path / "a"  # not a run of several
+
+
+def test_a_run_that_has_nothing_yet_is_named(tmp_path):
+  (tmp_path / stages.ORDER).write_text('["a"]')
+  with pytest.raises(UserError, match=f"no stage of {tmp_path} has a checkpoint yet"):
+    stages.newest(tmp_path)
+
+
+def test_the_history_is_every_stages_lines_in_order(tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").write_text(f'{{"stage": "{name}", "step": 1}}\n{{"stage": "{name}", "step": 2}}\n')
+  (tmp_path / stages.ORDER).write_text('["b", "a", "c"]')
+  assert [(row["stage"], row["step"]) for row in stages.history(tmp_path)] == [("b", 1), ("b", 2), ("a", 1), ("a", 2)]
+  assert [row["stage"] for row in stages.history(tmp_path / "a")] == ["a", "a"]
+  assert stages.history(tmp_path / "nowhere") == []
+
+
+def test_a_line_cut_off_by_a_kill_is_no_history(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
+  assert stages.history(tmp_path) == [{"stage": "a", "step": 1}]
