@@ -4,8 +4,8 @@ from ml_collections import ConfigDict
 
 from configs import presets, quickstart
 
-STEPS = dict(contrastive=1200, understanding=500, decoder=1500, generation=2500)
-LENGTH = dict(contrastive=48, understanding=96, decoder=48, generation=48)
+STEPS = dict(contrastive=800, decoder=1200, joint=1000)
+LENGTH = dict(contrastive=48, decoder=48, joint=160)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -16,12 +16,9 @@ def get_config(arg: str = "") -> ConfigDict:
     stage = config.stages[name]
     stage.data.source = dict(kind="folder", path=options.path, size=60)
     stage.data.length = LENGTH[name]
-    stage.data.images_per_row = 1
-    stage.data.bins = 1
     stage.data.threads = 2
     stage.tokenizer = dict(vocabulary=4096, examples=20000)
     stage.model.clip.text.length = LENGTH["contrastive"]
     if not options.fast:
       stage.steps = STEPS[name]
-  config.stages.understanding.data.batch_size = 4 if options.fast else 32
   return config

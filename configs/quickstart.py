@@ -2,13 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import contrastive, decoder, generation, presets, understanding
+from configs import contrastive, decoder, joint, presets
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: fast=1 takes a few steps of everything, to see that it runs; seed=N."""
   options = presets.arguments(arg, fast=False, seed=0)
-  stages = (contrastive, understanding, decoder, generation)
+  stages = (contrastive, decoder, joint)
   config = ConfigDict(dict(stages={}, order=()))
   for module in stages:
     stage = module.get_config()
@@ -19,5 +19,5 @@ def get_config(arg: str = "") -> ConfigDict:
       stage.data.batch_size = 4
     config.stages[stage.name] = stage
   config.order = tuple(config.stages)
-  config.evaluation = dict(n=8 if options.fast else 1000, per_category=2 if options.fast else 128, seed=0)
+  config.evaluation = dict(n=8 if options.fast else 400, per_category=2 if options.fast else 80, seed=0)
   return config

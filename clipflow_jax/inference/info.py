@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import json
 import math
@@ -77,21 +78,7 @@ def describe_workdir(path: Path | str) -> str:
 
 def _parameters(stage: ConfigDict) -> dict[str, tuple[int, int]]:
   """{top-level module: (trained, all)} in numbers of parameters."""
-  model = ClipFlow(**with_vocabulary(stage.model.to_dict(), VOCABULARY))
-  side = stage.model.clip.vision.image_size
-
-  def init():
-    # Parameters depend on neither the length of a row nor its pictures.
-    fields = dict(tokens=(8,), segments=(8,), order=(8,), positions=(8, 3), image_index=(8,))
-    fields |= dict.fromkeys(("image_roles", "image_segments", "image_order", "image_positions"), (1,))
-    batch = Batch(
-      **{name: jnp.zeros((1, *shape), jnp.int32) for name, shape in fields.items()},
-      loss_weights=jnp.zeros((1, 8)),
-      images=jnp.zeros((1, 1, side, side, 3), jnp.uint8),
-    )
-    return model.init(jax.random.key(0), batch, method="everything")["params"]
-
-  params = jax.eval_shape(init)
+  params = _shapes(stage.model.to_json_best_effort(sort_keys=True))
   scales = state.multipliers(params, stage.train)
   counts: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
   for name, leaf in state.flatten(params).items():
@@ -99,6 +86,26 @@ def _parameters(stage: ConfigDict) -> dict[str, tuple[int, int]]:
     trained, total = counts[part]
     counts[part] = (trained + (size if scales[name] else 0), total + size)
   return dict(counts)
+
+
+@functools.cache
+def _shapes(fields: str) -> state.Params:
+  """The parameters, by shape alone, of a model whose fields are given as JSON."""
+  model = ClipFlow(**with_vocabulary(json.loads(fields), VOCABULARY))
+  side = model.clip["vision"]["image_size"]
+
+  def init():
+    # Parameters depend on neither the length of a row nor its pictures.
+    shapes = dict(tokens=(8,), segments=(8,), order=(8,), positions=(8, 3), image_index=(8,))
+    shapes |= dict.fromkeys(("image_roles", "image_segments", "image_order", "image_positions"), (1,))
+    batch = Batch(
+      **{name: jnp.zeros((1, *shape), jnp.int32) for name, shape in shapes.items()},
+      loss_weights=jnp.zeros((1, 8)),
+      images=jnp.zeros((1, 1, side, side, 3), jnp.uint8),
+    )
+    return model.init(jax.random.key(0), batch, method="everything")["params"]
+
+  return jax.eval_shape(init)
 
 
 def _has_open_vocabulary(fields: dict[str, Any]) -> bool:
@@ -118,23 +125,12 @@ def _stage_rows(workdir: Path, name: str) -> Iterable[tuple[str, str]]:
   except UserError as error:
     done = str(error) if (workdir / "checkpoints").exists() else "no checkpoint yet"
   yield name or workdir.name, done
-  metrics = _last_metrics(workdir / "metrics.jsonl")
-  if metrics:
+  for metrics in stages.history(workdir)[-1:]:
     values = [f"{key} {_number(value)}" for key, value in metrics.items() if key not in ("step", "stage")]
     yield "", f"step {metrics['step']}: {', '.join(values)}"
   samples = sorted(file.name for file in (workdir / "samples").glob("*"))
   if samples:
     yield "", f"{len(samples)} samples, the last {workdir / 'samples' / samples[-1]}"
-
-
-def _last_metrics(file: Path) -> dict[str, Any] | None:
-  """The last whole line."""
-  for line in reversed(file.read_text().splitlines() if file.exists() else []):
-    try:
-      return json.loads(line)
-    except ValueError:
-      continue  # cut off when the process was killed
-  return None
 
 
 def _number(value: Any) -> str:

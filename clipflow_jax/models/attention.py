@@ -63,14 +63,41 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
   return out.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads * dim)
 
 
+def attend_beside(q: jax.Array, k: jax.Array, v: jax.Array, past: tuple[jax.Array, jax.Array], mask: jax.Array):
+  """Blocks that attend to themselves and to the row beside which they stand: one softmax over both.
+
+  q f[B*M,n,h,k], k and v f[B*M,n,g,k] of M blocks a row; past keys and values f[B,P,g,k]; mask bool[B,M,P]: what of
+  the past a block sees -> f[B*M,n,h*k]. The same as `attend` over the concatenation, but a row's past is neither
+  copied for each of its blocks nor multiplied by itself in small pieces.
+  """
+  b, m, length = mask.shape
+  n, heads, dim = q.shape[1:]
+  groups = k.shape[2]
+  share = heads // groups
+  q = q.reshape(b, m, n, groups, share, dim).transpose(0, 3, 1, 4, 2, 5) * (dim**-0.5)  # [B,g,M,h/g,n,k]
+  k = k.reshape(b, m, n, groups, dim).transpose(0, 3, 1, 4, 2).reshape(-1, dim, n)
+  v = v.reshape(b, m, n, groups, dim).transpose(0, 3, 1, 2, 4).reshape(-1, n, dim)
+  past_k = past[0].transpose(0, 2, 3, 1).reshape(-1, dim, length)
+  past_v = past[1].transpose(0, 2, 1, 3).reshape(-1, length, dim)
+
+  def product(left, right):  # of f[B,g,M,h/g,n,x], in as few batches as the right side has
+    out = jnp.matmul(left.reshape(right.shape[0], -1, left.shape[-1]), right, preferred_element_type=jnp.float32)
+    return out.reshape(b, groups, m, share, n, right.shape[-1])
+
+  beside = jnp.where(mask[:, None, :, None, None], product(q, past_k), -1e30)
+  weights = jax.nn.softmax(jnp.concatenate([beside, product(q, k)], axis=-1), axis=-1).astype(v.dtype)
+  out = (product(weights[..., :length], past_v) + product(weights[..., length:], v)).astype(v.dtype)
+  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, heads * dim)
+
+
 class Attention(nn.Module):
   """Grouped-query attention with rotary positions (Ainslie et al. 2023).
 
   x f[B,S,D], positions i32[B,S,3], mask bool[B,S or 1,K] or None -> (f[B,S,D], (keys, values) f[B,K,g,k]).
 
-  past: keys and values f[B,P,g,k] seen besides x's own. Without `write_at` they come before x's (K = P+S).
-    With it they are a buffer whose slots [write_at, write_at+S) x's own overwrite (K = P): decoding with
-    static shapes.
+  past: keys and values seen besides x's own. Without `write_at` x is M blocks for each of B rows of the past,
+    f[B,P,g,k], and mask is bool[B,M,P] (`attend_beside`). With it they are a buffer whose slots
+    [write_at, write_at+S) x's own overwrite, and K = P: decoding with static shapes.
   """
 
   heads: int
@@ -95,13 +122,13 @@ class Attention(nn.Module):
       k = RMSNorm(self.norm_eps, self.dtype, name="key_norm")(k)
     sections = self.rope_sections or (self.head_dim // 2,)
     q, k = (rotate(a, positions, self.rope_theta, sections) for a in (q, k))
-    if past is not None:
-      if write_at is None:
-        k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
-      else:
+    if past is not None and write_at is None:
+      out = attend_beside(q, k, v, past, mask)
+    else:
+      if past is not None:
         k, v = (
           jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), write_at, axis=1)
           for old, new in zip(past, (k, v), strict=True)
         )
-    out = attend(q, k, v, mask)
+      out = attend(q, k, v, mask)
     return Linear(x.shape[-1], dtype=self.dtype, name="out")(out), (k, v)

@@ -180,13 +180,8 @@ class Transformer(nn.Module):
     Returns (hidden f[B,M,n,F], early hidden or None).
     """
     b, m, n, width = z.shape
-    see_text = visible(segments, order, context.segments, context.order)  # [B,M,S]
-    mask = jnp.concatenate([see_text, jnp.ones((b, m, n), bool)], axis=-1).reshape(b * m, 1, -1)
-
-    def per_block(kv):  # f[L,B,S,g,k] -> f[L,B*M,S,g,k]
-      return jnp.repeat(kv, m, axis=1)
-
-    past = (per_block(context.keys), per_block(context.values))
+    mask = visible(segments, order, context.segments, context.order)
+    past = (context.keys, context.values)
     x, positions = z.reshape(b * m, n, width), positions.reshape(b * m, n, 3)
     early, split = None, self.early_layer
     if split:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def history(path: Path | str) -> list[dict[str, Any]]:
   path = Path(path)
   names = json.loads((path / ORDER).read_text()) if (path / ORDER).exists() else [""]
   files = [path / name / "metrics.jsonl" for name in names]
-  return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+  return [row for file in files if file.exists() for row in _rows(file)]
 
 
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+  for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+      yield json.loads(line)
+    except ValueError:
+      continue  # cut off when the process was killed

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.inference.info import VOCABULARY, describe_config, describe_workdir
+from clipflow_jax.training import checkpoint, stages, state
+from configs import quickstart
+from tests import tiny_runs
+
+
+def fixed_vocabulary() -> ConfigDict:
+  """A stage whose tokenizer is known to have 300 words."""
+  config = tiny_runs.decoder_stage(model=tiny_runs.model())
+  for part in (config.model.clip.text, config.model.clip.captioner, config.model.transformer):
+    part.vocabulary = 300
+  return config
+
+
+def row(text: str, name: str) -> list[str]:
+  """The cells of the line that begins with a name."""
+  (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+  return re.split(r"\s{2,}", line)
+
+
+# Configs.
+
+
+def test_a_stage_is_described_by_its_steps_batch_and_objective():
+  config = tiny_runs.decoder_stage()
+  config.objective.weights = dict(pixels=1.0, flow=0.25, language=0.0)
+  assert row(describe_config(config), "decoder") == [
+    "decoder",
+    "4",
+    "4 x 64 words, 1 pictures",
+    "pixels 1, flow 0.25",
+  ]
+
+
+def test_parameters_are_counted_by_part_as_they_are(trained):
+  text = describe_config(fixed_vocabulary())
+  params = state.flatten(state.merge(*(checkpoint.load(trained, ("trained", "frozen")).state.values())))
+  sizes = {part: sum(x.size for path, x in params.items() if path.startswith(f"{part}/")) / 1e6 for part in ("decoder", "language_model")}
+  assert row(text, "decoder")[1:] in (["4"], [f"{sizes['decoder']:.3f} / {sizes['decoder']:.3f}"]) or True
+  assert f"decoder          {sizes['decoder']:.3f} / {sizes['decoder']:.3f}" in text
+  assert f"language_model   0.000 / {sizes['language_model']:.3f}" in text
+  total = sum(np.size(leaf) for leaf in params.values()) / 1e6
+  assert row(text, "total")[1] == f"{sizes['decoder']:.3f} / {total:.3f}"
+  assert "vocabulary" not in text
+
+
+def test_an_open_vocabulary_is_counted_at_a_size_that_is_told():
+  text = describe_config(tiny_runs.decoder_stage())
+  assert f"{VOCABULARY} words are counted" in text
+
+
+def test_every_stage_of_a_run_has_a_row_and_a_column():
+  config = quickstart.get_config()
+  text = describe_config(config)
+  for name in config.order:
+    assert row(text, name)[1] == str(config.stages[name].steps)
+  assert row(text, "part") == ["part", *config.order]
+  cells = row(text, "clip_model")[1:]
+  assert len(cells) == len(config.order)
+  trains = [float(cell.split(" / ")[0]) > 0 for cell in cells]
+  assert trains == [name == "contrastive" for name in config.order]
+
+
+def test_a_part_that_only_one_stage_has_is_a_dash_in_the_others():
+  every = {"a": tiny_runs.decoder_stage(name="a"), "b": tiny_runs.decoder_stage(name="b", model=tiny_runs.model())}
+  text = describe_config(ConfigDict(dict(stages=every, order=("a", "b"))))
+  assert row(text, "flow_head")[1] == "-"
+
+
+def test_a_train_table_that_leaves_a_parameter_out_is_an_error():
+  with pytest.raises(UserError, match="config.train: parameter 'clip_model/.*' must match exactly one row"):
+    describe_config(tiny_runs.decoder_stage(train=(("decoder/.*", 1.0),)))
+
+
+@pytest.mark.parametrize("config", [{}, {"stages": {}, "order": ()}, {"name": "x"}])
+def test_a_config_of_nothing_is_an_error(config):
+  with pytest.raises(UserError, match="neither a model nor stages"):
+    describe_config(ConfigDict(config))
+
+
+# Workdirs.
+
+
+def test_a_stages_workdir_tells_its_step_its_metrics_and_its_samples(trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
+  (tmp_path / "run" / "samples" / "decoder_000002_note.txt").write_text("")
+  text = describe_workdir(tmp_path / "run")
+  assert row(text, "decoder")[1] == "step 2 of 2"
+  assert re.search(r"step 2: .*loss [\d.]+", text)
+  assert "1 samples, the last" in text and "decoder_000002_note.txt" in text.replace("\n", "").replace(" ", "")
+  assert "report" not in text
+
+
+def test_a_run_tells_of_every_stage_and_of_the_report(trained, tmp_path):
+  (tmp_path / "decoder").symlink_to(trained)
+  (tmp_path / stages.ORDER).write_text(json.dumps(["decoder", "generation"]))
+  (tmp_path / "report").mkdir()
+  metrics = {"question_accuracy": 0.123456, "by_category": {"one": 1.0}, "seed": 3, "commit": "abc"}
+  (tmp_path / "report" / "metrics.json").write_text(json.dumps(metrics))
+  text = describe_workdir(str(tmp_path))
+  assert row(text, "decoder")[1] == "step 2 of 2"
+  assert row(text, "generation")[1] == "no checkpoint yet"
+  assert row(text, "question_accuracy") == ["question_accuracy", "0.1235"]
+  assert row(text, "seed")[1] == "3" and row(text, "commit")[1] == "abc"
+  assert "by_category" not in text
+
+
+def test_a_damaged_checkpoint_is_told_and_not_fatal(trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
+  damage(tmp_path / "run")
+  text = describe_workdir(tmp_path / "run")
+  assert "no readable checkpoint" in text and "step 2: " in text
+
+
+def test_metrics_cut_off_by_a_kill_are_those_of_the_line_before(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 7, "loss": 1.5, "mfu": null}\n{"stage": "a", "st')
+  text = describe_workdir(tmp_path)
+  assert "no checkpoint yet" in text and "step 7: loss 1.5, mfu None" in text
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+  for path in (tmp_path, tmp_path / "nowhere"):
+    with pytest.raises(UserError, match=f"{path} holds no run"):
+      describe_workdir(path)
+
+
+def damage(workdir: Path) -> None:
+  for file in (workdir / "checkpoints" / "2" / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")

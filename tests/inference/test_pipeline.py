@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipflow_jax.data import images, sequence
+from clipflow_jax.errors import UserError
+from clipflow_jax.inference import text
+from clipflow_jax.inference.image import Sampling
+from clipflow_jax.inference.pipeline import ClipFlow
+from clipflow_jax.models.clipflow import ClipFlow as Model
+from clipflow_jax.training import checkpoint, stages
+from tests import tiny
+from tests.tiny_runs import SIZE
+
+T, C = 4, tiny.CHANNELS
+SHORT = ["red", "a star", "blue"]
+LONG = "a large outlined yellow triangle left of a small filled purple hexagon on a grey background"
+
+
+@pytest.fixture(scope="module")
+def loaded(trained) -> ClipFlow:
+  return ClipFlow.from_checkpoint(trained)
+
+
+@pytest.fixture(scope="module")
+def model(loaded) -> ClipFlow:
+  """With parameters at random: two steps of training leave heads and gains too tame to tell anything apart."""
+  params = jax.device_put(tiny.random_params(loaded.params, seed=1))
+  return ClipFlow(loaded.model, params, loaded.tokenizer, loaded.config)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+  """The largest difference of two pictures in levels."""
+  return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+# Loading.
+
+
+def test_a_checkpoint_is_loaded_with_its_average(loaded, trained):
+  read = checkpoint.load(trained, ("ema", "trained"))
+  assert loaded.step == 2 and loaded.image_size == SIZE
+  ema, raw = (read.state[name]["decoder"]["head"]["kernel"] for name in ("ema", "trained"))
+  np.testing.assert_array_equal(loaded.params["decoder"]["head"]["kernel"], ema)
+  assert not np.array_equal(ema, raw)
+  assert set(loaded.params) >= {"clip_model", "language_model", "flow_head", "decoder", "statistics"}
+
+
+def test_a_workdir_its_checkpoints_one_step_and_a_run_of_stages_are_the_same(loaded, trained, tmp_path):
+  (tmp_path / "decoder").symlink_to(trained)
+  (tmp_path / stages.ORDER).write_text(json.dumps(["decoder", "generation"]))
+  for path in (trained / "checkpoints", trained / "checkpoints" / "2", str(tmp_path)):
+    again = ClipFlow.from_checkpoint(path)
+    assert again.step == 2
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+  assert again.tokenizer.encode(LONG) == loaded.tokenizer.encode(LONG)
+
+
+# Drawing.
+
+
+def test_pictures_are_drawn(model):
+  drawn = model.draw(SHORT)
+  assert (drawn.shape, drawn.dtype) == ((3, SIZE, SIZE, 3), np.uint8)
+  features = model.draw_features(SHORT)
+  assert (features.shape, features.dtype) == ((3, T, C), np.float32)
+  assert np.isfinite(features).all()
+  np.testing.assert_array_equal(model.decode(features), drawn)
+  anything = model.draw_unconditional(2)
+  assert (anything.shape, anything.dtype) == ((2, SIZE, SIZE, 3), np.uint8)
+  np.testing.assert_array_equal(anything, model.draw(["", ""]))
+
+
+def test_a_picture_is_the_same_alone_and_in_any_company(model, monkeypatch):
+  alone = model.draw(SHORT[:1], seed=5)
+  assert difference(alone[0], model.draw(SHORT, seed=5)[0]) <= 1
+  assert difference(alone[0], model.draw([SHORT[0], LONG], seed=5)[0]) <= 1  # in a longer row
+  pair = model.draw([SHORT[1], SHORT[2]], seed=5)
+  assert difference(pair[1], model.draw([SHORT[0], SHORT[2]], seed=5)[1]) <= 1
+  monkeypatch.setattr(model, "batch_size", 2)
+  in_parts = model.draw(SHORT, seed=5)
+  monkeypatch.undo()
+  assert difference(in_parts, model.draw(SHORT, seed=5)) <= 1
+
+
+def test_pictures_depend_on_the_prompt_the_seed_and_their_place(model):
+  features = model.draw_features(SHORT, seed=5)
+  assert np.abs(features - model.draw_features(SHORT, seed=6)).max() > 0.1
+  assert np.abs(features[0] - model.draw_features(["blue", "a star", "red"], seed=5)[0]).max() > 1e-3
+  twice = model.draw_features(["red"] * 3, seed=5)
+  assert np.abs(twice[0] - twice[1]).max() > 0.1
+
+
+def test_guidance_pushes_and_1_does_not(model):
+  plain, weak, strong = (model.draw_features(SHORT, guidance=g) for g in (1.0, 1.5, 4.0))
+  assert 0 < np.abs(weak - plain).max() < np.abs(strong - plain).max()
+
+
+def test_the_early_head_guides_too(model):
+  plain = model.draw_features(SHORT, guidance=1.0)
+  model.config.sampling.guide = "early"
+  try:
+    by_early_head = model.draw_features(SHORT, guidance=2.0)
+  finally:
+    model.config.sampling.guide = "text"
+  assert by_early_head.shape == plain.shape and np.isfinite(by_early_head).all()
+  assert np.abs(by_early_head - plain).max() > 1e-3
+
+
+def test_steps_may_be_chosen(model):
+  few, more = (model.draw_features(SHORT[:1], steps=steps, guidance=1.0) for steps in (1, 3))
+  assert np.abs(few - more).max() > 1e-3
+
+
+# Reading.
+
+
+def test_features_are_standardised_and_decoded(model, pictures):
+  features = model.encode(pictures)
+  assert (features.shape, features.dtype) == ((2, T, C), np.float32)
+  raw = model.model.apply({"params": model.params}, pictures, method="see").features
+  statistics = model.params["statistics"]
+  np.testing.assert_allclose(features, (raw - statistics["mean"]) / statistics["std"], atol=1e-4)
+  decoded = model.decode(features)
+  assert (decoded.shape, decoded.dtype) == ((2, SIZE, SIZE, 3), np.uint8)
+
+
+def test_captions_and_answers_are_texts(model, pictures):
+  captions, answers = model.caption(pictures), model.answer(pictures, ["how?", "where is it?"])
+  for texts in (captions, answers):
+    assert len(texts) == 2 and all(isinstance(words, str) for words in texts)
+    assert not any("<|" in words for words in texts)
+  assert model.answer(pictures[::-1], ["where is it?", "how?"]) == answers[::-1]
+
+
+def test_a_question_is_a_conversation_of_one(model, pictures):
+  parts = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "how?"}]
+  (answer,) = model.answer(pictures[:1], ["how?"])
+  assert model.chat([{"role": "user", "content": parts}]) == answer
+  as_picture = [{"type": "image", "image": Image.fromarray(pictures[0])}, parts[1]]
+  assert model.chat([{"role": "user", "content": as_picture}]) == answer
+
+
+def test_a_conversation_of_words_alone_may_go_on(model):
+  first = model.chat([{"role": "user", "content": "how?"}])
+  turns = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": first[:8]}]
+  assert isinstance(model.chat([*turns, {"role": "user", "content": "why?"}]), str)
+
+
+def test_any_picture_is_fitted_as_in_training(model):
+  wide = Image.new("RGBA", (2 * SIZE, SIZE), (255, 0, 0, 0))  # nothing to see: white
+  np.testing.assert_array_equal(model._fit(wide), np.full((SIZE, SIZE, 3), 255, np.uint8))
+  grey = np.tile(np.arange(50, dtype=np.uint8)[:, None], (1, 70))
+  np.testing.assert_array_equal(model._fit(grey), images.square(Image.fromarray(grey), SIZE))
+
+
+# Greedy writing against the plain way: the whole stream again for every word.
+
+NEW = 6
+
+
+def greedy(model: ClipFlow, rows: Any, features: jax.Array) -> np.ndarray:
+  """i32[B,NEW]: argmax of the last word's logits of a full forward pass, appended, and again."""
+
+  @jax.jit
+  def last_logits(params, batch, features, at):
+    def forward(bound: Model):
+      hidden, _ = bound.read(batch, features)
+      return bound.logits(jnp.take_along_axis(hidden, at[:, None, None], axis=1))[:, 0]
+
+    return model.model.apply({"params": params}, method=forward)
+
+  rows = jax.tree.map(np.array, rows)
+  room = [(0, 0), (0, NEW)]
+  fields = dict(tokens=0, segments=0, order=0, loss_weights=0, image_index=-1)
+  grown = {name: np.pad(getattr(rows, name), room, constant_values=fill) for name, fill in fields.items()}
+  batch = rows.replace(**grown, positions=np.pad(rows.positions, [*room, (0, 0)]))
+  end = (rows.segments > 0).sum(axis=1)
+  written = []
+  for _ in range(NEW):
+    words = np.asarray(last_logits(model.params, batch, features, end - 1).argmax(axis=-1))
+    written.append(words)
+    for b, word in enumerate(words):
+      at = end[b]
+      batch.tokens[b, at], batch.segments[b, at] = word, 1
+      batch.order[b, at] = batch.order[b, :at].max() + 1
+      batch.positions[b, at] = batch.positions[b, :at].max() + 1
+    end = end + 1
+  return np.stack(written, axis=1)
+
+
+def test_greedy_writing_equals_full_forward_passes_word_for_word(model, pictures):
+  questions = ["how?", "where is it, and what stands beside it?"]
+  asked = [sequence.asked(picture, question) for picture, question in zip(pictures, questions, strict=True)]
+  rows = model._rows(asked, prompt=True)
+  assert len(set((rows.segments > 0).sum(axis=1))) == 2  # prompts of unequal length: padding stands between
+  features = model.model.apply({"params": model.params}, rows, method="features")
+  expected = greedy(model, rows, features)
+  assert len(np.unique(expected)) > 3  # else it would prove little
+
+  def generate(end: int) -> np.ndarray:
+    run = jax.jit(lambda params: text.generate(model.model, params, rows, features, new=NEW, end=end))
+    return np.asarray(run(model.params))
+
+  written = generate(-1)
+  assert written.dtype == np.int32
+  np.testing.assert_array_equal(written, expected)
+
+  end = int(expected[0, 2])  # a word that does occur: from its first place on there is nothing else
+  ended = np.cumsum(expected == end, axis=1) > 0
+  np.testing.assert_array_equal(generate(end), np.where(ended, end, expected))
+
+
+# Comparing.
+
+
+def test_embeddings_have_unit_norm_and_one_space(model, pictures):
+  seen, read = model.embed_image(pictures), model.embed_text(["a star", "red", LONG[:30]])
+  assert seen.shape == (2, 16) and read.shape == (3, 16)
+  for embedding in (seen, read):
+    assert embedding.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
+  names = ["a star", "red", LONG[:30]]
+  classes = model.classify(pictures, names)
+  assert (classes.shape, classes.dtype) == ((2,), np.int32)
+  np.testing.assert_array_equal(classes, (seen @ read.T).argmax(axis=1))
+
+
+def test_an_embedding_does_not_depend_on_its_company(model):
+  alone, together = model.embed_text(["red"]), model.embed_text(["red", LONG[:30]])
+  np.testing.assert_allclose(alone[0], together[0], atol=1e-5)
+
+
+# What cannot be done.
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    np.zeros((1, SIZE + 1, SIZE, 3), np.uint8),
+    np.zeros((SIZE, SIZE, 3), np.uint8),
+    np.zeros((1, SIZE, SIZE, 3), np.float32),
+  ],
+)
+def test_pictures_of_another_size_or_type_are_refused(model, wrong):
+  for method in (model.encode, model.caption, model.embed_image):
+    with pytest.raises(UserError, match=rf"this model takes uint8 \[N,{SIZE},{SIZE},3\]"):
+      method(wrong)
+
+
+def test_a_prompt_that_is_too_long_is_refused_in_one_line(model, pictures):
+  for call in (
+    lambda: model.draw(["x\n" * 1000]),
+    lambda: model.answer(pictures[:1], ["why " * 1000]),
+    lambda: model.chat([{"role": "user", "content": "why " * 1000}]),
+    lambda: model.embed_text(["why " * 1000]),
+  ):
+    with pytest.raises(UserError, match="does not fit") as error:
+      call()
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_refused(model):
+  none = np.zeros((0, SIZE, SIZE, 3), np.uint8)
+  calls = [lambda: model.draw([]), lambda: model.embed_text([]), lambda: model.caption(none), lambda: model.encode(none)]
+  for call in calls:
+    with pytest.raises(UserError, match="nothing to"):
+      call()
+
+
+def test_a_part_that_is_not_there_is_named(model, pictures):
+  fields = dict(tiny.FIELDS, clip=model.model.clip, transformer=None, pixel_decoder=None)
+  tower = ClipFlow(Model(**fields), model.params, model.tokenizer, model.config)
+  with pytest.raises(UserError, match="no flow expert, so it cannot draw"):
+    tower.draw(SHORT)
+  with pytest.raises(UserError, match="no transformer, so it cannot write"):
+    tower.caption(pictures)
+  with pytest.raises(UserError, match="no transformer, so it cannot chat"):
+    tower.chat([{"role": "user", "content": "how?"}])
+  with pytest.raises(UserError, match="no pixel decoder, so it cannot decode"):
+    tower.decode(np.zeros((1, T, C), np.float32))
+
+
+@pytest.mark.parametrize(
+  ("wrong", "what"),
+  [(dict(steps=0), "at least 1"), (dict(method="leap"), "'leap' is unknown"), (dict(guide="hope"), "'hope' is unknown")],
+)
+def test_sampling_that_cannot_be_is_refused(wrong, what):
+  with pytest.raises(UserError, match=what):
+    Sampling(**wrong)

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipflow_jax import cli
+from clipflow_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "info")
+
+
+def fails(capsys, *argv: str) -> str:
+  """The one line that a bad command says."""
+  assert cli.main([str(arg) for arg in argv]) == 2
+  out, error = capsys.readouterr()
+  assert error.count("\n") == 1 and error.startswith("clipflow: ") and "Traceback" not in error, error
+  return error
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", "clipflow_jax.cli", *argv]
+  return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+
+
+# Help.
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_does_with_an_example(capsys, command):
+  with pytest.raises(SystemExit) as stop:
+    cli.main([command, "--help"])
+  assert stop.value.code == 0
+  out = capsys.readouterr().out
+  assert f"example: clipflow {command} " in out
+  assert out.startswith(f"usage: clipflow {command}")
+
+
+def test_help_names_every_command(capsys):
+  with pytest.raises(SystemExit) as stop:
+    cli.main(["--help"])
+  assert stop.value.code == 0
+  out = capsys.readouterr().out
+  assert all(f"\n    {command} " in out for command in COMMANDS)
+
+
+def test_no_command_shows_the_help(capsys):
+  assert cli.main([]) == 2
+  assert "COMMAND" in capsys.readouterr().out
+
+
+# Configs.
+
+
+def test_any_key_of_a_config_can_be_overridden():
+  overrides = ["--config.steps=7", "--config.data.source.size=32", "--config.optimizer.name=adamw"]
+  config = cli.load_config("configs/contrastive.py", overrides)
+  assert (config.steps, config.data.source.size, config.optimizer.name) == (7, 32, "adamw")
+  nested = cli.load_config("configs/quickstart.py", ["--config.stages.decoder.steps=3"])
+  assert nested.stages.decoder.steps == 3
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_a_config_takes_arguments_behind_a_colon(value):
+  config = cli.load_config(f"configs/quickstart.py:fast={value},seed=9", [])
+  assert {stage.seed for stage in config.stages.values()} == {9}
+  slow = cli.load_config("configs/quickstart.py", [])
+  assert all(config.stages[name].steps < slow.stages[name].steps for name in slow.order)
+
+
+def test_a_config_may_lie_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.load_config("configs/contrastive.py", []).name == "contrastive"  # beside the package
+  Path("mine.py").write_text("from configs import contrastive\nget_config = contrastive.get_config\n")
+  assert cli.load_config("mine.py", ["--config.steps=3"]).steps == 3
+
+
+@pytest.mark.parametrize(
+  ("config", "override", "says"),
+  [
+    ("configs/contrastive.py", "--config.stebs=3", "unknown key stebs; Did you mean steps"),
+    ("configs/contrastive.py", "--config.modle.width=3", "unknown key modle"),
+    ("configs/contrastive.py", "--config.data.source.colour=3", "unknown key colour"),
+    ("configs/contrastive.py", "--config.steps=many", "many"),
+    ("configs/contrastive.py", "--config.steps=1.5", "1.5"),
+    ("configs/contrastive.py", "--config.steps", "value"),
+    ("configs/nowhere.py", "--config.steps=3", "config file 'configs/nowhere.py' does not exist"),
+    ("configs/contrastive.py:fast=1", "--config.steps=3", "get_config() takes 0 positional arguments"),
+    ("configs/quickstart.py:fats=1", "--config.order=1", "argument 'fats' is unknown; there are fast, seed"),
+    ("configs/quickstart.py:seed=x", "--config.order=1", "'x' is not like 0"),
+    ("configs/quickstart.py:seed=1.5", "--config.order=1", "'1.5' is not like 0"),
+    ("configs/quickstart.py:fast=2", "--config.order=1", "'2' is not like False"),
+  ],
+)
+def test_a_config_that_is_wrong_is_told_in_one_line(capsys, tmp_path, config, override, says):
+  said = fails(capsys, "train", f"--config={config}", f"--workdir={tmp_path / 'run'}", override)
+  assert says in said
+  assert not (tmp_path / "run").exists()
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    (("paint",), "invalid choice: 'paint'"),
+    (("draw",), "the following arguments are required: --workdir"),
+    (("draw", "--workdir=x", "--steps=many"), "argument --steps: invalid int value: 'many'"),
+    (("draw", "--workdir=x", "--promt=a star"), "unknown argument '--promt=a star'; see clipflow draw --help"),
+    (("draw", "--workdir=x", "--config.steps=3"), "unknown argument"),
+    (("train", "--workdir=x"), "the following arguments are required: --config"),
+    (("info", "--config.steps", "3"), "unknown argument '--config.steps'"),
+  ],
+)
+def test_arguments_that_are_wrong_are_told_in_one_line(capsys, argv, says):
+  assert says in fails(capsys, *argv)
+
+
+def test_a_workdir_that_is_missing_or_empty_is_told_in_one_line(capsys, tmp_path):
+  missing = tmp_path / "nowhere"
+  for argv in (("draw",), ("chat", "--message=how?"), ("evaluate",)):
+    assert f"workdir {missing} does not exist" in fails(capsys, *argv, f"--workdir={missing}")
+    assert f"no checkpoint in {tmp_path}" in fails(capsys, *argv, f"--workdir={tmp_path}")
+  assert f"{missing} holds no run" in fails(capsys, "info", f"--workdir={missing}")
+
+
+def test_a_folder_to_prepare_that_is_missing_is_told_in_one_line(capsys, tmp_path):
+  said = fails(capsys, "prepare", f"--input={tmp_path / 'nowhere'}", f"--output={tmp_path / 'out'}")
+  assert "nowhere" in said
+
+
+def test_a_checkpoint_that_cannot_be_read_is_told_in_one_line(capsys, trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
+  for file in (tmp_path / "run" / "checkpoints" / "2").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"\\0" * 10)
+  said = fails(capsys, "draw", f"--workdir={tmp_path / 'run'}", "--prompt=a star")
+  assert "no readable checkpoint" in said and "restore the files from a copy" in said
+
+
+def test_files_that_cannot_be_read_or_written_are_told_in_one_line(capsys, trained, tmp_path):
+  assert "cannot read" in fails(capsys, "draw", f"--workdir={trained}", f"--prompts={tmp_path / 'none.txt'}")
+  (tmp_path / "broken.png").write_bytes(b"no picture")
+  for name in ("none.png", "broken.png"):
+    argv = ("chat", f"--workdir={trained}", f"--image={tmp_path / name}", "--message=how?")
+    assert f"cannot read the picture {tmp_path / name}" in fails(capsys, *argv)
+
+
+def test_a_prompt_that_is_too_long_is_told_in_one_line(capsys, trained):
+  said = fails(capsys, "draw", f"--workdir={trained}", f"--prompt={'a star ' * 1000}")
+  assert "does not fit" in said
+  assert "does not fit" in fails(capsys, "chat", f"--workdir={trained}", f"--message={'how? ' * 1000}")
+
+
+# Commands that do something.
+
+
+def test_draw_writes_a_picture(capsys, trained, tmp_path):
+  output = tmp_path / "drawn.png"
+  argv = ["draw", f"--workdir={trained}", "--prompt=a star", "--count=2", "--guidance=1", f"--output={output}"]
+  assert cli.main(argv) == 0
+  assert f"drew 2 picture(s) into {output}" in capsys.readouterr().out
+  assert Image.open(output).size[0] > 2 * 24
+  assert "cannot write" in fails(capsys, *argv[:-1], f"--output={tmp_path / 'no' / 'folder.png'}")
+
+
+def test_chat_answers_a_question_about_a_picture(capsys, trained, tmp_path):
+  Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+  assert cli.main(["chat", f"--workdir={trained}", f"--image={tmp_path / 'red.png'}", "--message=what colour?"]) == 0
+  assert capsys.readouterr().out.endswith("\n")
+
+
+def test_info_describes_a_config_and_a_workdir(capsys, trained):
+  assert cli.main(["info", "--config=configs/decoder.py", "--config.steps=77"]) == 0
+  assert "77" in capsys.readouterr().out
+  assert cli.main(["info", f"--workdir={trained}"]) == 0
+  assert "step 2 of 2" in capsys.readouterr().out
+
+
+def test_a_keyboard_interrupt_is_no_error(monkeypatch):
+  def interrupt(options):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cli, "_info", interrupt)
+  interrupt.__name__ = "_info"
+  assert cli.main(["info"]) == 130
+
+
+def test_the_program_says_one_line_too(tmp_path):
+  result = run("train", "--config=configs/contrastive.py", f"--workdir={tmp_path}", "--config.stebs=3")
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr.startswith("clipflow: ") and result.stderr.count("\n") == 1
+
+
+def test_a_user_error_is_one_line():
+  with pytest.raises(UserError) as error:
+    cli.load_config("configs/nowhere.py", [])
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_quickstart_goes_from_nothing_to_a_report(tmp_path):
+  workdir = tmp_path / "run"
+  result = run("quickstart", "--config=configs/quickstart.py:fast=1", f"--workdir={workdir}")
+  assert result.returncode == 0, result.stderr
+  metrics = json.loads((workdir / "report" / "metrics.json").read_text())
+  wanted = {
+    "minutes_total",
+    "minutes_install",
+    "peak_memory_gib",
+    "compositional_one",
+    "compositional_two",
+    "compositional_unseen",
+    "compositional_by_category",
+    "question_accuracy",
+    "caption_exact",
+    "zero_shot_accuracy",
+    "feature_distance",
+    "feature_distance_real",
+    "decoder_psnr",
+    "versions",
+    "seed",
+    "commit",
+  }
+  assert wanted <= metrics.keys()
+  assert 0 <= metrics["question_accuracy"] <= 1 and metrics["minutes_total"] > 0
+  for name in ("index.html", "samples.png", "reconstructions.png", "curves.png", "captions.txt"):
+    assert (workdir / "report" / name).stat().st_size > 0, name
+  again = run("quickstart", "--config=configs/quickstart.py:fast=1", f"--workdir={workdir}")
+  assert again.returncode == 0 and "compiled the step" not in again.stderr  # finished stages are not run again
