@@ -276,7 +276,7 @@ def _read_text(path: Path) -> str:
 
 
 def _sampler() -> Callable:
-  """What a stage writes while it trains: a few pictures from captions and the captions of a few pictures, of the test split."""
+  """What a stage writes while it trains: pictures of a few captions, captions of a few pictures, of the test split."""
   from clipflow_jax.data import sources
   from clipflow_jax.inference.pipeline import ClipFlow
 

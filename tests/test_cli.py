@@ -20,7 +20,7 @@ COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "info"
 def fails(capsys, *argv: str) -> str:
   """The one line that a bad command says."""
   assert cli.main([str(arg) for arg in argv]) == 2
-  out, error = capsys.readouterr()
+  _, error = capsys.readouterr()
   assert error.count("\n") == 1 and error.startswith("clipflow: ") and "Traceback" not in error, error
   return error
 

@@ -84,9 +84,7 @@ def trace(name: str) -> Traced:
   tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
   create = functools.partial(state.create, scales=scales, tx=tx, ema=config.ema > 0)
   before = jax.eval_shape(create, params)
-  pure = step.make(
-    model, Objective(**config.objective), tx, seed=0, ema=config.ema, accumulate=config.accumulate
-  )
+  pure = step.make(model, Objective(**config.objective), tx, seed=0, ema=config.ema, accumulate=config.accumulate)
   return Traced(params, before, *jax.eval_shape(pure, before, batch))
 
 

@@ -20,9 +20,7 @@ VOCABULARY, LENGTH, PICTURES = 50, 24, 3
 ATTENTION = dict(heads=2, kv_heads=1, head_dim=16)
 FIELDS: dict[str, Any] = dict(
   clip=dict(
-    vision=dict(
-      image_size=SIZE, patch_size=PATCH, width=CHANNELS, layers=2, heads=2, mlp=48, embedding=16
-    ),
+    vision=dict(image_size=SIZE, patch_size=PATCH, width=CHANNELS, layers=2, heads=2, mlp=48, embedding=16),
     text=dict(vocabulary=VOCABULARY, length=LENGTH, width=16, layers=1, heads=2, mlp=32, embedding=16),
     captioner=dict(vocabulary=VOCABULARY, width=16, layers=1, mlp=32, **ATTENTION),
   ),

@@ -79,9 +79,7 @@ class BadRecords:
           self._write({"name": error.name, "kind": kind, "why": error.why})
       if self.seen >= MIN_SEEN and self.bad > self.max_fraction * self.seen:
         more = "" if self.path is None else f"; more names are in {self.path}"
-        raise UserError(
-          f"{self.summary()}{more}; mend them or allow more than the fraction {self.max_fraction}"
-        )
+        raise UserError(f"{self.summary()}{more}; mend them or allow more than the fraction {self.max_fraction}")
 
   def _write(self, row: dict[str, str]) -> None:
     if self.path is not None:

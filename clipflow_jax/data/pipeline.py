@@ -1,6 +1,6 @@
 """One batch's way from a source to the step: Grain's MapDataset, packed, batched, prefetched.
 
-The stream of batches is a pure function of (source, settings, seed); where it stands is a small dict that checkpoints keep.
+The stream of batches is a pure function of (source, settings, seed); where it stands is a small dict in checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import grain
 import numpy as np
 
-from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Example
@@ -71,7 +70,7 @@ class Pipeline:
     unknown = (set(self.tasks) | set(self.row)) - set(TASKS)
     if unknown or not (self.row or sum(self.tasks.values()) > 0):
       raise UserError(
-        f"data.tasks {dict(self.tasks)} must give a weight to some of {', '.join(TASKS)}, or data.row name some; no other"
+        f"data.tasks {dict(self.tasks)} must give a weight to, or data.row name, some of {', '.join(TASKS)}, and no other"
       )
 
   def example(self, i: int, task: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -83,7 +82,7 @@ class Pipeline:
       raise BadRecord(record.id, f"too long: {error}") from error
 
   def batches(self, bad: BadRecords) -> grain.DatasetIterator:
-    """An endless iterator of Batches (numpy). Its get_state() and set_state() resume it anywhere. Bad records go to `bad`."""
+    """An endless iterator of numpy Batches. Its get_state() and set_state() resume it anywhere. `bad` gets bad records."""
     example = bad.guard(self.example)
     records = grain.MapDataset.range(len(self.source)).shuffle(seed=self.seed).repeat().seed(self.seed)
     options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=64)

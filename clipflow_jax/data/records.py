@@ -69,9 +69,7 @@ def _turns(conversation: Any, where: str) -> list[tuple[str, str]]:
     role = ROLES.get(str(turn.get("from", turn.get("role"))))
     text = turn.get("value", turn.get("content"))
     if role is None or not isinstance(text, str):
-      raise BadRecord(
-        where, f"conversation not understood: a turn has a role of {', '.join(ROLES)} and a text"
-      )
+      raise BadRecord(where, f"conversation not understood: a turn has a role of {', '.join(ROLES)} and a text")
     text = _clean(text)
     if role == "question":
       question = text

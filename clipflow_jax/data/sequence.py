@@ -37,9 +37,7 @@ class Layout:
     return self.grid**2
 
 
-def encode(
-  conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bool = False
-) -> dict[str, np.ndarray]:
+def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bool = False) -> dict[str, np.ndarray]:
   """The un-packed arrays of one example: slots i32[s] (rank-1 Batch fields) and pictures [n].
 
   IMAGE is one word ("a picture begins"); where the picture is read, its tokens follow at one order, at rotary positions
@@ -62,9 +60,7 @@ def encode(
         image_of.append(seen if token == chat.image else -1)
         seen += token == chat.image
     if seen != len(conversation.roles):
-      raise UserError(
-        f"{seen} {IMAGE} in the text for {len(conversation.roles)} pictures: write one for each"
-      )
+      raise UserError(f"{seen} {IMAGE} in the text for {len(conversation.roles)} pictures: write one for each")
     last = max((i for i, image in enumerate(image_of) if image >= 0), default=-1)
     if last >= 0 and not conversation.roles[image_of[last]] & INPUT and set(ids[last + 1 :]) <= {chat.end}:
       ids, written, image_of = ids[: last + 1], written[: last + 1], image_of[: last + 1]
@@ -121,7 +117,7 @@ PICTURES = ("images", "image_roles", "image_order", "image_positions")
 
 def lengths(layout: Layout) -> dict[str, int]:
   """The room that a row has for each field of `encode`: what Grain packs into."""
-  return {name: layout.length for name in SLOTS} | {name: layout.images for name in PICTURES}
+  return dict.fromkeys(SLOTS, layout.length) | dict.fromkeys(PICTURES, layout.images)
 
 
 def finish(row: dict[str, np.ndarray], layout: Layout) -> Batch:

@@ -53,9 +53,7 @@ class Caption:
 
 def describe(scene: Scene) -> Caption:
   """The canonical full caption: everything about every object in reading order, and the background."""
-  return _write(
-    [_mention(thing, size=True, place=True) for thing in scene.objects], background=scene.background
-  )
+  return _write([_mention(thing, size=True, place=True) for thing in scene.objects], background=scene.background)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Caption:
@@ -91,9 +89,7 @@ def _mention(thing: Object, size: bool = False, place: bool = False) -> Mention:
   )
 
 
-def _write(
-  mentions: Sequence[Mention], relation: str | None = None, background: str | None = None
-) -> Caption:
+def _write(mentions: Sequence[Mention], relation: str | None = None, background: str | None = None) -> Caption:
   phrases = [_article(_look_words(mention)) + _where(mention.place) for mention in mentions]
   if relation is not None:
     text = f"{phrases[0]} {RELATIONS[relation]} {phrases[1]}"

@@ -157,16 +157,12 @@ def _inside(folder: Path, file: str) -> Path:
   name = f"{folder}/{file}"
   try:
     path = (folder / file).resolve()
-    inside = (
-      path.is_relative_to(folder.resolve()) and ".." not in Path(file).parts and not Path(file).is_absolute()
-    )
+    inside = path.is_relative_to(folder.resolve()) and ".." not in Path(file).parts and not Path(file).is_absolute()
     there = path.is_file()
   except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, a loop of links
     raise BadRecord(name, f"not a path: {error}") from error
   if not inside:
-    raise BadRecord(
-      name, "outside its folder: files are named relative to captions.jsonl, without .. or links"
-    )
+    raise BadRecord(name, "outside its folder: files are named relative to captions.jsonl, without .. or links")
   if not there:
     raise BadRecord(name, "missing file")
   return path

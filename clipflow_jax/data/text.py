@@ -26,7 +26,8 @@ PAD, BEGIN, END, USER, ASSISTANT, IMAGE = (
 # transformers warns at import that PyTorch is absent; its tokenizers need none.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-_HOLE = "\N{LEFT WHITE LENTICULAR BRACKET}{}\N{RIGHT WHITE LENTICULAR BRACKET}"  # stands for words while a template is rendered
+# Stands for words while a template is rendered.
+_HOLE = "\N{LEFT WHITE LENTICULAR BRACKET}{}\N{RIGHT WHITE LENTICULAR BRACKET}"
 _HOLES = re.compile(_HOLE.format(r"(\d+)"))
 SPECIAL = (PAD, BEGIN, END, USER, ASSISTANT, IMAGE)
 
@@ -70,9 +71,7 @@ def to_files(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, s
   """The tokenizer as {file name: text}, by way of a scratch `directory`; what checkpoints carry."""
   tokenizer.save_pretrained(directory)
   return {
-    file.name: file.read_text()
-    for file in sorted(Path(directory).iterdir())
-    if file.suffix in (".json", ".jinja")
+    file.name: file.read_text() for file in sorted(Path(directory).iterdir()) if file.suffix in (".json", ".jinja")
   }
 
 
@@ -141,32 +140,26 @@ class Chat:
     for i, (role, _) in enumerate(shape):
       asks = [(i, True, False)] if role == "assistant" else []
       for count, prompt, written in [*asks, (i + 1, False, role == "assistant")]:
-        rendered = self.tokenizer.apply_chat_template(
-          messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
+        rendered = self.tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
         if not rendered.startswith(done):
-          raise UserError("the tokenizer's chat template rewrites earlier turns as a conversation goes on; use one that does not")
+          raise UserError(
+            "the tokenizer's chat template rewrites earlier turns as a conversation goes on; use one that does not"
+          )
         pieces.append((rendered[len(done) :], written))
         done = rendered
     end = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return [*pieces, (end[len(done) :], False)]
 
-  def pieces(
-    self, turns: tuple[tuple[str, str], ...], *, prompt: bool = False
-  ) -> list[tuple[tuple[int, ...], bool]]:
+  def pieces(self, turns: tuple[tuple[str, str], ...], *, prompt: bool = False) -> list[tuple[tuple[int, ...], bool]]:
     """(token ids, is written by the assistant) of successive pieces of a conversation.
 
     turns: (role, text), where IMAGE in a text stands for a picture. prompt: end where the assistant begins to write.
     """
-    parts = [
-      (role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns
-    ]
+    parts = [(role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns]
     frames = self._frames(tuple((role, tuple(part == IMAGE for part in split)) for role, split in parts))
     words = [self.without_special(part) for _, split in parts for part in split if part != IMAGE]
     frames = frames if prompt else frames[:-1]
-    return [
-      (self.encode(_HOLES.sub(lambda hole: words[int(hole[1])], frame)), written) for frame, written in frames
-    ]
+    return [(self.encode(_HOLES.sub(lambda hole: words[int(hole[1])], frame)), written) for frame, written in frames]
 
   def prompt(self, turns: tuple[tuple[str, str], ...]) -> list[int]:
     """Token ids of a conversation up to where the assistant begins to write."""

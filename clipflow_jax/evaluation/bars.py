@@ -41,9 +41,7 @@ QUICKSTART = (
   Bar("question_accuracy", "question accuracy", "≥", 0.95),
   Bar("caption_exact", "caption exactness", "≥", 0.80),
   Bar("zero_shot_accuracy", "zero-shot accuracy over shape × colour", "≥", 0.95),
-  Bar(
-    "feature_distance", "Fréchet distance in feature space, 3 × real-vs-real", "≤", 3, "feature_distance_real"
-  ),
+  Bar("feature_distance", "Fréchet distance in feature space, 3 × real-vs-real", "≤", 3, "feature_distance_real"),
   Bar("decoder_psnr", "decoder reconstruction from features, dB", "≥", 22),
   Bar("peak_memory_gib", "peak memory, GiB", "≤", 4),
 )

@@ -57,9 +57,7 @@ def reading_path(index: int) -> str:
   return f"pictures/reading_{index:03d}.png"
 
 
-def html(
-  metrics: Mapping[str, Any], artefacts: Artefacts, standings: Sequence[Standing], has_curves: bool
-) -> str:
+def html(metrics: Mapping[str, Any], artefacts: Artefacts, standings: Sequence[Standing], has_curves: bool) -> str:
   """The whole page. It needs nothing but the pictures beside it: no script, no font, no network."""
   sections = [
     _bars(standings),
@@ -134,9 +132,7 @@ def _measured(metrics: Mapping[str, Any]) -> str:
 
 
 def _figure(path: str, alternative: str, caption: str) -> str:
-  return (
-    f'<figure><img src="{path}" alt="{escape(alternative)}"><figcaption>{caption}</figcaption></figure>\n'
-  )
+  return f'<figure><img src="{path}" alt="{escape(alternative)}"><figcaption>{caption}</figcaption></figure>\n'
 
 
 def _mark(right: bool | None, yes: str = "right", no: str = "wrong") -> str:

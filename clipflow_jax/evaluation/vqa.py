@@ -17,7 +17,5 @@ def accuracy(questions: Sequence[str], answers: Sequence[str], truth: Sequence[s
   for question, answer, expected in zip(questions, answers, truth, strict=True):
     right[kind(question)].append(answer.strip() == expected.strip())
   everything = [hit for hits in right.values() for hit in hits]
-  by_kind = {
-    f"question_{name.replace(' ', '_')}": sum(hits) / len(hits) for name, hits in sorted(right.items())
-  }
+  by_kind = {f"question_{name.replace(' ', '_')}": sum(hits) / len(hits) for name, hits in sorted(right.items())}
   return {"question_accuracy": sum(everything) / len(everything), **by_kind}

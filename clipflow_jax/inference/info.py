@@ -50,9 +50,7 @@ def describe_config(config: ConfigDict) -> str:
   text += "\nMillions of parameters, trained / all:\n"
   text += _table(("part", *parameters), [*counts, ("total", *map(_share, totals))])
   if any(_has_open_vocabulary(stage.model.to_dict()) for stage in every):
-    text += (
-      f"\nThe vocabulary is open until a tokenizer is trained or taken over; {VOCABULARY} words are counted.\n"
-    )
+    text += f"\nThe vocabulary is open until a tokenizer is trained or taken over; {VOCABULARY} words are counted.\n"
   return text
 
 

@@ -26,14 +26,16 @@ from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.training import checkpoint, stages
 from clipflow_jax.training.state import Params, merge
 
-Message = dict[str, Any]  # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
+Message = dict[
+  str, Any
+]  # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
 
 
 class ClipFlow:
   """A trained model. Every method takes any number of items and runs them in batches of one compiled shape.
 
-  Pictures are u8[N,H,W,3] at the model's size (`image_size`); texts are lists of str. The same call gives the same result,
-  whatever else is in the batch.
+  Pictures are u8[N,H,W,3] at the model's size (`image_size`); texts are lists of str. The same call gives the same
+  result, whatever else is in the batch.
   """
 
   def __init__(self, model: Model, params: Params, chat: Chat, config: ConfigDict, step: int = 0, batch_size: int = 64):
@@ -44,7 +46,7 @@ class ClipFlow:
 
   @classmethod
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64) -> ClipFlow:
-    """From a workdir (its last stage), a checkpoints folder or one step's folder: averaged parameters where it kept them."""
+    """From a workdir (its last stage), a checkpoints folder or one step's: averaged parameters where it kept them."""
     read = checkpoint.load(stages.newest(path), ("ema", "trained", "frozen"))
     state = read.state
     params = merge(state["ema"] or state["trained"], state["frozen"] or {})
@@ -56,11 +58,15 @@ class ClipFlow:
 
   # Drawing.
 
-  def draw(self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0) -> np.ndarray:
+  def draw(
+    self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0
+  ) -> np.ndarray:
     """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything."""
     return self.decode(self.draw_features(prompts, steps, guidance, seed), seed)
 
-  def draw_unconditional(self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0) -> np.ndarray:
+  def draw_unconditional(
+    self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0
+  ) -> np.ndarray:
     """n pictures u8[n,H,W,3] of no prompt."""
     return self.draw([""] * n, steps, guidance, seed)
 
@@ -146,7 +152,9 @@ class ClipFlow:
       raise UserError("nothing to embed: there are no texts")
     blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid)
-    rows = sequence.stack([sequence.pack([sequence.encode(sequence.words(t, blank), self.tokenizer, layout)], layout) for t in texts])
+    rows = sequence.stack(
+      [sequence.pack([sequence.encode(sequence.words(t, blank), self.tokenizer, layout)], layout) for t in texts]
+    )
 
     def run(params, tokens, mask):
       return self.model.apply({"params": params}, tokens, mask, method=lambda m, *a: m.clip_model.embed_text(*a))

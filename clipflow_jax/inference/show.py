@@ -18,9 +18,7 @@ _LINE_HEIGHT = 13
 _MOST_LINES = 6
 
 
-def grid(
-  images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 2
-) -> Image.Image:
+def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
   """A contact sheet.
 
   images: u8[N,H,W,3], shown in reading order; captions: N texts, wrapped to the width of their picture and

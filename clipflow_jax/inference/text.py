@@ -10,7 +10,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 
 
 def generate(model: ClipFlow, params, prompts: Batch, features: jax.Array | None, *, new: int, end: int) -> jax.Array:
-  """Greedy continuation i32[B,new] of B prompts, `end` from where a row has ended; features f32[B,N,T,C] of their pictures.
+  """Greedy continuation i32[B,new] of B prompts, `end` once a row has ended; features f32[B,N,T,C] of their pictures.
 
   Pure; jit it with model, new and end closed over. The loop stops when all rows have ended.
   """

@@ -120,9 +120,7 @@ class ClipFlow(nn.Module):
       self.image_grid = GridPositions(self.grid, self.grid, fields["width"], 0.7)
       if fields.get("flow_width"):
         early = bool(fields.get("early_layer"))
-        self.flow_head = FlowHead(
-          fields["flow_width"], channels, self.grid, self.grid, early=early, dtype=self.dtype
-        )
+        self.flow_head = FlowHead(fields["flow_width"], channels, self.grid, self.grid, early=early, dtype=self.dtype)
     if self.pixel_decoder:
       self.decoder = PixelDecoder(**self.pixel_decoder, dtype=self.dtype)
 
@@ -193,9 +191,7 @@ class ClipFlow(nn.Module):
     """v f32[B,M,T,C] at x_t f32[B,M,T,C], t f32[B,M], given what to draw: where drawers meet solvers."""
     return self.predict(x_t, t, *context)[0]
 
-  def decode(
-    self, features: jax.Array, noisy: jax.Array | None = None, t: jax.Array | None = None
-  ) -> jax.Array:
+  def decode(self, features: jax.Array, noisy: jax.Array | None = None, t: jax.Array | None = None) -> jax.Array:
     """Standardised features f32[B,T,C] -> pictures f32[B,H,W,3] in -1..1 (a flow: from noisy ones at t)."""
     return self.decoder(features, noisy, t)
 

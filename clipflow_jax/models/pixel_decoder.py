@@ -40,9 +40,7 @@ class PixelDecoder(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, features: jax.Array, noisy: jax.Array | None = None, t: jax.Array | None = None
-  ) -> jax.Array:
+  def __call__(self, features: jax.Array, noisy: jax.Array | None = None, t: jax.Array | None = None) -> jax.Array:
     side = self.image_size // self.patch_size
     head_dim = self.width // self.heads
     x = Linear(self.width, True, dtype=self.dtype, name="connector")(features)

@@ -55,9 +55,7 @@ class Block(nn.Module):
       self.dtype,
       name="attention",
     )
-    y, kv = attention(
-      RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at
-    )
+    y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at)
     x = x + y
     x = x + SwiGLU(self.mlp, self.dtype, name="mlp")(RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x))
     return shard(x, "batch", "sequence"), kv

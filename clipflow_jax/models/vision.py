@@ -47,9 +47,7 @@ class VisionTower(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, with_features: bool = True) -> Seen:
-    x = Linear(self.width, True, dtype=self.dtype, name="patches")(
-      to_patches(to_unit(images), self.patch_size)
-    )
+    x = Linear(self.width, True, dtype=self.dtype, name="patches")(to_patches(to_unit(images), self.patch_size))
     init = nn.initializers.normal(0.1)
     x = x + self.param("place_positions", init, (self.tokens, self.width), jnp.float32)
     encoder = Encoder(self.layers, self.heads, self.mlp, self.norm_eps, self.dtype, name="encoder")

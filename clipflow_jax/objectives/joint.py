@@ -53,9 +53,7 @@ class Objective:
     if on & {"language", "flow"}:
       hidden, context = model.read(batch, features)
       if "language" in on:
-        loss, right = language.predict_next(
-          model.logits(hidden), batch.tokens, batch.segments, batch.loss_weights
-        )
+        loss, right = language.predict_next(model.logits(hidden), batch.tokens, batch.segments, batch.loss_weights)
         sums |= {"language": loss, "language_accuracy": right}
       if "flow" in on:
         context = jax.lax.stop_gradient(context) if self.stop_text else context
@@ -74,9 +72,7 @@ class Objective:
       )
     return sums
 
-  def loss(
-    self, sums: dict[str, jax.Array], counts: dict[str, jax.Array]
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def loss(self, sums: dict[str, jax.Array], counts: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(weighted loss, all metrics as means). With the counts of a larger batch, its parts' losses add up."""
     means = {name: value / counts[name.split("_")[0]] for name, value in sums.items()}
     total = sum((weight * means[name] for name, weight in self.weights.items() if weight), jnp.float32(0))

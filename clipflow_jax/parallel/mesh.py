@@ -27,7 +27,5 @@ def make(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
     shape[shape.index(-1)] = devices // rest
   if math.prod(shape) != devices or min(shape) < 1:
     wanted = ", ".join(f"{a}={s}" for a, s in zip(AXES, shape, strict=True))
-    raise UserError(
-      f"mesh ({wanted}) does not fit {devices} device(s); set one axis to -1 to take what is left"
-    )
+    raise UserError(f"mesh ({wanted}) does not fit {devices} device(s); set one axis to -1 to take what is left")
   return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))

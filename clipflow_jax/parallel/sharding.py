@@ -80,9 +80,7 @@ def parameter_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 def of_parameters(params: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedShardings of a nested dict of parameters (arrays or ShapeDtypeStructs)."""
   flat = flax.traverse_util.flatten_dict(params, sep="/")
-  shardings = {
-    path: NamedSharding(mesh, spec(*parameter_axes(path, leaf.ndim))) for path, leaf in flat.items()
-  }
+  shardings = {path: NamedSharding(mesh, spec(*parameter_axes(path, leaf.ndim))) for path, leaf in flat.items()}
   return flax.traverse_util.unflatten_dict(shardings, sep="/")
 
 

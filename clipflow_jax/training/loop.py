@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +41,8 @@ Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer], None]
 def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> TrainState:
   """Runs one stage to its end, from its newest checkpoint if it has one. Returns the final state.
 
-  Order of beginnings: the workdir's own checkpoint, else `config.init_from` (its tokenizer, its parameters where names and
-  shapes agree), else fresh. SIGTERM writes a checkpoint and raises SystemExit(0) at the next step.
+  Order of beginnings: the workdir's own checkpoint, else `config.init_from` (its tokenizer, its parameters where names
+  and shapes agree), else fresh. SIGTERM writes a checkpoint and raises SystemExit(0) at the next step.
   """
   # Devices and what they hold.
   workdir.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
 
 def measure_features(model: ClipFlow, now: TrainState, pipeline: Pipeline, pictures: int) -> TrainState:
-  """The state with mean and deviation per (token, channel) of the tower's features over about `pictures` training pictures."""
+  """The state with mean and deviation per (token, channel) of the tower's features over some `pictures` of training."""
 
   @jax.jit
   def moments(params, images, roles):
@@ -201,7 +200,7 @@ def _take(now: TrainState, start: checkpoint.Restored, shardings: TrainState) ->
 
 
 def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, source: sources.Source):
-  """The tokenizer of the run that this one starts from, else one trained on this run's own texts (the same each time)."""
+  """The tokenizer of the run that this one starts from, else one trained on this run's own texts."""
   if start:
     with tempfile.TemporaryDirectory() as scratch:
       return text.from_files(start.meta["tokenizer"], Path(scratch))

@@ -170,9 +170,7 @@ class Writer:
     metrics = workdir / "metrics.jsonl"
     _drop_later_steps(metrics, stage, resume_step)
     self._metrics = metrics.open("a", buffering=1, encoding="utf-8")
-    self._tensorboard = SummaryWriter(
-      str(workdir / "tensorboard" / stage), purge_step=resume_step + 1, flush_secs=30
-    )
+    self._tensorboard = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=resume_step + 1, flush_secs=30)
     self._progress = _Progress(stage, total_steps)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -255,9 +253,7 @@ class _Progress:
     if console.is_terminal:
       stage_column = TextColumn("{task.description}", table_column=Column(min_width=len(stage)))
       line_column = TextColumn("{task.fields[line]}", table_column=Column(overflow="fold"))  # wraps if narrow
-      self._bar = Progress(
-        stage_column, BarColumn(bar_width=10), line_column, console=console, auto_refresh=False
-      )
+      self._bar = Progress(stage_column, BarColumn(bar_width=10), line_column, console=console, auto_refresh=False)
       self._task = self._bar.add_task(stage, total=total_steps, line="")
       self._bar.start()
       atexit.register(self._bar.stop)  # an error that ends the run must not leave the cursor hidden

@@ -41,7 +41,9 @@ class Optimizer:
 
   def schedule(self, peak: float) -> optax.Schedule:
     warmup = min(self.warmup, self.steps // 2)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(self.steps, warmup + 1), end_value=peak * self.final)
+    return optax.warmup_cosine_decay_schedule(
+      0.0, peak, warmup, max(self.steps, warmup + 1), end_value=peak * self.final
+    )
 
   def make(self, scales: dict[str, float]) -> optax.GradientTransformation:
     """The whole chain. scales: {path: learning-rate multiplier} of the trained parameters."""

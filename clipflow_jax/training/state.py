@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-  """Parameters are kept in two trees that together are the model's: frozen ones have no moments, no average, no gradient."""
+  """Parameters are kept in two trees, together the model's: frozen ones have no moments, no average, no gradient."""
 
   step: jax.Array  # i32[]
   trained: Params
@@ -54,7 +54,7 @@ def merge(a: Params, b: Params) -> Params:
 
 
 def multipliers(params: Params, table: tuple[tuple[str, float], ...]) -> dict[str, float]:
-  """{path: learning-rate multiplier} by a table of (regex, multiplier). UserError unless one row matches each parameter."""
+  """{path: learning-rate multiplier} by a table of (regex, multiplier). UserError unless one row matches each path."""
   patterns = [pattern for pattern, _ in table]
   try:
     return {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}

@@ -26,7 +26,7 @@ def make(
   ema: float = 0.0,
   accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The pure step. Its randomness is fold_in(seed, step), one key a row, so it depends on neither restarts nor sharding.
+  """The pure step. Its randomness is fold_in(seed, step), a key a row: it depends on neither restarts nor sharding.
 
   ema: decay of the average of parameters, warmed up as min(ema, (1+step)/(10+step)).
   accumulate: the batch is cut into that many parts, whose gradients add up to the whole batch's: losses are divided by

@@ -72,9 +72,7 @@ def test_too_many_stop_the_run_with_the_list_but_not_before_a_hundred(tmp_path):
   with pytest.raises(UserError) as error:
     guarded(99)
   message = str(error.value)
-  assert message.startswith(
-    "10 of 100 records are bad (5 missing file, 5 cannot be decoded): 0.png (missing file: 0);"
-  )
+  assert message.startswith("10 of 100 records are bad (5 missing file, 5 cannot be decoded): 0.png (missing file: 0);")
   assert str(bad.path) in message and "0.05" in message and "\n" not in message
 
 

@@ -39,18 +39,12 @@ class Constant:
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-  texts = [
-    words
-    for i in range(100)
-    for words in (*SHAPES[i].captions, SHAPES[i].description, *SHAPES[i].questions[0])
-  ]
+  texts = [words for i in range(100) for words in (*SHAPES[i].captions, SHAPES[i].description, *SHAPES[i].questions[0])]
   return Chat(text.train_tokenizer([*texts, DESCRIBE, "one", "two", "all", "how?", "so"], 400))
 
 
 def make(chat: Chat, **fields) -> Pipeline:
-  defaults = dict(
-    source=SHAPES, chat=chat, layout=ONE, batch_size=4, tasks={"draw": 1.0, "caption": 1.0}, seed=1
-  )
+  defaults = dict(source=SHAPES, chat=chat, layout=ONE, batch_size=4, tasks={"draw": 1.0, "caption": 1.0}, seed=1)
   return Pipeline(**defaults | fields)
 
 
@@ -152,9 +146,7 @@ def test_only_drawings_lose_their_text(chat):
 def test_a_conversation_is_the_description_and_then_the_questions(chat):
   example = make(chat, source=Constant(), tasks={"converse": 1.0}).example(3, np.random.default_rng(0))
   words = chat.tokenizer.decode(example["tokens"][example["image_index"] < 0].tolist())
-  assert words == (
-    f"<|begin|><|user|>{IMAGE} {DESCRIBE}<|assistant|> all<|end|><|user|> how?<|assistant|> so<|end|>"
-  )
+  assert words == (f"<|begin|><|user|>{IMAGE} {DESCRIBE}<|assistant|> all<|end|><|user|> how?<|assistant|> so<|end|>")
 
 
 @pytest.mark.parametrize("tasks", [{}, {"draw": 0.0}, {"paint": 1.0}])

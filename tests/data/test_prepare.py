@@ -155,8 +155,6 @@ def test_an_empty_output_folder_is_filled(pictures, tmp_path):
 def test_inputs_without_a_good_picture_are_an_error_that_names_them(pictures, tmp_path):
   for picture in pictures.glob("*.png"):
     picture.unlink()
-  with pytest.raises(
-    UserError, match="nothing to prepare: 16 of 16 records are bad .*15 missing file.*0.png"
-  ):
+  with pytest.raises(UserError, match="nothing to prepare: 16 of 16 records are bad .*15 missing file.*0.png"):
     prepare(pictures, tmp_path / "out", size=16, say=quiet)
   assert not list(tmp_path.glob("out*"))

@@ -144,18 +144,14 @@ def test_a_prompt_is_the_beginning_of_the_whole(chat):
 
 @pytest.mark.parametrize("layout", [Layout(12, 3, GRID), Layout(40, 0, GRID)])
 def test_what_does_not_fit_is_refused_with_its_length_and_the_remedy(chat, layout):
-  with pytest.raises(
-    UserError, match=r"\d+ tokens and 1 pictures .* data.length .* '<\|image\|>a red star"
-  ) as error:
+  with pytest.raises(UserError, match=r"\d+ tokens and 1 pictures .* data.length .* '<\|image\|>a red star") as error:
     sequence.encode(sequence.read(picture(), (("a red star what colour?", "red"),)), chat, layout)
   assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("content", "pictures"), [("a red star", 1), (IMAGE, 0), (IMAGE * 2, 1)])
 def test_every_picture_has_its_word(chat, content, pictures):
-  conversation = Conversation(
-    (("user", content),), np.zeros((pictures, SIDE, SIDE, 3), np.uint8), (INPUT,) * pictures
-  )
+  conversation = Conversation((("user", content),), np.zeros((pictures, SIDE, SIDE, 3), np.uint8), (INPUT,) * pictures)
   with pytest.raises(UserError, match="write one for each"):
     sequence.encode(conversation, chat, LAYOUT)
 

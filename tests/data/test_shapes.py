@@ -51,18 +51,14 @@ def parse(text: str) -> shapes_text.Caption:
   look = rf"(?:(small|large) )?(outlined )?({COLOUR}) ({SHAPE})(?:e?s)?"
   phrase = re.compile(rf"(an?|two|three|four) {look}(?: at the ({PLACE}))?")
   mentions = [
-    shapes_text.Mention(
-      shape, colour, bool(outlined), size or None, shapes.PLACES.index(place) if place else None
-    )
+    shapes_text.Mention(shape, colour, bool(outlined), size or None, shapes.PLACES.index(place) if place else None)
     for number, size, outlined, colour, shape, place in phrase.findall(body)
     for _ in range(NUMBERS[number])
   ]
   left = phrase.sub("X", body)
   relation = re.fullmatch("X (?:to the )?(left of|right of|above|below) X", left)
   assert relation or re.fullmatch("(X, )*(X and )?X", left), text
-  return shapes_text.Caption(
-    text, tuple(mentions), relation and relation[1], background[1] if background else None
-  )
+  return shapes_text.Caption(text, tuple(mentions), relation and relation[1], background[1] if background else None)
 
 
 def answer(question: str, scene: shapes.Scene) -> str:
@@ -245,9 +241,7 @@ class TestCaptions:
     ],
   )
   def test_identical_objects_are_counted(self, shape, outlined, text):
-    scene = shapes.Scene(
-      tuple(shapes.Object(shape, "red", "small", outlined, place) for place in (0, 4, 5)), "white"
-    )
+    scene = shapes.Scene(tuple(shapes.Object(shape, "red", "small", outlined, place) for place in (0, 4, 5)), "white")
     rng = np.random.default_rng(0)
     assert text in {shapes_text.caption(scene, rng).text for _ in range(200)}
 

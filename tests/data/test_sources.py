@@ -50,9 +50,7 @@ def one(folder: Path, record) -> sources.Example:
 
 
 def test_an_example_has_the_picture_and_its_texts(tmp_path):
-  example = one(
-    tmp_path / "a", {"file": "0.png", "captions": [" two\n words ", "more"], "licence": "ignored"}
-  )
+  example = one(tmp_path / "a", {"file": "0.png", "captions": [" two\n words ", "more"], "licence": "ignored"})
   assert example.id == "a/0.png"
   assert (example.captions, example.description, example.questions) == (
     ("two words", "more"),
@@ -79,9 +77,7 @@ def test_conversations_become_questions(tmp_path, role, text, human, gpt):
 
 def test_an_answer_to_the_bare_picture_is_a_caption_and_no_question(tmp_path):
   turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>"}]
-  example = one(
-    tmp_path / "a", {"file": "0.png", "conversations": [*turns, {"from": "gpt", "value": "a cat <image>"}]}
-  )
+  example = one(tmp_path / "a", {"file": "0.png", "conversations": [*turns, {"from": "gpt", "value": "a cat <image>"}]})
   assert (example.captions, example.questions) == (("a cat",), ())
 
 
@@ -160,14 +156,10 @@ def test_nothing_outside_the_folder_is_read(tmp_path):
   ]
   missing = ["none.png", ".", "pipe.png", "loop.png", "nul\0.png", "x" * 5000]
   with (folder / "captions.jsonl").open("a") as file:
-    file.writelines(
-      json.dumps({"file": name, "caption": "x"}) + "\n" for name in ["inside.png", *files, *missing]
-    )
+    file.writelines(json.dumps({"file": name, "caption": "x"}) + "\n" for name in ["inside.png", *files, *missing])
   examples, errors = read(FolderSource(folder, split="all"))
   assert [example.id for example in examples] == ["a/0.png", "a/inside.png"]
-  assert [error.why.partition(":")[0] for error in errors[: len(files)]] == ["outside its folder"] * len(
-    files
-  )
+  assert [error.why.partition(":")[0] for error in errors[: len(files)]] == ["outside its folder"] * len(files)
   assert len(errors) == len(files + missing)
   assert {error.why.partition(":")[0] for error in errors[len(files) :]} == {"missing file", "not a path"}
   assert all(error.name.startswith(f"{folder}/") for error in errors)

@@ -53,9 +53,7 @@ def test_no_text_is_unknown_and_decoding_gives_it_back(chat, words):
 def test_the_vocabulary_is_at_most_what_was_asked_and_begins_with_the_special_tokens(chat):
   assert len(chat.tokenizer) <= 320
   assert chat.tokenizer.convert_tokens_to_ids(list(text.SPECIAL)) == list(range(len(text.SPECIAL)))
-  assert (chat.pad, chat.begin, chat.end, chat.image) == tuple(
-    map(text.SPECIAL.index, (PAD, BEGIN, END, IMAGE))
-  )
+  assert (chat.pad, chat.begin, chat.end, chat.image) == tuple(map(text.SPECIAL.index, (PAD, BEGIN, END, IMAGE)))
 
 
 def test_frequent_words_are_one_token(chat):
@@ -109,9 +107,7 @@ def test_a_tokenizer_without_a_token_for_pictures_is_refused():
   from transformers import PreTrainedTokenizerFast
 
   core = text.train_tokenizer(TEXTS, 300).backend_tokenizer
-  plain = PreTrainedTokenizerFast(
-    tokenizer_object=type(core).from_str(core.to_str().replace(IMAGE, "<|other|>"))
-  )
+  plain = PreTrainedTokenizerFast(tokenizer_object=type(core).from_str(core.to_str().replace(IMAGE, "<|other|>")))
   with pytest.raises(UserError, match="no token <|image|>"):
     Chat(plain)
 
@@ -155,9 +151,7 @@ def test_a_drawing_is_written_by_the_assistant(chat):
 def test_a_prompt_ends_where_the_assistant_begins(chat):
   prompt = chat.prompt((("user", f"{IMAGE}what colour?"),))
   whole = [
-    token
-    for piece, _ in chat.pieces((("user", f"{IMAGE}what colour?"), ("assistant", "red")))
-    for token in piece
+    token for piece, _ in chat.pieces((("user", f"{IMAGE}what colour?"), ("assistant", "red"))) for token in piece
   ]
   assert prompt == whole[: len(prompt)]
   assert names(chat, prompt)[-1] == ASSISTANT
@@ -178,19 +172,13 @@ def test_special_tokens_in_peoples_words_are_removed(chat, words):
   for role in ("user", "assistant"):
     turns = (("user", words), ("assistant", "c")) if role == "user" else (("user", "c"), ("assistant", words))
     clean = tuple((who, said if said == "c" else "a b") for who, said in turns)
-    special = [
-      t for t in names(chat, [t for piece, _ in chat.pieces(turns) for t in piece]) if t in text.SPECIAL
-    ]
+    special = [t for t in names(chat, [t for piece, _ in chat.pieces(turns) for t in piece]) if t in text.SPECIAL]
     assert special == [
       t for t in names(chat, [t for piece, _ in chat.pieces(clean) for t in piece]) if t in text.SPECIAL
     ]
 
 
-@given(
-  words=st.lists(st.sampled_from(["<|", "|>", "end", "user", END, PAD, "a ", text._HOLE.format(0)])).map(
-    "".join
-  )
-)
+@given(words=st.lists(st.sampled_from(["<|", "|>", "end", "user", END, PAD, "a ", text._HOLE.format(0)])).map("".join))
 def test_no_words_can_write_a_special_token(chat, words):
   plain, crafted = (chat.prompt((("user", said),)) for said in ("a", words))
   ids = set(range(len(text.SPECIAL)))

@@ -54,8 +54,7 @@ def draw_truth(texts: list[str], wanted: dict[str, Caption]) -> np.ndarray:
 def _fulfil(said: Caption) -> shapes.Scene:
   for places in itertools.permutations(range(9), len(said.mentions)):
     things = [
-      shapes.Object(m.shape, m.colour, m.size or "large", m.outlined, place)
-      for m, place in zip(said.mentions, places)
+      shapes.Object(m.shape, m.colour, m.size or "large", m.outlined, place) for m, place in zip(said.mentions, places)
     ]
     scene = shapes.Scene(tuple(sorted(things, key=lambda thing: thing.place)), said.background or "white")
     if matches(said, perfect(scene)):
@@ -200,9 +199,7 @@ class TestPrompts:
     assert all(None not in (m.size, m.place) for said in asked["attribution"] for m in said.mentions)
     assert {said.relation is None for said in asked["two"]} == {True, False}
     for category, all_said in asked.items():
-      named = [
-        (mention.colour, mention.shape) in shapes.UNSEEN for said in all_said for mention in said.mentions
-      ]
+      named = [(mention.colour, mention.shape) in shapes.UNSEEN for said in all_said for mention in said.mentions]
       assert set(named) == {category == "unseen"}
 
 

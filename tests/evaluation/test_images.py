@@ -50,9 +50,7 @@ def test_frechet_distance_is_symmetric_not_negative_and_scales_with_the_square(s
   there, back = images.frechet_distance_of(a, b), images.frechet_distance_of(b, a)
   assert there >= 0
   assert there == pytest.approx(back, rel=1e-6, abs=1e-9)
-  assert images.frechet_distance_of(scale * a, scale * b) == pytest.approx(
-    scale**2 * there, rel=1e-6, abs=1e-7
-  )
+  assert images.frechet_distance_of(scale * a, scale * b) == pytest.approx(scale**2 * there, rel=1e-6, abs=1e-7)
 
 
 def test_frechet_distance_of_one_sample_is_an_error():

@@ -72,9 +72,7 @@ def test_questions_count_by_their_kind():
     ("how many red stars are there?", "one"),
     ("is there a", "no"),
   ]
-  found = vqa.accuracy(
-    [question for question, _ in asked], ["two", "two", "no"], [answer for _, answer in asked]
-  )
+  found = vqa.accuracy([question for question, _ in asked], ["two", "two", "no"], [answer for _, answer in asked])
   assert found == {
     "question_accuracy": pytest.approx(2 / 3),
     "question_how_many": 0.5,

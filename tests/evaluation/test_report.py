@@ -43,9 +43,7 @@ class Oracle:
     return [self.descriptions[image.tobytes()] for image in images]
 
   def answer(self, images, questions):
-    return [
-      self.answers[image.tobytes(), question] for image, question in zip(images, questions, strict=True)
-    ]
+    return [self.answers[image.tobytes(), question] for image, question in zip(images, questions, strict=True)]
 
   def embed_image(self, images):
     quarters = images.reshape(-1, 2, SIZE // 2, 2, SIZE // 2, 3).mean((2, 4)).reshape(len(images), -1) - 128
@@ -91,9 +89,7 @@ def _scene_of(prompt):
   while True:
     free = iter(rng.permutation(9).tolist())
     things = [
-      shapes.Object(
-        m.shape, m.colour, m.size or "large", m.outlined, next(free) if m.place is None else m.place
-      )
+      shapes.Object(m.shape, m.colour, m.size or "large", m.outlined, next(free) if m.place is None else m.place)
       for m in prompt.mentions
     ]
     apart = len({thing.place for thing in things}) == len(things)

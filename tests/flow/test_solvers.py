@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def deviation(steps: int, eta: float) -> float:
   """The standard deviation with which the stochastic sampler ends on the toy data, by its definition, step by step."""
   times = np.asarray(path.grid(steps, 2.0))
   variance = 1.0
-  for t, s in zip(times[:-1], times[1:]):
+  for t, s in itertools.pairwise(times):
     around = (1 - t) ** 2 * STD**2 + t**2
     clean, noise = (1 - t) * STD**2 / around, t / around  # slopes of E[x | x_t] and E[noise | x_t]
     kept = (1 - s) * clean + s * np.sqrt(1 - eta**2) * noise

@@ -47,7 +47,10 @@ def test_a_stage_is_described_by_its_steps_batch_and_objective():
 def test_parameters_are_counted_by_part_as_they_are(trained):
   text = describe_config(fixed_vocabulary())
   params = state.flatten(state.merge(*(checkpoint.load(trained, ("trained", "frozen")).state.values())))
-  sizes = {part: sum(x.size for path, x in params.items() if path.startswith(f"{part}/")) / 1e6 for part in ("decoder", "language_model")}
+  sizes = {
+    part: sum(x.size for path, x in params.items() if path.startswith(f"{part}/")) / 1e6
+    for part in ("decoder", "language_model")
+  }
   assert row(text, "decoder")[1:] in (["4"], [f"{sizes['decoder']:.3f} / {sizes['decoder']:.3f}"]) or True
   assert f"decoder          {sizes['decoder']:.3f} / {sizes['decoder']:.3f}" in text
   assert f"language_model   0.000 / {sizes['language_model']:.3f}" in text

@@ -274,7 +274,12 @@ def test_a_prompt_that_is_too_long_is_refused_in_one_line(model, pictures):
 
 def test_nothing_is_refused(model):
   none = np.zeros((0, SIZE, SIZE, 3), np.uint8)
-  calls = [lambda: model.draw([]), lambda: model.embed_text([]), lambda: model.caption(none), lambda: model.encode(none)]
+  calls = [
+    lambda: model.draw([]),
+    lambda: model.embed_text([]),
+    lambda: model.caption(none),
+    lambda: model.encode(none),
+  ]
   for call in calls:
     with pytest.raises(UserError, match="nothing to"):
       call()
@@ -295,7 +300,11 @@ def test_a_part_that_is_not_there_is_named(model, pictures):
 
 @pytest.mark.parametrize(
   ("wrong", "what"),
-  [(dict(steps=0), "at least 1"), (dict(method="leap"), "'leap' is unknown"), (dict(guide="hope"), "'hope' is unknown")],
+  [
+    (dict(steps=0), "at least 1"),
+    (dict(method="leap"), "'leap' is unknown"),
+    (dict(guide="hope"), "'hope' is unknown"),
+  ],
 )
 def test_sampling_that_cannot_be_is_refused(wrong, what):
   with pytest.raises(UserError, match=what):

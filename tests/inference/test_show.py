@@ -30,9 +30,7 @@ def test_grid_is_no_wider_than_its_pictures():
 
 def test_captions_add_room_and_ink_under_the_pictures():
   images = _pictures(2)
-  plain, written = (
-    show.grid(images, 2, captions) for captions in (None, ["a red circle", "three blue stars"])
-  )
+  plain, written = (show.grid(images, 2, captions) for captions in (None, ["a red circle", "three blue stars"]))
   assert written.width == plain.width
   assert written.height > plain.height
   assert np.any(np.asarray(written)[plain.height :] < 128)

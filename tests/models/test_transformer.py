@@ -124,9 +124,7 @@ def test_reading_and_drawing_apart_is_one_dense_attention_over_everything(params
   for row in range(2):
     m = int((batch.image_segments[row] > 0).sum())
     noisy = [np.repeat(a[row, :m], NOISY, axis=0) for a in place[1:]]
-    segments, order = (
-      np.concatenate([a[row], b]) for a, b in zip((batch.segments, batch.order), noisy, strict=True)
-    )
+    segments, order = (np.concatenate([a[row], b]) for a, b in zip((batch.segments, batch.order), noisy, strict=True))
     positions = np.concatenate([batch.positions[row], place[0][row, :m].reshape(-1, 3)])
     block = np.concatenate([np.full(x.shape[1], -1), np.repeat(np.arange(m), NOISY)])
     text, full, first = dense(params, x[row], z[row, :m].reshape(-1, FLOW_WIDTH), positions, segments, order, block)

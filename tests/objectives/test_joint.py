@@ -40,9 +40,7 @@ def test_counts_are_of_what_the_sums_add_up():
 def test_an_objective_alone_gives_its_own_sums(params, name: str):
   batch = BATCH if name in ("language", "flow", "pixels") else tiny.pack([[], []], pictures=1)
   objective = Objective({name: 1.0}, levels=2)
-  sums = jax.eval_shape(
-    lambda: tiny.model().apply({"params": params}, batch, KEYS, method=objective.sums)
-  )
+  sums = jax.eval_shape(lambda: tiny.model().apply({"params": params}, batch, KEYS, method=objective.sums))
   assert {key.split("_")[0] for key in sums} == {name}
   assert {(value.shape, value.dtype) for value in sums.values()} == {((), jnp.dtype(jnp.float32))}
 

@@ -232,9 +232,7 @@ def test_nothing_but_damaged_steps_is_a_user_error(tmp_path: Path):
   for step in (1, 2):
     os.truncate(largest_file(tmp_path / str(step) / "state"), 10)
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(
-    UserError, match=r"no readable checkpoint: .*2, .*1 cannot be read .* of \d+ bytes"
-  ) as error:
+  with pytest.raises(UserError, match=r"no readable checkpoint: .*2, .*1 cannot be read .* of \d+ bytes") as error:
     checkpoints.restore(abstract(make_state(1, width=64)))
   checkpoints.close()
   assert "\n" not in str(error.value)
@@ -319,9 +317,7 @@ def test_a_killed_save_leaves_the_step_before_it_on_fewer_devices(killed: Path, 
 
 def test_load_reads_the_parts_asked_for_and_no_others(tmp_path: Path):
   def bytes_read() -> int:
-    return ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")[0]["values"][0][
-      "value"
-    ]
+    return ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")[0]["values"][0]["value"]
 
   save(tmp_path, 1, width=512)
   before = bytes_read()

@@ -36,9 +36,9 @@ def test_a_scan_counts_as_often_as_it_runs():
     return jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0]
 
   assert flops.count(scanned, A, zeros(11, 5, 5)) == 11 * 2 * 3 * 5 * 5
-  assert flops.count(lambda x, k: jax.lax.scan(lambda x, _: (scanned(x, k), None), x, length=2)[0], A, zeros(11, 5, 5)) == (
-    2 * 11 * 2 * 3 * 5 * 5
-  )
+  assert flops.count(
+    lambda x, k: jax.lax.scan(lambda x, _: (scanned(x, k), None), x, length=2)[0], A, zeros(11, 5, 5)
+  ) == (2 * 11 * 2 * 3 * 5 * 5)
 
 
 def test_what_is_inside_other_functions_counts():

@@ -73,9 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_throughput_is_that_of_the_window(clock: SimpleNamespace):
-  throughput = Throughput(
-    total_steps=100, images_per_step=8, tokens_per_step=64, flops_per_step=3e9, peak_flops=12e9
-  )
+  throughput = Throughput(total_steps=100, images_per_step=8, tokens_per_step=64, flops_per_step=3e9, peak_flops=12e9)
   for _ in range(4):
     with throughput.waiting():
       clock.now += 0.125
@@ -99,9 +97,7 @@ def test_throughput_is_that_of_the_window(clock: SimpleNamespace):
 
 
 def test_throughput_leaves_out_mfu_where_the_peak_is_unknown(clock: SimpleNamespace):
-  throughput = Throughput(
-    total_steps=2, images_per_step=1, tokens_per_step=1, flops_per_step=1e9, peak_flops=math.nan
-  )
+  throughput = Throughput(total_steps=2, images_per_step=1, tokens_per_step=1, flops_per_step=1e9, peak_flops=math.nan)
   throughput.step()
   clock.now += 1.0
   assert set(throughput.compute(1)) == SPEED.keys() - {"mfu"}
@@ -169,9 +165,7 @@ def test_writer_drops_the_later_steps_of_its_stage_on_resume(tmp_path: Path):
   assert rows(tmp_path) == [*lines[:5], {"step": 30, "stage": "flow", "loss": 2.0}]
 
 
-def test_writer_keeps_the_old_metrics_when_rewriting_them_fails(
-  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_writer_keeps_the_old_metrics_when_rewriting_them_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   text = '{"step": 1, "stage": "flow"}\n{"step": 2, "stage": "flow"}\n'
   (tmp_path / "metrics.jsonl").write_text(text)
 

@@ -67,7 +67,11 @@ def test_muon_takes_every_matrix_of_the_model_but_heads_and_embeddings():
   muons = {path for path, dimensions in flat.items() if dimensions is not None}
   matrices = {path for path in flat if path.endswith("/kernel")}
   assert muons < matrices
-  assert {path.split("/", 1)[1] for path in matrices - muons} == {"head/kernel", "early_head/kernel", "pixel_readout/head/kernel"}
+  assert {path.split("/", 1)[1] for path in matrices - muons} == {
+    "head/kernel",
+    "early_head/kernel",
+    "pixel_readout/head/kernel",
+  }
   for path in muons:
     leaf = state.flatten(tiny.params())[path]
     assert (flat[path].reduction_axis, flat[path].output_axis) == (leaf.ndim - 2, leaf.ndim - 1)

@@ -86,7 +86,9 @@ def test_a_run_that_has_nothing_yet_is_named(tmp_path):
 def test_the_history_is_every_stages_lines_in_order(tmp_path):
   for name in ("a", "b"):
     (tmp_path / name).mkdir()
-    (tmp_path / name / "metrics.jsonl").write_text(f'{{"stage": "{name}", "step": 1}}\n{{"stage": "{name}", "step": 2}}\n')
+    (tmp_path / name / "metrics.jsonl").write_text(
+      f'{{"stage": "{name}", "step": 1}}\n{{"stage": "{name}", "step": 2}}\n'
+    )
   (tmp_path / stages.ORDER).write_text('["b", "a", "c"]')
   assert [(row["stage"], row["step"]) for row in stages.history(tmp_path)] == [("b", 1), ("b", 2), ("a", 1), ("a", 2)]
   assert [row["stage"] for row in stages.history(tmp_path / "a")] == ["a", "a"]
