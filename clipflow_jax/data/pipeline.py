@@ -70,7 +70,7 @@ class Pipeline:
     unknown = (set(self.tasks) | set(self.row)) - set(TASKS)
     if unknown or not (self.row or sum(self.tasks.values()) > 0):
       raise UserError(
-        f"data.tasks {dict(self.tasks)} must give a weight to, or data.row name, some of {', '.join(TASKS)}, and no other"
+        f"data.tasks {dict(self.tasks)} must weigh, or data.row name, some of {', '.join(TASKS)}, and no other"
       )
 
   def example(self, i: int, task: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ class Pipeline:
       raise BadRecord(record.id, f"too long: {error}") from error
 
   def batches(self, bad: BadRecords) -> grain.DatasetIterator:
-    """An endless iterator of numpy Batches. Its get_state() and set_state() resume it anywhere. `bad` gets bad records."""
+    """An endless iterator of numpy Batches; its get_state() and set_state() resume it anywhere. `bad` gets bad ones."""
     example = bad.guard(self.example)
     records = grain.MapDataset.range(len(self.source)).shuffle(seed=self.seed).repeat().seed(self.seed)
     options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=64)

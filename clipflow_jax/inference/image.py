@@ -18,7 +18,7 @@ DECODER_STEPS = 10  # of a flow decoder: given the features little is left to de
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to draw. guide: "text" (away from the empty prompt: two passes a step) or "early" (from the early head: one)."""
+  """How to draw. guide: "text" (away from the empty prompt, two passes a step) or "early" (the early head, one)."""
 
   steps: int = 40
   guidance: float = 1.5
@@ -38,7 +38,7 @@ class Sampling:
 
 
 def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> jax.Array:
-  """Standardised features f32[B,T,C]. prompts: B rows, their first picture the target; empty: the same, no text; keys key[B].
+  """Standardised features f32[B,T,C]. prompts: B rows, the first picture the target; empty: so without text; keys key[B].
 
   A row's picture is a function of its prompt and key alone. Pure; jit it with model and sampling closed over.
   """
