@@ -310,15 +310,15 @@ def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> None:
 
   model = _load(workdir)
   print(f"evaluating on {n} pictures")
-  shapes = model.config.data.source.kind == "shapes"
   source = sources.make(model.config.data.source, "test")
-  if shapes:
+  shown: tuple[bars.Bar, ...] = ()
+  if isinstance(source, sources.ShapesSource):
+    shown = bars.QUICKSTART
     metrics, artefacts = report.evaluate_shapes(model, source, n=n, per_category=per_category, seed=seed)
   else:
     metrics, artefacts = report.evaluate_folder(model, source, n=n, seed=seed)
   install = float(os.environ.get("CLIPFLOW_INSTALL_SECONDS", 0)) / 60
   metrics = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install, **metrics}
-  shown = bars.QUICKSTART if shapes else ()
   metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
   print(bars.table(metrics, shown))
   print(f"report: {workdir / 'report' / 'index.html'}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from clipflow_jax.batch import INPUT, TARGET, Batch
 from clipflow_jax.data.text import IMAGE, Chat
@@ -71,7 +73,11 @@ def _lay_out(ids, written, image_of, conversation, chat, layout) -> dict[str, np
   grid, per_image = layout.grid, layout.tokens_per_image
   n = len(conversation.roles)
   row, column = np.divmod(np.arange(per_image), grid)
-  tokens, weights, order, positions, index = [], [], [], [], []
+  tokens: list[Sequence[int]] = []
+  weights: list[Sequence[float]] = []
+  order: list[Sequence[int]] = []
+  positions: list[ArrayLike] = []
+  index: list[ArrayLike] = []
   image_order, image_positions = np.full(n, -1, np.int32), np.zeros(n, np.int32)
   now, time = 0, 0  # order and rotary time of the next slot
   for token, is_written, image in zip(ids, written, image_of, strict=True):

@@ -22,6 +22,7 @@ from clipflow_jax.data import shapes_text
 from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.pipeline import DESCRIBE
 from clipflow_jax.data.shapes_source import ShapesSource
+from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import bars as bars_
 from clipflow_jax.evaluation import captioning, classification, compositional, images, page, vqa
@@ -85,7 +86,7 @@ def evaluate_shapes(
 
 
 def evaluate_folder(
-  model: ClipFlow, source: Sequence[Example], *, n: int = 1000, seed: int = 0
+  model: ClipFlow, source: Source, *, n: int = 1000, seed: int = 0
 ) -> tuple[dict[str, Any], Artefacts]:
   """The same for real captioned pictures, which have no reader: distances, PSNR, retrieval, CLIP scores.
 
@@ -198,7 +199,7 @@ def _read_right(descriptions: Sequence[shapes_text.Caption], pictures: np.ndarra
   return float(np.mean([compositional.matches(text, compositional.read(image)) for text, image in pairs]))
 
 
-def _readable(source: Sequence[Example], n: int, seed: int) -> list[Example]:
+def _readable(source: Source, n: int, seed: int) -> list[Example]:
   """Up to n examples at random, without those that cannot be read."""
   examples: list[Example] = []
   for index in np.random.default_rng(seed).permutation(len(source)):

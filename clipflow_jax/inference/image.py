@@ -38,9 +38,10 @@ class Sampling:
 
 
 def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> jax.Array:
-  """Standardised features f32[B,T,C]. prompts: B rows, the first picture the target; empty: so without text; keys key[B].
+  """Standardised features f32[B,T,C] of B rows.
 
-  A row's picture is a function of its prompt and key alone. Pure; jit it with model and sampling closed over.
+  prompts: rows whose first picture is the target; empty: so without text; keys key[B]. A row's picture is a function of
+  its prompt and key alone. Pure; jit it with model and sampling closed over.
   """
   rows = prompts.tokens.shape[0]
   by_text = sampling.guide == "text" and sampling.guidance != 1.0

@@ -76,8 +76,8 @@ class ClipFlow:
     """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read."""
     self._need("flow expert", "draw")
     given = {"steps": steps, "guidance": guidance}
-    sampling = Sampling(**self.config.sampling.to_dict())
-    sampling = dataclasses.replace(sampling, **{k: v for k, v in given.items() if v is not None})
+    settings = self.config.sampling.to_dict() | {k: v for k, v in given.items() if v is not None}
+    sampling = Sampling(**settings)
     if sampling.guide == "early" and sampling.guidance != 1.0:
       self._need("early head", "be guided by it")
     if not prompts:

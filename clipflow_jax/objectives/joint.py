@@ -57,8 +57,9 @@ class Objective:
         sums |= {"language": loss, "language_accuracy": right}
       if "flow" in on:
         context = jax.lax.stop_gradient(context) if self.stop_text else context
-        settings = dict(levels=self.levels, early=self.early, targets=self.targets)
-        sums |= flow.losses(model, batch, features, context, keys, **settings)
+        sums |= flow.losses(
+          model, batch, features, context, keys, levels=self.levels, early=self.early, targets=self.targets
+        )
     if "pixels" in on:
       flat = batch.images.reshape(-1, *batch.images.shape[2:])
       each = jnp.repeat(keys, batch.images.shape[1])

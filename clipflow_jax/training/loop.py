@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
@@ -153,20 +154,21 @@ def measure_features(model: ClipFlow, now: TrainState, pipeline: Pipeline, pictu
     return jnp.stack([raw.sum(0), jnp.square(raw).sum(0)])
 
   batches = pipeline.batches(BadRecords(None, 1.0))
-  total, count = 0.0, 0
+  first, second, count = jnp.zeros(model.feature_shape), jnp.zeros(model.feature_shape), 0
   while count < pictures:
     batch = next(batches)
-    total = total + moments(now.averaged, batch.images, batch.image_roles)
+    sums = moments(now.averaged, batch.images, batch.image_roles)
+    first, second = first + sums[0], second + sums[1]
     count += int((batch.image_roles > 0).sum())
-  mean = total[0] / count
-  std = jnp.sqrt(jnp.maximum(total[1] / count - jnp.square(mean), 1e-4))
+  mean = first / count
+  std = jnp.sqrt(jnp.maximum(second / count - jnp.square(mean), 1e-4))
   flat = state.flatten(now.frozen)
   for name, value in (("statistics/mean", mean), ("statistics/std", std)):
     if name not in flat:
       raise UserError(f"config.train must freeze {name}: it is measured, not learned")
     flat[name] = jax.device_put(value, flat[name].sharding)
   log.info("measured the features of %d pictures", count)
-  return now.replace(frozen=state.nest(flat))
+  return dataclasses.replace(now, frozen=state.nest(flat))
 
 
 def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
@@ -196,7 +198,7 @@ def _take(now: TrainState, start: checkpoint.Restored, shardings: TrainState) ->
   for what, paths in (("fresh here", ours - taken), ("left there", set(theirs) - taken)):
     if paths:
       log.info("  %s: %s", what, ", ".join(sorted(paths)))
-  return now.replace(trained=trained, frozen=frozen, ema=ema)
+  return dataclasses.replace(now, trained=trained, frozen=frozen, ema=ema)
 
 
 def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, source: sources.Source):

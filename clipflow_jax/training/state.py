@@ -21,7 +21,7 @@ Params = dict[str, Any]
 class TrainState:
   """Parameters are kept in two trees, together the model's: frozen ones have no moments, no average, no gradient."""
 
-  step: jax.Array  # i32[]
+  step: Any  # i32[]; in a tree of shardings every field holds its sharding
   trained: Params
   frozen: Params
   ema: Params | None  # average of `trained`, or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -52,11 +53,14 @@ def make(
     else:
       parts = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), (batch, keys))
 
+      def of(part):
+        return gradients(state, part[0], part[1], counts)
+
       def add(total, part):
-        return jax.tree.map(jnp.add, total, gradients(state, *part, counts)), None
+        return jax.tree.map(jnp.add, total, of(part)), None
 
       first, rest = (jax.tree.map(lambda x, s=s: x[s], parts) for s in (0, slice(1, None)))
-      (grads, metrics), _ = jax.lax.scan(add, gradients(state, *first, counts), rest)
+      (grads, metrics), _ = jax.lax.scan(add, of(first), rest)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     average = state.ema
@@ -68,7 +72,7 @@ def make(
       "skipped": opt_state.total_notfinite.astype(jnp.float32),
       "skipped_in_a_row": opt_state.notfinite_count.astype(jnp.float32),
     }
-    new = state.replace(step=state.step + 1, trained=trained, ema=average, opt_state=opt_state)
+    new = dataclasses.replace(state, step=state.step + 1, trained=trained, ema=average, opt_state=opt_state)
     return new, metrics
 
   return step
