@@ -24,7 +24,7 @@ def make(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   devices = jax.device_count()
   if shape.count(-1) == 1:
     rest = math.prod(s for s in shape if s != -1)
-    shape[shape.index(-1)] = devices // rest
+    shape[shape.index(-1)] = devices // max(rest, 1)  # a size of 0 is refused below
   if math.prod(shape) != devices or min(shape) < 1:
     wanted = ", ".join(f"{a}={s}" for a, s in zip(AXES, shape, strict=True))
     raise UserError(f"mesh ({wanted}) does not fit {devices} device(s); set one axis to -1 to take what is left")

@@ -52,10 +52,11 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 def shard(x: jax.Array, *logical: str | None) -> jax.Array:
   """Constrains x to its logical axes on the mesh in force (`jax.set_mesh`); a no-op on one device."""
+  places = spec(*logical, *[None] * (x.ndim - len(logical)))  # a typo is an error on one device too
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*(logical + (None,) * (x.ndim - len(logical)))))
+  return jax.lax.with_sharding_constraint(x, places)
 
 
 def match_once(path: str, patterns: list[str], what: str) -> int:
