@@ -67,6 +67,7 @@ class Objective:
         model,
         flat,
         features.reshape(-1, *features.shape[2:]),
+        batch.image_roles.reshape(-1) > 0,
         each,
         noise=self.decoder_noise,
         edges=self.decoder_edges,

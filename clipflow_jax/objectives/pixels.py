@@ -28,9 +28,16 @@ def edge_weights(images: jax.Array, strength: float, radius: int = 2) -> jax.Arr
 
 
 def losses(
-  model: ClipFlow, images: jax.Array, features: jax.Array, keys: jax.Array, *, noise: float, edges: float
+  model: ClipFlow,
+  images: jax.Array,
+  features: jax.Array,
+  there: jax.Array,
+  keys: jax.Array,
+  *,
+  noise: float,
+  edges: float,
 ) -> dict[str, jax.Array]:
-  """Sums over pictures u8[B,H,W,3] with standardised features f32[B,T,C]; keys key[B].
+  """Sums over those pictures u8[B,H,W,3] that are there bool[B], with standardised features f32[B,T,C]; keys key[B].
 
   noise: features are noised by sigma ~ U(0, noise), so that the decoder takes drawn features too (RAE).
   edges: extra weight of pixels near edges. Deterministic: weighted L1. As a flow: weighted MSE on velocity.
@@ -52,5 +59,5 @@ def losses(
     guess = model.decode(features)
     error = jnp.abs(guess - truth)
   squared = jnp.square(jnp.clip(guess, -1, 1) - truth).mean(axis=(1, 2, 3)) / 4
-  psnr = -10 * jnp.log10(squared + 1e-8)
-  return {"pixels": (weights * error).mean(axis=(1, 2, 3)).sum(), "pixels_psnr": psnr.sum()}
+  sums = {"pixels": (weights * error).mean(axis=(1, 2, 3)), "pixels_psnr": -10 * jnp.log10(squared + 1e-8)}
+  return {name: jnp.where(there, each, 0.0).sum() for name, each in sums.items()}

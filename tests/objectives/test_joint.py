@@ -40,9 +40,15 @@ def test_counts_are_of_what_the_sums_add_up():
 def test_an_objective_alone_gives_its_own_sums(params, name: str):
   batch = BATCH if name in ("language", "flow", "pixels") else tiny.pack([[], []], pictures=1)
   objective = Objective({name: 1.0}, levels=2)
-  sums = jax.eval_shape(lambda: tiny.model().apply({"params": params}, batch, KEYS, method=objective.sums))
-  assert {key.split("_")[0] for key in sums} == {name}
-  assert {(value.shape, value.dtype) for value in sums.values()} == {((), jnp.dtype(jnp.float32))}
+
+  def run():
+    sums = tiny.model().apply({"params": params}, batch, KEYS, method=objective.sums)
+    return sums, objective.loss(sums, objective.counts(batch))[1]
+
+  sums, means = jax.eval_shape(run)
+  assert {key.split("_")[0] for key in sums} == {name} and means.keys() == sums.keys() | {"loss"}
+  assert {value.shape for value in sums.values()} == {()}
+  assert {(value.shape, value.dtype) for value in means.values()} == {((), jnp.dtype(jnp.float32))}
 
 
 def test_the_loss_is_the_weighted_sum_of_means():

@@ -33,8 +33,11 @@ class Decoder:
     return jnp.asarray(TRUTH + self.error, jnp.float32)
 
 
-def losses(decoder: Decoder, *, keys=KEYS, noise: float = 0.0, edges: float = 0.0) -> dict[str, float]:
-  sums = pixels.losses(decoder, IMAGES, FEATURES, keys, noise=noise, edges=edges)
+ALL = np.ones(3, bool)
+
+
+def losses(decoder: Decoder, *, there=ALL, keys=KEYS, noise: float = 0.0, edges: float = 0.0) -> dict[str, float]:
+  sums = pixels.losses(decoder, IMAGES, FEATURES, there, keys, noise=noise, edges=edges)
   return {name: float(value) for name, value in sums.items()}
 
 
@@ -49,6 +52,14 @@ def test_without_edges_the_deterministic_loss_is_the_absolute_error():
   error = np.random.default_rng(1).normal(0, 0.1, IMAGES.shape)
   sums = losses(Decoder(error=error))
   assert sums["pixels"] == pytest.approx(np.abs(error).mean(axis=(1, 2, 3)).sum(), rel=1e-4)
+
+
+def test_pictures_that_are_not_there_add_nothing():
+  alone, both = (
+    losses(Decoder(error=0.1), there=np.array(there)) for there in ([False, True, False], [True, True, False])
+  )
+  assert both == pytest.approx({name: 2 * value for name, value in alone.items()}, rel=1e-2)
+  assert alone["pixels"] == pytest.approx(0.1, rel=1e-4)
 
 
 def test_the_flows_loss_is_the_squared_error_of_the_velocity():
