@@ -81,7 +81,10 @@ def from_files(files: dict[str, str], directory: Path) -> PreTrainedTokenizerFas
 
   for name, text in files.items():
     (Path(directory) / Path(name).name).write_text(text)
-  return AutoTokenizer.from_pretrained(str(directory))
+  tokenizer = AutoTokenizer.from_pretrained(str(directory))
+  for name in ("is_local", "local_files_only"):  # how it was loaded, which transformers would save with it
+    tokenizer.init_kwargs.pop(name, None)
+  return tokenizer
 
 
 def with_vocabulary(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
