@@ -68,7 +68,7 @@ def make(
       decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
       average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trained)
     metrics |= {
-      "gradient_norm": optax.global_norm(grads),
+      "gradient_norm": optax.tree.norm(grads),
       "skipped": opt_state.total_notfinite.astype(jnp.float32),
       "skipped_in_a_row": opt_state.notfinite_count.astype(jnp.float32),
     }
