@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from clipflow_jax.batch import Batch
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.models.clipflow import ClipFlow
-from clipflow_jax.objectives.joint import Objective
+from clipflow_jax.objectives.joint import NAMES, Objective
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import optimizer, state, step
 from tests import tiny
@@ -96,8 +96,13 @@ def traced(name: str) -> Traced:
 
 
 def test_there_are_configs():
-  assert {"contrastive", "understanding", "decoder", "generation"} <= STAGES.keys()
-  assert sum(name.startswith("quickstart/") for name in STAGES) == 4
+  """Of every way to train, alone and in runs of several stages that learn all that a whole model can."""
+  assert {"contrastive", "understanding", "decoder", "generation", "joint"} <= STAGES.keys()
+  for run in ("quickstart", "folder"):
+    weights = [config.objective.weights for name, config in STAGES.items() if name.startswith(f"{run}/")]
+    assert len(weights) > 1
+    learned = {name for of_stage in weights for name, weight in of_stage.items() if weight}
+    assert {"contrastive", "language", "flow", "pixels"} <= learned <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -64,6 +64,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 LAYOUTS = {
   "alone": dict(layout=ONE),
   "packed": dict(layout=PACKED, bins=2, tasks={"draw": 1.0, "converse": 1.0}),
+  "by recipe": dict(layout=PACKED, row=("converse", "draw", "draw"), tasks={}),
 }
 
 
@@ -111,17 +112,22 @@ def test_an_epoch_shows_every_record_once(chat, tmp_path):
 # Tasks.
 
 
+def kind(chat: Chat, tokens: np.ndarray, index: np.ndarray, role: int) -> str:
+  """What an example of one picture asks for."""
+  words = chat.tokenizer.decode(tokens[index < 0].tolist(), skip_special_tokens=True).strip()
+  if role == TARGET:
+    return f"drawn of {words}" if words else "drawn of nothing"
+  assert role == INPUT
+  return "read" if (index >= 0).any() else "captioned"
+
+
 def count(chat: Chat, n: int, **fields) -> collections.Counter:
-  pipeline = make(chat, source=Constant(), **fields)
+  """The kinds of the first n examples, each alone in its row."""
+  pipeline = make(chat, source=Constant(), batch_size=100, **fields)
   counts: collections.Counter = collections.Counter()
-  for i in range(n):
-    example = pipeline.example(i, np.random.default_rng(i))
-    words = chat.tokenizer.decode(example["tokens"].tolist(), skip_special_tokens=True).strip()
-    if example["image_roles"][0] == TARGET:
-      counts["drawn of nothing" if not words else f"drawn of {words}"] += 1
-    else:
-      counts["read" if (example["image_index"] >= 0).any() else "captioned"] += 1
-      assert example["image_roles"][0] == INPUT
+  for batch in take(stream(pipeline), n // 100):
+    for row, used in enumerate(batch.segments > 0):
+      counts[kind(chat, batch.tokens[row, used], batch.image_index[row, used], batch.image_roles[row, 0])] += 1
   return counts
 
 
@@ -143,16 +149,34 @@ def test_only_drawings_lose_their_text(chat):
   assert count(chat, 100, tasks={"caption": 1.0}, drop_text=1.0) == {"captioned": 100}
 
 
-def test_a_conversation_is_the_description_and_then_the_questions(chat):
-  example = make(chat, source=Constant(), tasks={"converse": 1.0}).example(3, np.random.default_rng(0))
-  words = chat.tokenizer.decode(example["tokens"][example["image_index"] < 0].tolist())
-  assert words == (f"<|begin|><|user|>{IMAGE} {DESCRIBE}<|assistant|> all<|end|><|user|> how?<|assistant|> so<|end|>")
+def test_a_conversation_is_the_description_and_the_questions_in_any_order(chat):
+  pipeline, found = make(chat, source=Constant()), collections.Counter()
+  for i in range(100):
+    example = pipeline.example(i, "converse", np.random.default_rng(i))
+    found[chat.tokenizer.decode(example["tokens"][example["image_index"] < 0].tolist())] += 1
+  describe, ask = f"{DESCRIBE}<|assistant|> all<|end|>", "how?<|assistant|> so<|end|>"
+  orders = [
+    f"<|begin|><|user|>{IMAGE} {first}<|user|> {second}" for first, second in ((describe, ask), (ask, describe))
+  ]
+  assert found.keys() == set(orders)
+  assert found[orders[0]] == pytest.approx(50, abs=20)
 
 
-@pytest.mark.parametrize("tasks", [{}, {"draw": 0.0}, {"paint": 1.0}])
-def test_tasks_that_are_no_tasks_are_refused(chat, tasks):
-  with pytest.raises(UserError, match="data.tasks .* caption, draw, converse"):
-    make(chat, tasks=tasks)
+def test_every_row_holds_the_examples_of_its_recipe_in_order(chat):
+  recipe = dict(row=("converse", "draw", "caption"), tasks={}, drop_text=0.0, layout=PACKED, batch_size=10)
+  for batch in take(stream(make(chat, source=Constant(), **recipe)), 3):
+    for row in range(10):
+      kinds = []
+      for segment in range(1, batch.segments[row].max() + 1):
+        own, (role,) = batch.segments[row] == segment, batch.image_roles[row, batch.image_segments[row] == segment]
+        kinds.append(kind(chat, batch.tokens[row, own], batch.image_index[row, own], role))
+      assert [one.split(" of ")[0] for one in kinds] == ["read", "drawn", "captioned"]
+
+
+@pytest.mark.parametrize(("tasks", "row"), [({}, ()), ({"draw": 0.0}, ()), ({"paint": 1.0}, ()), ({}, ("paint",))])
+def test_tasks_that_are_no_tasks_are_refused(chat, tasks, row):
+  with pytest.raises(UserError, match="data.tasks .* data.row .* caption, draw, converse"):
+    make(chat, tasks=tasks, row=row)
 
 
 # Bad records.

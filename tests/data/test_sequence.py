@@ -161,7 +161,7 @@ def test_every_picture_has_its_word(chat, content, pictures):
 
 def test_a_row_alone_is_padded_with_nothing(chat):
   example = sequence.encode(sequence.read(picture(7), (("what colour?", "red"),)), chat, LAYOUT)
-  row = sequence.pad(example, LAYOUT)
+  row = sequence.pack([example], LAYOUT)
   n = len(example["tokens"])
   assert row.segments.tolist() == [1] * n + [0] * (LAYOUT.length - n)
   assert row.image_segments.tolist() == [1, 0, 0]
@@ -174,7 +174,7 @@ def test_a_row_alone_is_padded_with_nothing(chat):
 
 def test_stacked_rows_have_the_documented_shapes_and_dtypes(chat):
   conversations = [sequence.drawn("a red star", picture(1)), sequence.words("blue circle", picture(2))]
-  batch = sequence.stack([sequence.pad(sequence.encode(c, chat, LAYOUT), LAYOUT) for c in conversations])
+  batch = sequence.stack([sequence.pack([sequence.encode(c, chat, LAYOUT)], LAYOUT) for c in conversations])
   b, s, n = 2, LAYOUT.length, LAYOUT.images
   want = {
     **dict.fromkeys(("tokens", "segments", "order", "image_index"), ((b, s), np.int32)),
@@ -204,6 +204,20 @@ def conversations(draw) -> list[Conversation]:
     images = np.stack(pictures) if pictures else np.zeros((0, SIDE, SIDE, 3), np.uint8)
     found.append(Conversation(turns, images, tuple(roles)))
   return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(conversations=conversations())
+def test_a_row_takes_examples_in_their_order_as_long_as_there_is_room(conversations):
+  chat = make_chat()
+  examples = [sequence.encode(conversation, chat, LAYOUT) for conversation in conversations]
+  slots, pictures, fitting = LAYOUT.length, LAYOUT.images, []
+  for example in examples:
+    if len(example["tokens"]) <= slots and len(example["images"]) <= pictures:
+      slots, pictures = slots - len(example["tokens"]), pictures - len(example["images"])
+      fitting.append(example)
+  found = unpack(sequence.pack(examples, LAYOUT))
+  assert [*map(signature, found)] == [*map(signature, fitting)]
 
 
 @settings(max_examples=40, deadline=None)

@@ -219,8 +219,10 @@ class TestCaptions:
   @pytest.mark.parametrize(
     "text",
     [
-      "a red circle and a small blue square",
-      "a small blue square and a red circle",
+      "a red circle and a blue square",
+      "a large red circle and a small blue square",
+      "a small blue square and a large red circle",
+      "a red circle at the top left and a blue square at the center",
       "a large red circle at the top left and a small blue square at the center on a gray background",
       "a red circle to the left of a blue square",
       "a red circle above a blue square",

@@ -15,15 +15,15 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import bars, classification, compositional, report
 
 N, PER_CATEGORY, SEED, SIZE = 48, 4, 3, 60
+SOURCE = ShapesSource(size=SIZE, split="test", seed=SEED, questions=1)
 
 
 class Oracle:
   """Draws what the prompt says, and knows every picture of the test split by heart."""
 
   def __init__(self):
-    source = ShapesSource(size=SIZE, split="test", seed=SEED, questions=1)
-    examples = [source[i] for i in range(N)]
-    self.scenes = {text: source.scene(i) for i, e in enumerate(examples) for text in e.captions}
+    examples = [SOURCE[i] for i in range(N)]
+    self.scenes = {text: SOURCE.scene(i) for i, e in enumerate(examples) for text in e.captions}
     self.descriptions = {e.image.tobytes(): e.description for e in examples}
     self.answers = {(e.image.tobytes(), *e.questions[0][:1]): e.questions[0][1] for e in examples}
     for category in compositional.CATEGORIES:
@@ -99,12 +99,12 @@ def _scene_of(prompt):
 
 @pytest.fixture(scope="module")
 def perfect():
-  return report.evaluate_shapes(Oracle(), n=N, per_category=PER_CATEGORY, seed=SEED)
+  return report.evaluate_shapes(Oracle(), SOURCE, n=N, per_category=PER_CATEGORY, seed=SEED)
 
 
 @pytest.fixture(scope="module")
 def blind():
-  return report.evaluate_shapes(Blind(), n=N, per_category=PER_CATEGORY, seed=SEED)
+  return report.evaluate_shapes(Blind(), SOURCE, n=N, per_category=PER_CATEGORY, seed=SEED)
 
 
 def test_a_model_that_does_everything_right_scores_one(perfect):

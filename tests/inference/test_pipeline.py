@@ -32,7 +32,10 @@ def loaded(trained) -> ClipFlow:
 @pytest.fixture(scope="module")
 def model(loaded) -> ClipFlow:
   """With parameters at random: two steps of training leave heads and gains too tame to tell anything apart."""
-  params = jax.device_put(tiny.random_params(loaded.params, seed=1))
+  params = jax.device_put(tiny.random_params(loaded.params, seed=2))
+  # Embeddings are tied: were all gains before them positive, each word would be followed by itself.
+  gains = params["language_model"]["text_norm"]
+  gains["scale"] *= np.where(np.arange(len(gains["scale"])) % 2, 1, -1)
   return ClipFlow(loaded.model, params, loaded.tokenizer, loaded.config)
 
 
@@ -208,7 +211,7 @@ def test_greedy_writing_equals_full_forward_passes_word_for_word(model, pictures
   assert len(set((rows.segments > 0).sum(axis=1))) == 2  # prompts of unequal length: padding stands between
   features = model.model.apply({"params": model.params}, rows, method="features")
   expected = greedy(model, rows, features)
-  assert len(np.unique(expected)) > 3  # else it would prove little
+  assert all(len(np.unique(words)) > 3 for words in expected)  # else it would prove little
 
   def generate(end: int) -> np.ndarray:
     run = jax.jit(lambda params: text.generate(model.model, params, rows, features, new=NEW, end=end))

@@ -59,7 +59,7 @@ def test_the_sums_are_those_of_their_definitions(params):
 
     return model.apply({"params": params}, method=run)
 
-  sums, scores, pixels = evaluate(params, batch)
+  sums, scores, pixels = jax.device_get(evaluate(params, batch))
   assert sums.keys() == {"contrastive", "contrastive_accuracy", "caption", "caption_accuracy", "readout"}
   scores = np.asarray(scores, np.float64)
   both_ways = np.log(np.exp(scores).sum(axis=1)) + np.log(np.exp(scores).sum(axis=0)) - 2 * np.diag(scores)

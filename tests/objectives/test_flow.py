@@ -7,15 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipflow_jax.batch import TARGET
+from clipflow_jax.batch import INPUT, TARGET
 from clipflow_jax.flow import path
 from clipflow_jax.objectives import flow
 from tests import tiny
 
 BATCH = tiny.batch()
-FEATURES = np.random.default_rng(0).normal(size=(2, tiny.PICTURES, tiny.TOKENS, tiny.CHANNELS))
 KEYS = jax.random.split(jax.random.key(0), 2)
-TARGETS = (BATCH.image_roles & TARGET) > 0
+
+
+def targets_first(batch) -> np.ndarray:
+  """i32[B,N]: the order in which pictures are noised, those that are drawn first."""
+  return np.stack([sorted(range(len(row)), key=lambda i, row=row: not row[i] & TARGET) for row in batch.image_roles])
+
+
+FEATURES = np.random.default_rng(0).normal(size=(2, tiny.PICTURES, tiny.TOKENS, tiny.CHANNELS))
+ORDER = targets_first(BATCH)
+TARGETS = np.take_along_axis((BATCH.image_roles & TARGET) > 0, ORDER, axis=1)  # as they are noised
+CLEAN = np.take_along_axis(FEATURES, ORDER[..., None, None], axis=1)
 
 
 @dataclasses.dataclass
@@ -27,19 +36,19 @@ class Oracle:
   early_error: float | None = None
   prediction: str = "v"
   alpha: float = 3.0
-  features: np.ndarray = dataclasses.field(default_factory=lambda: FEATURES)
 
   def predict(self, x_t, t, context, place):
     self.x_t, self.t, self.context, self.place = (np.asarray(x_t), np.asarray(t), context, place)
-    x = jnp.repeat(self.features, self.levels, axis=1)
+    x = jnp.repeat(CLEAN, self.levels, axis=1)[:, : t.shape[1]]
     truth = (x_t - x) / t[..., None, None]
     if self.prediction == "x":
       truth = path.velocity(x, x_t, t)
     return truth + self.error, None if self.early_error is None else truth + self.early_error
 
 
-def losses(oracle: Oracle, keys=KEYS, early: float = 0.0, batch=BATCH) -> dict[str, float]:
-  sums = flow.losses(oracle, batch, oracle.features, "context", keys, levels=oracle.levels, early=early)
+def losses(oracle: Oracle, keys=KEYS, early: float = 0.0, targets: int = 0) -> dict[str, float]:
+  settings = dict(levels=oracle.levels, early=early, targets=targets)
+  sums = flow.losses(oracle, BATCH, FEATURES, "context", keys, **settings)
   return {name: float(value) for name, value in sums.items()}
 
 
@@ -81,7 +90,7 @@ def test_every_level_of_a_picture_stands_where_the_picture_is_drawn():
   assert oracle.context == "context"
   for name in ("segments", "order", "positions"):
     place = np.asarray(getattr(oracle.place, name)).reshape(2, tiny.PICTURES, 2)
-    np.testing.assert_array_equal(place[..., 0], getattr(BATCH, f"image_{name}"))
+    np.testing.assert_array_equal(place[..., 0], np.take_along_axis(getattr(BATCH, f"image_{name}"), ORDER, axis=1))
     np.testing.assert_array_equal(place[..., 0], place[..., 1])
   assert len(np.unique(oracle.t)) == oracle.t.size and len(np.unique(oracle.x_t)) > 0.99 * oracle.x_t.size
 
@@ -91,13 +100,28 @@ def test_the_noise_of_a_row_depends_on_its_key_alone():
   losses(here)
   losses(there, keys=KEYS[::-1])
   np.testing.assert_array_equal(here.t, there.t[::-1])
-  clean = np.repeat(FEATURES, 2, axis=1)
+  clean = np.repeat(CLEAN, 2, axis=1)
 
   def noise(oracle: Oracle) -> np.ndarray:
     t = oracle.t[..., None, None]
     return (oracle.x_t - (1 - t) * clean) / t
 
   np.testing.assert_allclose(noise(here), noise(there)[::-1], atol=1e-3)
+
+
+@pytest.mark.parametrize(("targets", "count"), [(1, 2), (2, 3)])
+def test_only_the_first_targets_of_a_row_are_noised_where_that_is_asked_for(targets: int, count: int):
+  errors = np.random.default_rng(1).normal(size=(2, 2 * tiny.PICTURES, 1, 1))
+  oracle = Oracle(levels=2, error=errors[:, : 2 * targets])
+  sums = losses(oracle, targets=targets)
+  assert oracle.x_t.shape == (2, 2 * targets, tiny.TOKENS, tiny.CHANNELS)
+  assert (ORDER[0, :2] == [1, 2]).all() and BATCH.image_roles[0, 0] == INPUT  # what is only read costs nothing
+  np.testing.assert_array_equal(
+    oracle.place.order[:, ::2], np.take_along_axis(BATCH.image_order, ORDER, 1)[:, :targets]
+  )
+  squared = errors[..., 0, 0].reshape(2, tiny.PICTURES, 2)[:, :targets] ** 2
+  assert sums["flow"] == pytest.approx(squared.mean(axis=2)[TARGETS[:, :targets]].sum(), rel=1e-4)
+  assert flow.count(BATCH, targets) == TARGETS[:, :targets].sum() == count
 
 
 def test_times_follow_the_models_shift():

@@ -65,8 +65,8 @@ def test_conversations_packed_in_one_row_have_the_loss_of_each_in_its_own(params
     sums = model.apply({"params": params}, batch, keys, method=objective.sums)
     return sums, objective.counts(batch)["language"]
 
-  packed, packed_count = evaluate(tiny.pack([examples, [], []]))
-  separate, count = evaluate(tiny.pack([[one] for one in examples]))
+  packed, packed_count = jax.device_get(evaluate(tiny.pack([examples, [], []])))
+  separate, count = jax.device_get(evaluate(tiny.pack([[one] for one in examples])))
   assert count == packed_count == sum(one["loss_weights"][1:].sum() for one in examples) > 3
   assert packed.keys() == {"language", "language_accuracy"}
   for name in packed:
