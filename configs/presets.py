@@ -43,13 +43,13 @@ def arguments(arg: str, **defaults: Any) -> ConfigDict:
 def tiny(image_size: int = 60) -> dict[str, Any]:
   """About 4 M parameters: learns `shapes` in minutes on two CPU cores. 6 x 6 tokens of 128 channels."""
   patch = dict(image_size=image_size, patch_size=image_size // 6)
-  vision = dict(patch, width=128, layers=3, heads=2, mlp=384, embedding=64)
+  vision = dict(patch, width=128, layers=3, heads=2, mlp=384, embedding=64, unroll=True)
   # Without qk-norm: it costs a third of a block's backward pass on CPU, and nothing this small diverges without it.
-  attention = dict(heads=2, kv_heads=2, head_dim=64, qk_norm=False)
+  attention = dict(heads=2, kv_heads=2, head_dim=64, qk_norm=False, unroll=True)
   return dict(
     clip=dict(
       vision=vision,
-      text=dict(vocabulary=0, length=32, width=128, layers=2, heads=2, mlp=256, embedding=64),
+      text=dict(vocabulary=0, length=32, width=128, layers=2, heads=2, mlp=256, embedding=64, unroll=True),
       captioner=dict(vocabulary=0, width=128, layers=1, mlp=256, **attention),
     ),
     transformer=dict(
@@ -62,7 +62,7 @@ def tiny(image_size: int = 60) -> dict[str, Any]:
       rope_sections=(16, 8, 8),
       **attention,
     ),
-    pixel_decoder=dict(patch, width=128, layers=3, heads=2, mlp=256, flow=False, qk_norm=False),
+    pixel_decoder=dict(patch, width=128, layers=3, heads=2, mlp=256, flow=False, qk_norm=False, unroll=True),
     prediction="x",
     shift_scale=11.3,  # the dimension law undershoots for features of low rank
   )

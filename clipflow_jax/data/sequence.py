@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from clipflow_jax.batch import INPUT, TARGET, Batch
 from clipflow_jax.data.text import IMAGE, Chat
@@ -71,47 +69,42 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
 
 def _lay_out(ids, written, image_of, conversation, chat, layout) -> dict[str, np.ndarray]:
   grid, per_image = layout.grid, layout.tokens_per_image
-  n = len(conversation.roles)
-  row, column = np.divmod(np.arange(per_image), grid)
-  tokens: list[Sequence[int]] = []
-  weights: list[Sequence[float]] = []
-  order: list[Sequence[int]] = []
-  positions: list[ArrayLike] = []
-  index: list[ArrayLike] = []
-  image_order, image_positions = np.full(n, -1, np.int32), np.zeros(n, np.int32)
-  now, time = 0, 0  # order and rotary time of the next slot
-  for token, is_written, image in zip(ids, written, image_of, strict=True):
-    tokens.append([token])
-    weights.append([float(is_written)])
-    order.append([now])
-    positions.append([[time] * 3])
-    index.append([-1])
-    now, time = now + 1, time + 1
-    if image < 0:
-      continue
-    image_order[image], image_positions[image] = now - 1, time
-    if conversation.roles[image] & INPUT:
-      tokens.append([token] * per_image)
-      weights.append([0.0] * per_image)
-      order.append([now] * per_image)
-      positions.append(np.stack([np.full(per_image, time), time + row, time + column], axis=1))
-      index.append(image * per_image + np.arange(per_image))
-      now, time = now + 1, time + grid
-  length = sum(len(t) for t in tokens)
+  roles = np.asarray(conversation.roles, np.int32)
+  image_of = np.asarray(image_of, np.int32)
+  begins = np.flatnonzero(image_of >= 0)  # the words that begin a picture
+  followed = np.zeros(len(ids), np.int32)
+  followed[begins] = (roles[image_of[begins]] & INPUT) > 0
+  # The stream in order: words, each a slot and a step of time, and pictures, each all its slots and a grid's side of time.
+  word = np.repeat(np.arange(len(ids)), 1 + followed)
+  is_picture = np.append(False, word[1:] == word[:-1])
+  time = np.cumsum(np.where(is_picture, grid, 1)) - np.where(is_picture, grid, 1)
+  owner = np.repeat(np.arange(len(word)), np.where(is_picture, per_image, 1))
+  length, n = len(owner), len(roles)
   if length > layout.length or n > layout.images:
     text = " ".join(text for _, text in conversation.turns)
     raise UserError(
       f"an example of {length} tokens and {n} pictures does not fit a row of {layout.length} and {layout.images}; "
       f"shorten it or raise data.length or data.images_per_row: {text[:80]!r}"
     )
+  in_picture = is_picture[owner]
+  positions = np.repeat(time[owner, None], 3, axis=1).astype(np.int32)
+  index = np.full(length, -1, np.int32)
+  if in_picture.any():
+    row, column = np.divmod(np.arange(per_image), grid)
+    read = image_of[word[is_picture]]
+    positions[in_picture] += np.tile(np.stack([0 * row, row, column], axis=1), (len(read), 1))
+    index[in_picture] = (read[:, None] * per_image + np.arange(per_image)).ravel()
+  first = np.flatnonzero(~is_picture)[begins]  # where in the stream the pictures' words stand
+  image_order, image_positions = np.full(n, -1, np.int32), np.zeros(n, np.int32)
+  image_order[image_of[begins]], image_positions[image_of[begins]] = first, time[first] + 1
   return {
-    "tokens": np.concatenate(tokens).astype(np.int32),
-    "loss_weights": np.concatenate(weights).astype(np.float32),
-    "order": np.concatenate(order).astype(np.int32),
-    "positions": np.concatenate(positions).astype(np.int32),
-    "image_index": np.concatenate(index).astype(np.int32),
+    "tokens": np.asarray(ids, np.int32)[word[owner]],
+    "loss_weights": np.where(in_picture, 0, np.asarray(written, np.float32)[word[owner]]).astype(np.float32),
+    "order": owner.astype(np.int32),
+    "positions": positions,
+    "image_index": index,
     "images": conversation.images,
-    "image_roles": np.asarray(conversation.roles, np.int32),
+    "image_roles": roles,
     "image_order": image_order,
     "image_positions": image_positions,
   }

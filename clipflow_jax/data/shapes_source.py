@@ -12,8 +12,6 @@ from clipflow_jax.data.shapes_text import NUMBERS, caption, describe, questions
 from clipflow_jax.errors import UserError
 
 _SPLITS = ("train", "test")
-_CAPTIONS = 3  # texts per picture
-
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSource:
@@ -45,7 +43,7 @@ class ShapesSource:
     return Example(
       id=f"shapes-{self.split}-{self.seed}-{i}",
       image=render(drawn, self.size),
-      captions=tuple(caption(drawn, rng).text for _ in range(_CAPTIONS)),
+      captions=(caption(drawn, rng).text,),  # one: no picture comes twice
       description=describe(drawn).text,
       questions=tuple(questions(drawn, rng, self.questions)),
     )

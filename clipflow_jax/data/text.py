@@ -120,7 +120,8 @@ class Chat:
     self.end = tokenizer.eos_token_id
 
   def _encode(self, text: str) -> tuple[int, ...]:
-    return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+    # Not tokenizer.encode: its checks of padding and truncation take several times as long.
+    return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
   def without_special(self, words: str) -> str:
     """People's words without special tokens, also those that removing others would make."""

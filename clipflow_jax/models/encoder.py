@@ -46,7 +46,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """`layers` EncoderBlocks, scanned.
+  """`layers` EncoderBlocks, scanned (`unroll` as in `transformer.Stack`).
 
   x f[B,S,D], mask as `EncoderAttention`, layer_weights f32[layers]
   -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output under an affine-free LayerNorm, or None).
@@ -56,6 +56,7 @@ class Encoder(nn.Module):
   heads: int
   mlp: int
   norm_eps: float = 1e-6
+  unroll: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
       # Summed in the carry: no layer's output outlives its layer.
       return (x, None if weight is None else total + weight * standardise(x)), None
 
-    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers, unroll=self.unroll)
     block = EncoderBlock(self.heads, self.mlp, self.norm_eps, self.dtype, name="layers")
     total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
     (x, total), _ = scan(block, (x, total), layer_weights)

@@ -37,6 +37,7 @@ class PixelDecoder(nn.Module):
   flow: bool = False
   qk_norm: bool = True
   remat: str = "none"
+  unroll: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -54,7 +55,7 @@ class PixelDecoder(nn.Module):
     sections = (0, head_dim // 4, head_dim // 4)
     block = dict(mlp=self.mlp, heads=self.heads, kv_heads=self.heads, head_dim=head_dim, dtype=self.dtype)
     block |= dict(rope_sections=sections, qk_norm=self.qk_norm)
-    x, _ = Stack(self.layers, block, self.remat, keep_kv=False, name="stack")(x, positions, None)
+    x, _ = Stack(self.layers, block, self.remat, self.unroll, keep_kv=False, name="stack")(x, positions, None)
     x = RMSNorm(dtype=jnp.float32, name="out_norm")(x[:, -(side**2) :])
     x = Linear(self.patch_size**2 * 3, True, name="head")(x)
     return from_patches(x, self.patch_size, side, side)

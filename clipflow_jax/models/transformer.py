@@ -64,12 +64,16 @@ class Block(nn.Module):
 class Stack(nn.Module):
   """`layers` Blocks, scanned. past: keys and values stacked over layers, f[L,B,P,g,k] twice.
 
+  unroll: compile the layers one after the other. A loop stacks what its layers leave for the backward pass, which in a
+  tiny stack on CPU costs half as much as the layers; a deep stack without the loop compiles for minutes.
+
   Returns (f[B,S,D], (keys, values) f[L,B,K,g,k]); with `keep_kv` False the second is None.
   """
 
   layers: int
   block: dict[str, Any]
   remat: str = "none"
+  unroll: bool = False
   keep_kv: bool = True
 
   @nn.compact
@@ -87,6 +91,7 @@ class Stack(nn.Module):
       length=self.layers,
       in_axes=0,
       out_axes=0,
+      unroll=self.unroll,
     )
     return scan(Block(**self.block, name="layers"), x, past)
 
@@ -126,6 +131,7 @@ class Transformer(nn.Module):
   tie_embeddings: bool = True
   norm_eps: float = 1e-6
   remat: str = "none"
+  unroll: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -143,16 +149,16 @@ class Transformer(nn.Module):
     self.embed = nn.Embed(
       self.vocabulary, self.width, embedding_init=nn.initializers.normal(self.width**-0.5), dtype=self.dtype
     )
-    self.text = Stack(self.layers, dict(shared, mlp=self.mlp), self.remat)
+    self.text = Stack(self.layers, dict(shared, mlp=self.mlp), self.remat, self.unroll)
     self.text_norm = RMSNorm(self.norm_eps, self.dtype)
     if not self.tie_embeddings:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)
     if self.flow_width:
       flow = dict(shared, mlp=self.flow_mlp)
       if self.early_layer:
-        self.flow_early = Stack(self.early_layer, flow, self.remat, keep_kv=False)
+        self.flow_early = Stack(self.early_layer, flow, self.remat, self.unroll, keep_kv=False)
         self.early_norm = RMSNorm(self.norm_eps, self.dtype)
-      self.flow = Stack(self.layers - self.early_layer, flow, self.remat, keep_kv=False)
+      self.flow = Stack(self.layers - self.early_layer, flow, self.remat, self.unroll, keep_kv=False)
       self.flow_norm = RMSNorm(self.norm_eps, self.dtype)
 
   def read(self, x: jax.Array, segments: jax.Array, order: jax.Array, positions: jax.Array):
