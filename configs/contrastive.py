@@ -6,7 +6,7 @@ from configs import presets
 
 
 def get_config() -> ConfigDict:
-  config = presets.stage("contrastive", steps=450, train=presets.trains(clip=1.0))
+  config = presets.stage("contrastive", steps=400, train=presets.trains(clip=1.0))
   config.data.tasks = dict(caption=1.0)
   config.data.length = 32
   config.objective.weights = dict(contrastive=1.0, caption=1.0, readout=10.0)

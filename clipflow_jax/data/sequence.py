@@ -74,7 +74,7 @@ def _lay_out(ids, written, image_of, conversation, chat, layout) -> dict[str, np
   begins = np.flatnonzero(image_of >= 0)  # the words that begin a picture
   followed = np.zeros(len(ids), np.int32)
   followed[begins] = (roles[image_of[begins]] & INPUT) > 0
-  # The stream in order: words, each a slot and a step of time, and pictures, each all its slots and a grid's side of time.
+  # The stream in order: words, each one slot and one step of time, and pictures, each all its slots and a grid of time.
   word = np.repeat(np.arange(len(ids)), 1 + followed)
   is_picture = np.append(False, word[1:] == word[:-1])
   time = np.cumsum(np.where(is_picture, grid, 1)) - np.where(is_picture, grid, 1)

@@ -13,6 +13,7 @@ from clipflow_jax.errors import UserError
 
 _SPLITS = ("train", "test")
 
+
 @dataclasses.dataclass(frozen=True)
 class ShapesSource:
   """An endless set of captioned pictures of shapes; item i is a pure function of (seed, split, i).

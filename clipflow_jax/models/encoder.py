@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clipflow_jax.models.attention import attend
-from clipflow_jax.models.layers import Linear, standardise
+from clipflow_jax.models.layers import Linear, RMSNorm, standardise
 from clipflow_jax.parallel.sharding import shard
 
 
 class EncoderAttention(nn.Module):
-  """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]."""
+  """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]. qk_norm: as in ViT-22B (Dehghani et al. 2023)."""
 
   heads: int
+  qk_norm: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -23,7 +24,10 @@ class EncoderAttention(nn.Module):
     def project(name):
       return Linear(x.shape[-1], True, dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], self.heads, -1)
 
-    out = attend(project("query"), project("key"), project("value"), mask)
+    q, k = project("query"), project("key")
+    if self.qk_norm:
+      q, k = RMSNorm(dtype=self.dtype, name="query_norm")(q), RMSNorm(dtype=self.dtype, name="key_norm")(k)
+    out = attend(q, k, project("value"), mask)
     return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
 
 
@@ -32,6 +36,7 @@ class EncoderBlock(nn.Module):
 
   heads: int
   mlp: int
+  qk_norm: bool = False
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
 
@@ -40,7 +45,7 @@ class EncoderBlock(nn.Module):
     def norm(name):
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
 
-    x = x + EncoderAttention(self.heads, self.dtype, name="attention")(norm("attention_norm")(x), mask)
+    x = x + EncoderAttention(self.heads, self.qk_norm, self.dtype, name="attention")(norm("attention_norm")(x), mask)
     y = nn.gelu(Linear(self.mlp, True, dtype=self.dtype, name="up")(norm("mlp_norm")(x)))
     return shard(x + Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y), "batch", "sequence")
 
@@ -55,6 +60,7 @@ class Encoder(nn.Module):
   layers: int
   heads: int
   mlp: int
+  qk_norm: bool = False
   norm_eps: float = 1e-6
   unroll: bool = False
   dtype: Any = jnp.float32
@@ -67,8 +73,10 @@ class Encoder(nn.Module):
       # Summed in the carry: no layer's output outlives its layer.
       return (x, None if weight is None else total + weight * standardise(x)), None
 
-    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers, unroll=self.unroll)
-    block = EncoderBlock(self.heads, self.mlp, self.norm_eps, self.dtype, name="layers")
+    scan = nn.scan(
+      body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers, unroll=self.unroll
+    )
+    block = EncoderBlock(self.heads, self.mlp, self.qk_norm, self.norm_eps, self.dtype, name="layers")
     total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
     (x, total), _ = scan(block, (x, total), layer_weights)
     return x, total

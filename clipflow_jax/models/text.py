@@ -23,6 +23,7 @@ class TextTower(nn.Module):
   heads: int
   mlp: int
   embedding: int
+  qk_norm: bool = False
   norm_eps: float = 1e-6
   unroll: bool = False
   dtype: Any = jnp.float32
@@ -33,7 +34,9 @@ class TextTower(nn.Module):
     x = nn.Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embed")(tokens)
     places = self.param("place_positions", init, (self.length, self.width), jnp.float32)
     x = x + places[: tokens.shape[1]].astype(self.dtype)
-    encoder = Encoder(self.layers, self.heads, self.mlp, self.norm_eps, self.unroll, self.dtype, name="encoder")
+    encoder = Encoder(
+      self.layers, self.heads, self.mlp, self.qk_norm, self.norm_eps, self.unroll, self.dtype, name="encoder"
+    )
     x, _ = encoder(x, mask[:, None, :])
     x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
     words = mask[..., None].astype(jnp.float32)

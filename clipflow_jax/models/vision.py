@@ -38,6 +38,7 @@ class VisionTower(nn.Module):
   mlp: int
   embedding: int
   feature_layers: tuple[int, ...] = ()
+  qk_norm: bool = False
   norm_eps: float = 1e-6
   unroll: bool = False
   dtype: Any = jnp.float32
@@ -51,7 +52,9 @@ class VisionTower(nn.Module):
     x = Linear(self.width, True, dtype=self.dtype, name="patches")(to_patches(to_unit(images), self.patch_size))
     init = nn.initializers.normal(0.1)
     x = x + self.param("place_positions", init, (self.tokens, self.width), jnp.float32)
-    encoder = Encoder(self.layers, self.heads, self.mlp, self.norm_eps, self.unroll, self.dtype, name="encoder")
+    encoder = Encoder(
+      self.layers, self.heads, self.mlp, self.qk_norm, self.norm_eps, self.unroll, self.dtype, name="encoder"
+    )
     tokens, features = encoder(x.astype(self.dtype), None, self._layer_weights() if with_features else None)
     pooled = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens).mean(axis=1)
     embedding = Linear(self.embedding, name="projection")(pooled)

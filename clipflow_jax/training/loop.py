@@ -68,12 +68,14 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
 
   # The state, created sharded.
-  def fresh():
-    return state.create(_init(model, example, seed), scales, tx, ema=config.ema > 0)
+  def fresh(taken):
+    params = state.nest(state.flatten(_init(model, example, seed)) | taken)
+    return state.create(params, scales, tx, ema=config.ema > 0)
 
-  shardings = state.shardings(jax.eval_shape(fresh), mesh)
+  shapes = jax.eval_shape(fresh, {})
+  shardings = state.shardings(shapes, mesh)
   target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(fresh), shardings
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
   )
   with jax.set_mesh(mesh), _sigterm() as stop:
     restored = checkpoints.restore(target)
@@ -82,9 +84,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       batches.set_state(restored.data_state)
       log.info("resumed at step %d", restored.step)
     else:
-      now = jax.jit(fresh, out_shardings=shardings)()
-      if start:
-        now = _take(now, start, shardings)
+      # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
+      taken = _take(abstract, start, shardings.params) if start else {}
+      now = jax.jit(fresh, out_shardings=shardings)(taken)
+      del taken
       if config.measure_features:
         now = measure_features(model, now, pipeline, config.measure_features)
 
@@ -176,29 +179,22 @@ def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
 
 
-def _take(now: TrainState, start: checkpoint.Restored, shardings: TrainState) -> TrainState:
-  """Parameters of another run where path and shape agree; what was taken and what was left is logged."""
+def _take(ours: Params, start: checkpoint.Restored, shardings: Params) -> dict[str, jax.Array]:
+  """{path: array} of the parameters that another run has at our path and shape; what was taken and left is logged."""
   theirs: dict[str, Any] = {}
   for name in ("frozen", "trained", "ema"):  # the average last: it is what that run would be drawn with
     theirs |= state.flatten(start.state[name] or {})
-  taken: set[str] = set()
-
-  def take(tree, places):
-    flat, places = state.flatten(tree), state.flatten(places)
-    for path, leaf in flat.items():
-      if path in theirs and theirs[path].shape == leaf.shape:
-        flat[path] = jax.device_put(theirs[path].astype(leaf.dtype), places[path])
-        taken.add(path)
-    return state.nest(flat)
-
-  trained, frozen = take(now.trained, shardings.trained), take(now.frozen, shardings.frozen)
-  ema = None if now.ema is None else take(now.ema, shardings.ema)
-  ours = {*state.flatten(now.trained), *state.flatten(now.frozen)}
-  log.info("init_from step %d: took %d parameters of %d", start.step, len(taken), len(ours))
-  for what, paths in (("fresh here", ours - taken), ("left there", set(theirs) - taken)):
+  flat, places = state.flatten(ours), state.flatten(shardings)
+  taken = {
+    path: jax.device_put(theirs[path].astype(leaf.dtype), places[path])
+    for path, leaf in flat.items()
+    if path in theirs and theirs[path].shape == leaf.shape
+  }
+  log.info("init_from step %d: took %d parameters of %d", start.step, len(taken), len(flat))
+  for what, paths in (("fresh here", flat.keys() - taken), ("left there", theirs.keys() - taken)):
     if paths:
       log.info("  %s: %s", what, ", ".join(sorted(paths)))
-  return dataclasses.replace(now, trained=trained, frozen=frozen, ema=ema)
+  return taken
 
 
 def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, source: sources.Source):
