@@ -35,7 +35,7 @@ cp -R "$ROOT"/{setup.py,pyproject.toml,LICENSE,clipflow_jax,configs} "$copy"
 install "$directory/venv" "$copy"
 rm -rf "$copy"
 
-say "2 of 2: trains, draws and evaluates, about ten minutes on two cores; installation took $SECONDS s"
+say "2 of 2: trains, draws and evaluates, about a quarter of an hour on two cores; installation took $SECONDS s"
 CLIPFLOW_INSTALL_SECONDS=$SECONDS
 CLIPFLOW_COMMIT=$(git -C "$ROOT" describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || true)
 export CLIPFLOW_INSTALL_SECONDS CLIPFLOW_COMMIT

@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+# For this process and for those that tests start, before anything imports jax. Nearly all the time of the suite goes
+# into compiling programs that then run for milliseconds: each is compiled once, and in a hurry.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if metadata.version("jaxlib").startswith("0.10."):  # a flag that XLA does not know would end the process
+  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")  # a quarter of the time to compile
+if CACHE not in os.environ:
+  os.environ[CACHE] = tempfile.mkdtemp(prefix="clipflow_tests_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

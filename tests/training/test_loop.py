@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from clipflow_jax.data import sources, text
 from clipflow_jax.data.bad_records import BadRecords
@@ -26,20 +25,6 @@ from tests import tiny_runs
 
 ROOT = Path(__file__).parents[2]
 SPEED = {"step_time", "images_per_s", "tokens_per_s", "mfu", "data_wait_fraction", "eta_seconds"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  """Runs of one config share their compiled programs, as a resumed process does where the cache is switched on."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {name: getattr(jax.config, name) for name in names}
-  jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-  jax.config.update(names[1], 0.0)
-  compilation_cache.reset_cache()
-  yield
-  for name in names:
-    jax.config.update(name, before[name])
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
