@@ -244,7 +244,9 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _commit() -> str:
-  """HEAD of the repository this package belongs to; "unknown" when it is installed elsewhere."""
+  """What CLIPFLOW_COMMIT says, else HEAD of the repository this package belongs to, else "unknown"."""
+  if told := os.environ.get("CLIPFLOW_COMMIT"):  # launch/quickstart.sh installs a copy and tells whose
+    return told
   here = Path(clipflow_jax.__file__).parent
   command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
   try:

@@ -63,13 +63,14 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   # The objective and its optimizer.
   objective = Objective(**config.objective)
   seed = config.seed
-  abstract = jax.eval_shape(lambda: _init(model, example, seed))
+  init = jax.jit(lambda: _init(model, example, seed))  # jitted to be traced once, not wherever it is called
+  abstract = jax.eval_shape(init)
   scales = state.multipliers(abstract, config.train)
   tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
 
   # The state, created sharded.
   def fresh(taken):
-    params = state.nest(state.flatten(_init(model, example, seed)) | taken)
+    params = state.nest(state.flatten(init()) | taken)
     return state.create(params, scales, tx, ema=config.ema > 0)
 
   shapes = jax.eval_shape(fresh, {})

@@ -191,6 +191,11 @@ def test_words_of_others_cannot_break_the_page(perfect, tmp_path):
   assert not re.search(r"<script|<img src=x|<b>\?|<t>", text)
 
 
+def test_provenance_takes_the_commit_it_is_told(monkeypatch):
+  monkeypatch.setenv("CLIPFLOW_COMMIT", "f" * 40 + "-dirty")
+  assert report.provenance()["commit"] == "f" * 40 + "-dirty"
+
+
 def test_provenance_names_the_memory_in_gib_and_a_whole_commit():
   found = report.provenance()
   assert 0.01 < found["peak_memory_gib"] < 1000
