@@ -7,7 +7,7 @@ from configs import presets
 
 def get_config() -> ConfigDict:
   config = presets.stage("generation", steps=1200, train=presets.trains(flow=1.0), ema=0.99)
-  config.data.length = 32
+  config.data.length = 28
   config.data.tasks = dict(draw=1.0)
   config.data.batch_size = 32
   config.objective.weights = dict(flow=1.0)

@@ -8,8 +8,8 @@ from configs import presets
 def get_config() -> ConfigDict:
   config = presets.stage("joint", steps=800, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   config.data.row = ("converse", "draw", "draw")
-  config.data.source.questions = 2
-  config.data.length = 144
+  config.data.source.questions = 5
+  config.data.length = 128
   config.data.images_per_row = 3
   config.data.batch_size = 16
   # The gradient that words send into the text expert is ten to twenty times the flow's: at equal weights the expert

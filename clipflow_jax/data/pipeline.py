@@ -23,9 +23,10 @@ DESCRIBE = "describe the picture."
 
 
 def converse(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
-  """The picture's description and its questions in any order: each must at times be answered from the picture alone."""
-  exchanges = ((DESCRIBE, example.description), *example.questions)
-  return sequence.read(example.image, tuple(exchanges[i] for i in rng.permutation(len(exchanges))))
+  """The picture's description, or as often its questions: whatever is said of it must be read from it, not from before."""
+  if not example.questions or rng.random() < 0.5:
+    return sequence.read(example.image, ((DESCRIBE, example.description),))
+  return sequence.read(example.image, tuple(example.questions[i] for i in rng.permutation(len(example.questions))))
 
 
 def draw(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
@@ -96,7 +97,7 @@ class Pipeline:
       return sequence.pack(found, self.layout) if found else None
 
     if self.row:
-      rows = records.batch(len(self.row)).random_map(in_order).to_iter_dataset(options)
+      rows = records.batch(len(self.row), drop_remainder=True).random_map(in_order).to_iter_dataset(options)
     elif self.layout.images == 1:  # a picture fills the row: there is nothing to pack
       stream = records.random_map(at_random).to_iter_dataset(options)
       rows = stream.map(lambda one: sequence.pack([one], self.layout))

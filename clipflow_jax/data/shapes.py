@@ -104,8 +104,8 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 # Pictures. All lengths are in units of the picture's side.
-_RADIUS = {"small": 0.095, "large": 0.145}
-_STROKE = {"small": 0.024, "large": 0.036}
+_RADIUS = {"small": 0.115, "large": 0.16}
+_STROKE = {"small": 0.03, "large": 0.042}
 _SUPERSAMPLING = 8  # masks are cached, so smooth edges are free
 
 
