@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clipflow_jax.models.layers import Linear, RMSNorm
+from clipflow_jax.models.rotary import frequencies
 
 
 def visible(
@@ -25,19 +26,23 @@ def visible(
   return same & (key_order[..., None, :] <= query_order[..., :, None])
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float, sections: tuple[int, ...]) -> jax.Array:
+def rotate(
+  x: jax.Array, positions: jax.Array, theta: float, sections: tuple[int, ...], scaling: dict[str, Any] | None = None
+) -> jax.Array:
   """Rotary positions (Su et al. 2021): halves turned as in Llama, frequencies split by axis as in Qwen2-VL.
 
   x f[B,S,h,k], positions i32[B,S,3] (time, row, column), sections: how many of the k/2 frequencies turn with
-  each axis. Positions equal on all three axes are ordinary RoPE.
+  each axis. Positions equal on all three axes are ordinary RoPE. scaling: as in `frequencies`.
   """
   half = x.shape[-1] // 2
   if sum(sections) != half:
     raise ValueError(f"rotary sections {sections} must add up to half the head dim, {half}")
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  speeds, factor = frequencies(half, theta, scaling)
   axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
-  angles = jnp.take(positions, axis, axis=-1).astype(jnp.float32) * frequencies  # [B,S,k/2]
+  angles = jnp.take(positions, axis, axis=-1).astype(jnp.float32) * speeds  # [B,S,k/2]
   cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  if factor != 1:
+    cos, sin = cos * factor, sin * factor
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -109,6 +114,8 @@ class Attention(nn.Module):
   qkv_bias: bool = False
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
+  out_bias: bool = False
+  rope_scaling: dict[str, Any] | None = None
 
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
@@ -121,7 +128,7 @@ class Attention(nn.Module):
       q = RMSNorm(self.norm_eps, self.dtype, name="query_norm")(q)
       k = RMSNorm(self.norm_eps, self.dtype, name="key_norm")(k)
     sections = self.rope_sections or (self.head_dim // 2,)
-    q, k = (rotate(a, positions, self.rope_theta, sections) for a in (q, k))
+    q, k = (rotate(a, positions, self.rope_theta, sections, self.rope_scaling) for a in (q, k))
     if past is not None and write_at is None:
       out = attend_beside(q, k, v, past, mask)
     else:
@@ -131,4 +138,4 @@ class Attention(nn.Module):
           for old, new in zip(past, (k, v), strict=True)
         )
       out = attend(q, k, v, mask)
-    return Linear(x.shape[-1], dtype=self.dtype, name="out")(out), (k, v)
+    return Linear(x.shape[-1], self.out_bias, dtype=self.dtype, name="out")(out), (k, v)

@@ -57,12 +57,13 @@ class SwiGLU(nn.Module):
 
   hidden: int
   dtype: Dtype = jnp.float32
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = Linear(self.hidden, dtype=self.dtype, name="gate")(x)
-    up = Linear(self.hidden, dtype=self.dtype, name="up")(x)
-    return Linear(x.shape[-1], dtype=self.dtype, name="down")(nn.silu(gate) * up)
+    gate = Linear(self.hidden, self.use_bias, dtype=self.dtype, name="gate")(x)
+    up = Linear(self.hidden, self.use_bias, dtype=self.dtype, name="up")(x)
+    return Linear(x.shape[-1], self.use_bias, dtype=self.dtype, name="down")(nn.silu(gate) * up)
 
 
 class GridPositions(nn.Module):

@@ -40,6 +40,9 @@ class Block(nn.Module):
   qkv_bias: bool = False
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
+  out_bias: bool = False
+  mlp_bias: bool = False
+  rope_scaling: dict[str, Any] | None = None
 
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
@@ -53,11 +56,13 @@ class Block(nn.Module):
       self.qkv_bias,
       self.norm_eps,
       self.dtype,
+      self.out_bias,
+      self.rope_scaling,
       name="attention",
     )
     y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at)
     x = x + y
-    x = x + SwiGLU(self.mlp, self.dtype, name="mlp")(RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x))
+    x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, name="mlp")(RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x))
     return shard(x, "batch", "sequence"), kv
 
 
@@ -128,6 +133,9 @@ class Transformer(nn.Module):
   rope_sections: tuple[int, ...] = ()
   qk_norm: bool = True
   qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  rope_scaling: dict[str, Any] | None = None
   tie_embeddings: bool = True
   norm_eps: float = 1e-6
   remat: str = "none"
@@ -143,6 +151,9 @@ class Transformer(nn.Module):
       rope_sections=self.rope_sections,
       qk_norm=self.qk_norm,
       qkv_bias=self.qkv_bias,
+      out_bias=self.out_bias,
+      mlp_bias=self.mlp_bias,
+      rope_scaling=self.rope_scaling,
       norm_eps=self.norm_eps,
       dtype=self.dtype,
     )

@@ -1,0 +1,171 @@
+"""Models as Hugging Face's `save_pretrained` writes them: a folder of config.json and safetensors, in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.interop import language, tensors
+from clipflow_jax.interop.family import Family
+
+# transformers warns at import that PyTorch is absent; configurations need none.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+FAMILIES: dict[str, Family] = {family.name: family for family in language.FAMILIES}
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: no pickle
+SHARD = "5GB"
+
+
+def load(
+  path: Path | str, *, dtype: Any = None, shardings: Callable[[Any], Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+  """(our module, its parameters) of a model's folder or hub id.
+
+  dtype: of the parameters and of the computation; None keeps the file's. shardings: from the tree of parameters'
+  shapes to one of shardings, such as `functools.partial(parallel.sharding.of_parameters, mesh=mesh)`; each
+  device's part is read straight from the file. Raises UserError for pickled files, families and features that
+  are not known, and with their names for tensors that are missing, misshapen or not expected: before any is read.
+  """
+  folder = find(path)
+  config, processor = read_config(folder)
+  family = FAMILIES[config["model_type"]]
+  module = family.module(config, processor)
+  abstract = family.parameters(module)
+  flat = tensors.flatten(abstract)
+  rows = tensors.plan(family.rows, flat)
+  files = tensors.Files(folder)
+  tensors.check(files, rows, flat, family.ignored, folder)
+  places = None if shardings is None else tensors.flatten(shardings(abstract))
+  params = tensors.nest(tensors.read(files, rows, flat, dtype, places))
+  kinds = {leaf.dtype for leaf in tensors.flatten(params).values()}
+  return module.clone(dtype=np.result_type(*kinds)), params
+
+
+def save(
+  path: Path | str,
+  module: nn.Module,
+  params: Mapping[str, Any],
+  *,
+  family: str | None = None,
+  config: Mapping[str, Any] | None = None,
+  tokenizer: Any = None,
+) -> str:
+  """Writes a folder that transformers (and `load`) reads, all of it or nothing. Returns the family's name.
+
+  family: a `model_type`; None takes the first that can say what the module is. config: more keys of config.json,
+  such as max_position_embeddings, which no tensor tells. Weights keep their dtype, in shards of 5 GB. Raises
+  UserError where the family cannot express the module, and where `path` is there already and not empty.
+  """
+  chosen, described = _describe(module, family)
+  flat = tensors.flatten(params)
+  try:
+    rows = tensors.plan(chosen.rows, flat)
+  except ValueError as error:
+    raise UserError(f"a {chosen.name} checkpoint cannot hold this model: {error}") from error
+  path = Path(path)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f"{path} is there already; give a new folder")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+  try:
+    kinds = {str(np.dtype(leaf.dtype)) for leaf in flat.values()}
+    _write_config(scratch, chosen, _merge(dict(config or {}), described), kinds)
+    _write_tensors(scratch, tensors.theirs(rows, flat))
+    settings = chosen.processor(module)
+    if settings:
+      (scratch / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    if tokenizer is not None:
+      tokenizer.save_pretrained(scratch)
+    scratch.chmod(0o755)
+    scratch.replace(path)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return chosen.name
+
+
+def find(source: Path | str) -> Path:
+  """The folder of a model: `source` itself, or a snapshot of the hub repository of that name (downloads resume)."""
+  folder = Path(source)
+  if folder.is_dir():
+    return folder
+  from huggingface_hub import snapshot_download
+  from huggingface_hub.errors import HFValidationError
+
+  try:
+    return Path(snapshot_download(str(source), allow_patterns=DOWNLOADED))
+  except HFValidationError as error:
+    raise UserError(f"{source} is neither a folder nor the name of a hub repository, OWNER/NAME") from error
+  except Exception as error:  # the hub's own errors, those of the network below it, and of offline mode
+    raise UserError(f"cannot get {source} from the hub: {str(error).splitlines()[0]}") from error
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(config.json with every default filled in, preprocessor_config.json or {})."""
+  from transformers import AutoConfig
+
+  try:
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+  except (OSError, ValueError) as error:
+    raise UserError(f"{folder} has no readable config.json ({error}); give the folder of a model") from error
+  if kind not in FAMILIES:
+    raise UserError(f"{folder} is of the family {kind!r}; there are {', '.join(sorted(FAMILIES))}")
+  try:
+    config = AutoConfig.from_pretrained(str(folder)).to_dict()
+  except Exception as error:  # whatever its validation raises
+    raise UserError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
+  if config.get("quantization_config"):
+    raise UserError(f"{folder} is quantised; take the repository with the original weights")
+  file = folder / "preprocessor_config.json"
+  return config, json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, Any]]:
+  if name is not None and name not in FAMILIES:
+    raise UserError(f"the family {name!r} is unknown; there are {', '.join(sorted(FAMILIES))}")
+  for family in [FAMILIES[name]] if name else FAMILIES.values():
+    described = family.config(module)
+    if described is not None:
+      return family, described
+  raise UserError(f"{f'a {name} checkpoint' if name else 'no known family'} can express this {type(module).__name__}")
+
+
+def _merge(more: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+  """`described` over `more`, section by section."""
+  for key, value in described.items():
+    more[key] = _merge(dict(more.get(key) or {}), value) if isinstance(value, dict) else value
+  return more
+
+
+def _write_config(folder: Path, family: Family, config: dict[str, Any], kinds: set[str]) -> None:
+  from transformers import AutoConfig
+
+  config = {key: value for key, value in config.items() if key != "model_type"}
+  made = AutoConfig.for_model(family.name, **config | {"architectures": [family.architecture]})
+  made.dtype = kinds.pop() if len(kinds) == 1 else None
+  made.save_pretrained(folder)
+
+
+def _write_tensors(folder: Path, made: dict[str, tensors.Tensor]) -> None:
+  from huggingface_hub import split_state_dict_into_shards_factory
+  from safetensors.numpy import save_file
+
+  split = split_state_dict_into_shards_factory(
+    made,
+    get_storage_size=lambda tensor: tensor.bytes,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=SHARD,
+  )
+  for file, names in split.filename_to_tensors.items():
+    save_file({name: made[name].make() for name in names}, folder / file, metadata={"format": "pt"})
+  if split.is_sharded:
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -1,0 +1,63 @@
+"""The frequencies of rotary positions, plain or stretched to longer texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def frequencies(half: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[jax.Array, float]:
+  """(radians per position f32[half], factor on the cosines and sines).
+
+  scaling: None, or how a model was stretched, in the words of its config.json: `rope_type` "linear" (Chen et al. 2023),
+  "yarn" (Peng et al. 2023) or "llama3" (Dubey et al. 2024) and that type's numbers. ValueError names an unknown type.
+  """
+  plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is None:
+    return plain, 1.0
+  if scaling["rope_type"] not in STRETCHES:
+    raise ValueError(f"rope_type {scaling['rope_type']!r} is unknown; there are {', '.join(STRETCHES)}")
+  return STRETCHES[scaling["rope_type"]](plain, theta, scaling)
+
+
+def _linear(plain: jax.Array, theta: float, scaling: Mapping[str, Any]) -> tuple[jax.Array, float]:
+  return plain / scaling["factor"], 1.0
+
+
+def _llama3(plain: jax.Array, theta: float, scaling: Mapping[str, Any]) -> tuple[jax.Array, float]:
+  """Slow frequencies are divided by the factor, fast ones kept, those between mixed."""
+  low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+  turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)  # within the original length
+  kept = jnp.clip((turns - low) / (high - low), 0, 1)
+  return plain * (kept + (1 - kept) / scaling["factor"]), 1.0
+
+
+def _yarn(plain: jax.Array, theta: float, scaling: Mapping[str, Any]) -> tuple[jax.Array, float]:
+  """As `_llama3`, mixed along the frequency's index; attention is sharpened by the length's logarithm."""
+  half, factor = len(plain), scaling["factor"]
+
+  def index(turns: float) -> float:  # of the frequency that turns this often within the original length
+    length = scaling["original_max_position_embeddings"]
+    return half * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
+
+  low, high = index(scaling.get("beta_fast") or 32), index(scaling.get("beta_slow") or 1)
+  if scaling.get("truncate", True):
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, 2 * half - 1)
+  divided = jnp.clip((jnp.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+
+  def sharpness(weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+  attention = scaling.get("attention_factor")
+  if attention is None:
+    both = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    attention = sharpness(both[0]) / sharpness(both[1]) if all(both) else sharpness(1.0)
+  return plain * (1 - divided + divided / factor), float(attention)
+
+
+STRETCHES = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
