@@ -155,9 +155,11 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+  from clipflow_jax.parallel import distributed
   from clipflow_jax.training import stages
 
-  stages.train(load_config(options.config, options.overrides), options.workdir, _sampler())
+  with distributed.joined():
+    stages.train(load_config(options.config, options.overrides), options.workdir, _sampler())
 
 
 def _draw(options: argparse.Namespace) -> None:

@@ -89,6 +89,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
         drop_text=0.1,
         bins=1,
         threads=0,
+        shards=1,  # parts that hosts can share; a setting of the data itself, so keep it for the whole run
         max_bad_fraction=0.05,
       ),
       objective=dict(weights=dict()),
@@ -102,6 +103,9 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       checkpoint_every=1000,
       sample_every=0,
       keep=1,
+      compilation_cache="",  # a folder for compiled programs, for a faster start the next time
+      hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never
+      hang_ends=False,  # and end the run then, to be started again
       sampling=dict(steps=40, guidance=1.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="text"),
     )
   )

@@ -1,17 +1,21 @@
 """One batch's way from a source to the step: Grain's MapDataset, packed, batched, prefetched.
 
-The stream of batches is a pure function of (source, settings, seed); where it stands is a small dict in checkpoints.
+The stream of batches is a pure function of (source, settings, seed): it is cut into a fixed number of shards, each of
+which makes its own rows of every batch, and a process reads the shards that its rows belong to. Where each shard stands
+is a small dict in checkpoints.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
+from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Example
@@ -54,6 +58,8 @@ class Pipeline:
   tasks: name -> weight, of TASKS; each example is put to one of them, and Grain packs them, `bins` rows at a time.
   row: instead, names of TASKS in order: every row holds one example of each, as far as they fit. Each row then has the
     same mixture and the same number of targets, so that no noisy block is computed in vain.
+  shards: how many parts the stream is cut into. It is a setting of the stream, not of who reads it: every shard fills
+    batch_size / shards rows. A run whose shards are a multiple of its hosts reads nothing twice.
   """
 
   source: Any
@@ -66,8 +72,11 @@ class Pipeline:
   seed: int = 0
   bins: int = 1
   threads: int = 2
+  shards: int = 1
 
   def __post_init__(self):
+    if self.shards < 1 or self.batch_size % self.shards:
+      raise UserError(f"data.shards {self.shards} must divide data.batch_size {self.batch_size}: change one of them")
     unknown = (set(self.tasks) | set(self.row)) - set(TASKS)
     if unknown or not (self.row or sum(self.tasks.values()) > 0):
       raise UserError(
@@ -82,11 +91,21 @@ class Pipeline:
     except UserError as error:
       raise BadRecord(record.id, f"too long: {error}") from error
 
-  def batches(self, bad: BadRecords) -> grain.DatasetIterator:
-    """An endless iterator of numpy Batches; its get_state() and set_state() resume it anywhere. `bad` gets bad ones."""
+  def shards_of(self, rows: np.ndarray) -> list[int]:
+    """The shards that fill the given rows of a batch, ascending."""
+    return sorted({int(row) // (self.batch_size // self.shards) for row in rows})
+
+  def rows_of(self, shards: Sequence[int]) -> np.ndarray:
+    """i64[r]: the rows of a batch that the given shards fill, in their order."""
+    return np.arange(self.batch_size).reshape(self.shards, -1)[list(shards)].ravel()
+
+  def batches(self, bad: BadRecords, shards: Sequence[int] | None = None) -> Batches:
+    """The endless stream, of which only the rows of `shards` (by default of all) are made. `bad` gets bad records."""
+    shards = range(self.shards) if shards is None else shards
     example = bad.guard(self.example)
     records = grain.MapDataset.range(len(self.source)).shuffle(seed=self.seed).repeat().seed(self.seed)
-    options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=64)
+    share = -(-self.threads // len(shards))
+    options = grain.ReadOptions(num_threads=share, prefetch_buffer_size=max(1, 64 // len(shards)))
 
     def at_random(i, rng):
       names, weights = zip(*sorted(self.tasks.items()), strict=True)
@@ -97,17 +116,51 @@ class Pipeline:
       return sequence.pack(found, self.layout) if found else None
 
     if self.row:
-      rows = records.batch(len(self.row), drop_remainder=True).random_map(in_order).to_iter_dataset(options)
-    elif self.layout.images == 1:  # a picture fills the row: there is nothing to pack
-      stream = records.random_map(at_random).to_iter_dataset(options)
-      rows = stream.map(lambda one: sequence.pack([one], self.layout))
+      items = records.batch(len(self.row), drop_remainder=True).random_map(in_order)
     else:
+      items = records.random_map(at_random)
+
+    def rows(shard):
+      stream = items[shard :: self.shards].to_iter_dataset(options)
+      if self.row:
+        return stream
+      if self.layout.images == 1:  # a picture fills the row: there is nothing to pack
+        return stream.map(lambda one: sequence.pack([one], self.layout))
       packed = grain.experimental.FirstFitPackIterDataset(
-        records.random_map(at_random).to_iter_dataset(options),
+        stream,
         length_struct=sequence.lengths(self.layout),
         num_packing_bins=self.bins,
         seed=self.seed,
         shuffle_bins=False,
       )
-      rows = packed.map(lambda row: sequence.finish(row, self.layout))
-    return iter(rows.batch(self.batch_size, batch_fn=sequence.stack))
+      return packed.map(lambda row: sequence.finish(row, self.layout))
+
+    parts = {shard: rows(shard).batch(self.batch_size // self.shards, batch_fn=sequence.stack) for shard in shards}
+    return Batches({shard: iter(part) for shard, part in parts.items()}, self.shards)
+
+
+class Batches(Iterator[Batch]):
+  """An endless stream of numpy Batches of some shards, one shard's rows behind the other's."""
+
+  def __init__(self, parts: dict[int, grain.DatasetIterator], count: int):
+    """parts: {shard: its part of every batch}, of `count` shards in all."""
+    self._parts, self._count = dict(sorted(parts.items())), count
+
+  def __next__(self) -> Batch:
+    parts = [next(part) for part in self._parts.values()]
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+  def get_state(self) -> dict[str, Any]:
+    """{shard: where it stands}: JSON, of the shards that are made here. Moves nothing."""
+    return {f"{shard} of {self._count}": part.get_state() for shard, part in self._parts.items()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes where `state`, of all shards, says. UserError when it is of another number of shards."""
+    for shard, part in self._parts.items():
+      name = f"{shard} of {self._count}"
+      if name not in state:
+        raise UserError(
+          f"the checkpoint's data has the shards {', '.join(list(state)[:3])}, ..., but not {name}: "
+          "set data.shards to what the run began with, or use another workdir"
+        )
+      part.set_state(state[name])

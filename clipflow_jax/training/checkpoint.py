@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.parallel import distributed
 
 PyTree = Any
 
@@ -119,7 +120,7 @@ class Checkpoints:
         if aside.exists():
           aside.rmtree()
         folder.rename(aside)
-    multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    distributed.barrier("damaged checkpoints set aside")
     self._orbax.reload()
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import logging
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +25,16 @@ from clipflow_jax.data.sequence import Layout
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
+from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.parallel import sharding
 from clipflow_jax.training import checkpoint, flops, optimizer, state, step
+from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
 from clipflow_jax.training.state import Params, TrainState
 
 log = logging.getLogger(__name__)
+
+COMPILING = 3600.0  # seconds that one process may need longer than another before the first step
 
 # (model, config, all parameters, tokenizer, step, writer): writes samples. What is sampled is not training's business.
 Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer], None]
@@ -44,7 +45,13 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   Order of beginnings: the workdir's own checkpoint, else `config.init_from` (its tokenizer, its parameters where names
   and shapes agree), else fresh. SIGTERM writes a checkpoint and raises SystemExit(0) at the next step.
+
+  All processes of a run call this with the same config, inside `distributed.joined`; their workdir is one folder that
+  all of them see.
   """
+  if config.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+
   # Devices and what they hold.
   workdir.mkdir(parents=True, exist_ok=True)
   mesh = meshes.make(config.mesh)
@@ -56,9 +63,18 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   chat = text.Chat(_tokenizer(config, workdir, start, source))
   model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
   pipeline = _pipeline(config, source, chat, model)
-  bad = BadRecords(workdir / "data_errors.jsonl", config.data.max_bad_fraction)
-  batches = pipeline.batches(bad)
-  example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(pipeline.batches(bad)))
+  errors = f"data_errors.{jax.process_index()}.jsonl" if jax.process_index() else "data_errors.jsonl"
+  bad = BadRecords(workdir / errors, config.data.max_bad_fraction)
+  rows, part = pipeline.batch_size, next(pipeline.batches(bad, [0]))
+  example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), part)
+  meta = {"config": json.loads(config.to_json_best_effort()), "tokenizer": _files(chat)}
+  distributed.agree("config or tokenizer", json.dumps(meta, sort_keys=True))
+
+  # Of every batch a process reads the shards whose rows its devices hold, and all together make global arrays.
+  batch_sharding = sharding.of_batch(example, mesh)
+  shards = pipeline.shards_of(distributed.rows_here(batch_sharding.tokens, rows))
+  batches = pipeline.batches(bad, shards)
+  put = functools.partial(distributed.assemble, rows=pipeline.rows_of(shards), total=rows, shardings=batch_sharding)
 
   # The objective and its optimizer.
   objective = Objective(**config.objective)
@@ -78,7 +94,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
   )
-  with jax.set_mesh(mesh), _sigterm() as stop:
+  with jax.set_mesh(mesh), distributed.termination() as stop:
     restored = checkpoints.restore(target)
     if restored:
       now = restored.state
@@ -90,10 +106,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       now = jax.jit(fresh, out_shardings=shardings)(taken)
       del taken
       if config.measure_features:
-        now = measure_features(model, now, pipeline, config.measure_features)
+        pictures = map(put, pipeline.batches(BadRecords(None, 1.0), shards))
+        now = measure_features(model, now, pictures, config.measure_features)
 
     # The step, compiled once.
-    batch_sharding = sharding.of_batch(example, mesh)
     pure = step.make(model, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
     jitted = jax.jit(
       pure,
@@ -114,31 +130,36 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
     # The run.
     begin = int(now.step)
-    meta = {"config": json.loads(config.to_json_best_effort()), "tokenizer": _files(chat)}
     writer = Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)
     meter = Meter()
     saved = begin
-    for number in range(begin + 1, config.steps + 1):
-      with throughput.waiting():
-        batch = jax.device_put(next(batches), batch_sharding)
-      now, metrics = compiled(now, batch)
-      meter.update(metrics)
-      throughput.step()
-      stopping = stop()  # asked once a step: a signal that comes while this one is sampled is for the next
-      last = number == config.steps or stopping
-      if number % config.log_every == 0 or last:
-        means = meter.compute()
-        _check(means, number, config)
-        writer.scalars(number, means | throughput.compute(number))
-      if number % config.checkpoint_every == 0 or last:
-        checkpoints.save(number, now, data_state=batches.get_state(), meta=meta)
-        saved = number
-      if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
-        sample(model, config, now.averaged, chat, number, writer)
-        throughput.start()
-      if stopping:
-        break
-    checkpoints.close()
+    distributed.barrier("the first step", COMPILING)
+    with Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog:
+      for number in range(begin + 1, config.steps + 1):
+        watchdog.beat(f"step {number}")
+        with throughput.waiting():
+          batch = put(next(batches))
+        now, metrics = compiled(now, batch)
+        meter.update(metrics)
+        throughput.step()
+        stopping = stop()  # asked once a step: a signal that comes while this one is sampled is for the next
+        last = number == config.steps or stopping
+        if number % config.log_every == 0 or last:
+          means = meter.compute()
+          _check(means, number, config)
+          writer.scalars(number, means | throughput.compute(number))
+        if number % config.checkpoint_every == 0 or last:
+          watchdog.beat(f"the checkpoint of step {number}")
+          checkpoints.save(number, now, data_state=distributed.gather(batches.get_state()), meta=meta)
+          saved = number
+        if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
+          watchdog.beat(f"the samples of step {number}")
+          sample(model, config, now.averaged, chat, number, writer)
+          throughput.start()
+        if stopping:
+          break
+      watchdog.beat("the last checkpoint")
+      checkpoints.close()
     writer.close()
     if bad.bad:
       log.warning("%s", bad.summary())
@@ -148,29 +169,29 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   return now
 
 
-def measure_features(model: ClipFlow, now: TrainState, pipeline: Pipeline, pictures: int) -> TrainState:
-  """The state with mean and deviation per (token, channel) of the tower's features over some `pictures` of training."""
+def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch], pictures: int) -> TrainState:
+  """The state with mean and deviation per (token, channel) of the tower's features over some `pictures` of batches."""
 
   @jax.jit
   def moments(params, images, roles):
+    seen = roles.reshape(-1, 1, 1) > 0  # a packed row may have room for more pictures
     raw = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="see").features
-    raw = jnp.where(roles.reshape(-1, 1, 1) > 0, raw, 0.0)  # a packed row may have room for more pictures
-    return jnp.stack([raw.sum(0), jnp.square(raw).sum(0)])
+    raw = jnp.where(seen, raw, 0.0)
+    return raw.sum(0), jnp.square(raw).sum(0), seen.sum()
 
-  batches = pipeline.batches(BadRecords(None, 1.0))
-  first, second, count = jnp.zeros(model.feature_shape), jnp.zeros(model.feature_shape), 0
+  first = second = np.float32(0)
+  count = 0
   while count < pictures:
     batch = next(batches)
-    sums = moments(now.averaged, batch.images, batch.image_roles)
-    first, second = first + sums[0], second + sums[1]
-    count += int((batch.image_roles > 0).sum())
+    sums = jax.device_get(moments(now.averaged, batch.images, batch.image_roles))
+    first, second, count = first + sums[0], second + sums[1], count + int(sums[2])
   mean = first / count
-  std = jnp.sqrt(jnp.maximum(second / count - jnp.square(mean), 1e-4))
+  std = np.sqrt(np.maximum(second / count - np.square(mean), 1e-4))
   flat = state.flatten(now.frozen)
   for name, value in (("statistics/mean", mean), ("statistics/std", std)):
     if name not in flat:
       raise UserError(f"config.train must freeze {name}: it is measured, not learned")
-    flat[name] = jax.device_put(value, flat[name].sharding)
+    flat[name] = distributed.place(value.astype(flat[name].dtype), flat[name].sharding)
   log.info("measured the features of %d pictures", count)
   return dataclasses.replace(now, frozen=state.nest(flat))
 
@@ -187,7 +208,7 @@ def _take(ours: Params, start: checkpoint.Restored, shardings: Params) -> dict[s
     theirs |= state.flatten(start.state[name] or {})
   flat, places = state.flatten(ours), state.flatten(shardings)
   taken = {
-    path: jax.device_put(theirs[path].astype(leaf.dtype), places[path])
+    path: distributed.place(theirs[path].astype(leaf.dtype), places[path])
     for path, leaf in flat.items()
     if path in theirs and theirs[path].shape == leaf.shape
   }
@@ -229,17 +250,3 @@ def _check(means: dict[str, float], number: int, config: ConfigDict) -> None:
       f"the gradient was not finite in {int(means['skipped_in_a_row'])} steps in a row before step {number}; "
       "lower optimizer.learning_rate or look at the data"
     )
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-  """Whether SIGTERM has come; the handler only remembers it, the loop acts between steps."""
-  seen: list[int] = []
-  if threading.current_thread() is not threading.main_thread():  # the caller owns signals
-    yield lambda: False
-    return
-  before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
-  try:
-    yield lambda: bool(seen)
-  finally:
-    signal.signal(signal.SIGTERM, before)

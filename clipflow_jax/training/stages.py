@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
@@ -21,7 +22,8 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
     loop.train(config, workdir, sample)
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / ORDER).write_text(json.dumps(list(config.order)))
+  if jax.process_index() == 0:
+    (workdir / ORDER).write_text(json.dumps(list(config.order)))
   before = config.get("init_from", "")
   for name in config.order:
     stage = config.stages[name]

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -222,3 +223,59 @@ def test_too_many_bad_records_stop_the_stream_with_their_names(chat, tmp_path):
   with pytest.raises(UserError, match=r"records are bad .*cannot be decoded.*\.png") as error:
     take(batches, 100)
   assert "\n" not in str(error.value)
+
+
+# Shards.
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_shards_together_are_the_stream_whoever_reads_them(chat, name):
+  pipeline = make(chat, **LAYOUTS[name], shards=4)
+  whole = take(stream(pipeline), 4)
+  readers = [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 1, 2), (2, 3)]  # the last ones share a shard
+  for own in readers:
+    parts = {}
+    for shards in own:
+      batches = take(pipeline.batches(BadRecords(None, 0.0), shards), 4)
+      parts |= {s: [rows(b, slice(i, i + 1)) for b in batches] for i, s in enumerate(shards)}
+    for shard, part in parts.items():
+      assert same(part, [rows(batch, slice(shard, shard + 1)) for batch in whole])
+
+
+def rows(batch: Batch, which: slice) -> Batch:
+  return jax.tree.map(lambda leaf: leaf[which], batch)
+
+
+def test_shards_share_the_records_of_an_epoch_among_them(chat, tmp_path):
+  folder = write_folder(tmp_path, 12)
+  source = FolderSource(folder, size=24, split="all")
+  batches = take(stream(make(chat, source=source, tasks={"caption": 1.0}, batch_size=6, shards=3)), 4)
+  epochs = [np.concatenate([b.images[:, 0, 0, 0, 0] for b in batches[i : i + 2]]).tolist() for i in (0, 2)]
+  assert [sorted(epoch) for epoch in epochs] == [[10 * i for i in range(12)]] * 2
+
+
+def test_a_stream_goes_on_with_other_readers_from_the_states_of_all_shards(chat):
+  pipeline = make(chat, **LAYOUTS["packed"], shards=4)
+  whole = take(stream(pipeline), 5)
+  state: dict = {}
+  for shards in [(0, 1), (2, 3)]:
+    part = pipeline.batches(BadRecords(None, 0.0), shards)
+    take(part, 2)
+    state |= part.get_state()
+  state = json.loads(json.dumps(state))
+  for shards in [(0, 1, 2, 3), (1,), (2, 3)]:
+    part = pipeline.batches(BadRecords(None, 0.0), shards)
+    part.set_state(state)
+    assert same(take(part, 3), [rows(batch, slice(shards[0], shards[-1] + 1)) for batch in whole[2:]])
+
+
+def test_another_number_of_shards_is_another_stream_and_is_refused(chat):
+  first, second = (stream(make(chat, shards=shards)) for shards in (2, 4))
+  with pytest.raises(UserError, match=r"has the shards 0 of 2, 1 of 2, ..., but not 0 of 4: set data.shards"):
+    second.set_state(first.get_state())
+
+
+@pytest.mark.parametrize("shards", [0, 3, 8])
+def test_shards_that_do_not_divide_the_batch_are_refused(chat, shards):
+  with pytest.raises(UserError, match=f"data.shards {shards} must divide data.batch_size 4"):
+    make(chat, shards=shards)

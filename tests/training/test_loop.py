@@ -210,7 +210,7 @@ def test_measured_features_have_mean_0_and_deviation_1(whole):
     batch_size=4,
     tasks={"converse": 1.0, "draw": 1.0},
   )
-  measured = loop.measure_features(model, jax.device_put(final), pipeline, 60)
+  measured = loop.measure_features(model, jax.device_put(final), pipeline.batches(BadRecords(None, 0.0)), 60)
   batches, pictures = pipeline.batches(BadRecords(None, 0.0)), []
   while sum(map(len, pictures)) < 60:
     batch = next(batches)
