@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from typing import Any
 
 import flax.traverse_util
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.parallel.mesh import AXES
 
 # Every parameter path must match exactly one row. Paths with a "layers" part are stacked by nn.scan: their
 # first axis is the layer.
@@ -26,13 +31,16 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(.*/)?(patches|entry|time_[a-z]+|projection|(image_)?connector)/kernel", (None, "embed")),
   (r"(.*/)?(patches|entry|time_[a-z]+|projection|(image_)?connector)/bias", (None,)),
   (r"(.*/)?(row|column|place)_positions", (None, "embed")),
-  (r"(.*/)?logit_scale", ()),
+  (r"(.*/)?logit_(scale|bias)", ()),
+  (r"(.*/)?(class_token|mask_token|attention_scale|mlp_scale)", (None,)),
+  (r".*/probe", (None, None)),
   (r"(.*/)?\w*norm/(scale|bias)", (None,)),
   (r"statistics/(mean|std)", (None, None)),
 )
 
 LOGICAL: dict[str, tuple[str, ...]] = {
   "batch": ("slice", "data", "fsdp"),
+  "rows": ("slice", "data", "fsdp", "context"),  # of short sequences, kept whole: pictures, captions, noisy blocks
   "sequence": ("context",),
   "embed": ("fsdp",),
   "heads": ("tensor",),
@@ -43,28 +51,62 @@ LOGICAL: dict[str, tuple[str, ...]] = {
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-  """The PartitionSpec of logical axis names (None: not sharded). KeyError names an unknown one."""
+  """The PartitionSpec of logical axis names (None: not sharded).
+
+  UserError names an unknown logical or mesh axis, and two logical axes of one array on one mesh axis.
+  """
+  owner: dict[str, str] = {}
   for name in logical:
-    if name is not None and name not in LOGICAL:
-      raise KeyError(f"logical axis {name!r} is unknown; the axes are {', '.join(LOGICAL)}")
+    if name is None:
+      continue
+    if name not in LOGICAL:
+      raise UserError(f"logical axis {name!r} is unknown; the axes are {', '.join(LOGICAL)}")
+    for axis in LOGICAL[name]:
+      if axis not in AXES:
+        raise UserError(f"logical axis {name!r} lies on {axis!r}, which is no mesh axis; those are {', '.join(AXES)}")
+      if axis in owner:
+        raise UserError(f"logical axes {owner[axis]!r} and {name!r} of one array both lie on mesh axis {axis!r}")
+      owner[axis] = name
   return PartitionSpec(*(LOGICAL[name] or None if name is not None else None for name in logical))
 
 
+def check(what: str, shape: tuple[int, ...], logical: tuple[str | None, ...], mesh: Any) -> None:
+  """UserError unless `mesh` (concrete or abstract) divides every axis of an array of that shape."""
+  for i, name in enumerate(logical):
+    axes = [axis for axis in LOGICAL[name] if mesh.shape[axis] > 1] if name else []
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if shape[i] % parts:
+      sizes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+      raise UserError(
+        f"{what} has shape {shape}: its axis {i}, {name!r}, of {shape[i]} cannot be cut into {parts} equal parts "
+        f"(mesh {sizes}); change that size or the mesh"
+      )
+
+
 def shard(x: jax.Array, *logical: str | None) -> jax.Array:
-  """Constrains x to its logical axes on the mesh in force (`jax.set_mesh`); a no-op on one device."""
+  """Constrains x to its logical axes on the mesh in force (`jax.set_mesh`); a no-op on one device.
+
+  Axes not named are not sharded. UserError as `spec` and `check`.
+  """
   places = spec(*logical, *[None] * (x.ndim - len(logical)))  # a typo is an error on one device too
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
+  check("an activation", x.shape, logical, mesh)
   return jax.lax.with_sharding_constraint(x, places)
 
 
+def unconstrained() -> contextlib.AbstractContextManager:
+  """A scope where `shard` does nothing: arrays lie as their parameters make them, in whatever number they come."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def match_once(path: str, patterns: list[str], what: str) -> int:
-  """The index of the one pattern that matches `path` fully. ValueError when none or several do."""
+  """The index of the one pattern that matches `path` fully. UserError when none or several do."""
   hits = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, path)]
   if len(hits) != 1:
     found = ", ".join(repr(patterns[i]) for i in hits) or "no row"
-    raise ValueError(f"{what}: parameter {path!r} must match exactly one row, but matches {found}")
+    raise UserError(f"{what}: parameter {path!r} must match exactly one row, but matches {found}")
   return hits[0]
 
 
@@ -74,17 +116,23 @@ def parameter_axes(path: str, ndim: int) -> tuple[str | None, ...]:
   if "layers" in path:
     axes = ("layers", *axes)
   if len(axes) != ndim:
-    raise ValueError(f"sharding table: parameter {path!r} has {ndim} axes, its row has {len(axes)}: {axes}")
+    raise UserError(f"sharding table: parameter {path!r} has {ndim} axes, its row has {len(axes)}: {axes}")
   return axes
 
 
 def of_parameters(params: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedShardings of a nested dict of parameters (arrays or ShapeDtypeStructs)."""
+
+  def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+    axes = parameter_axes(path, len(shape))
+    check(f"parameter {path!r}", shape, axes, mesh)
+    return NamedSharding(mesh, spec(*axes))
+
   flat = flax.traverse_util.flatten_dict(params, sep="/")
-  shardings = {path: NamedSharding(mesh, spec(*parameter_axes(path, leaf.ndim))) for path, leaf in flat.items()}
-  return flax.traverse_util.unflatten_dict(shardings, sep="/")
+  return flax.traverse_util.unflatten_dict({path: place(path, leaf.shape) for path, leaf in flat.items()}, sep="/")
 
 
 def of_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedShardings of a Batch: rows over the batch axes."""
+  check("data.batch_size: a batch's tokens", batch.tokens.shape, ("batch",), mesh)
   return jax.tree.map(lambda _: NamedSharding(mesh, spec("batch")), batch)

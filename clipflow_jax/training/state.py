@@ -56,10 +56,7 @@ def merge(a: Params, b: Params) -> Params:
 def multipliers(params: Params, table: tuple[tuple[str, float], ...]) -> dict[str, float]:
   """{path: learning-rate multiplier} by a table of (regex, multiplier). UserError unless one row matches each path."""
   patterns = [pattern for pattern, _ in table]
-  try:
-    return {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}
-  except ValueError as error:
-    raise UserError(str(error)) from error
+  return {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}
 
 
 def split(params: Params, scales: dict[str, float]) -> tuple[Params, Params]:
@@ -69,9 +66,26 @@ def split(params: Params, scales: dict[str, float]) -> tuple[Params, Params]:
   return nest(trained), nest({path: leaf for path, leaf in flat.items() if path not in trained})
 
 
-def create(params: Params, scales: dict[str, float], tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
-  """The state at step 0. Pure: run it under jit with `shardings`' result as out_shardings."""
+def create(
+  params: Params,
+  scales: dict[str, float],
+  tx: optax.GradientTransformation,
+  *,
+  ema: bool,
+  frozen_dtype: str = "float32",
+) -> TrainState:
+  """The state at step 0. Pure: run it under jit with `shardings`' result as out_shardings.
+
+  frozen_dtype: "float32" or "bfloat16", of frozen matrices and embeddings: what a model that computes in bfloat16 casts
+  them to anyway. Norms, biases and measured statistics stay float32. UserError for another.
+  """
+  if frozen_dtype not in ("float32", "bfloat16"):
+    raise UserError(f"frozen_dtype {frozen_dtype!r} is unknown; choose float32 or bfloat16")
   trained, frozen = split(params, scales)
+  matrices = {path for path in flatten(frozen) if path.endswith(("kernel", "embedding"))}
+  frozen = nest(
+    {path: leaf.astype(frozen_dtype) if path in matrices else leaf for path, leaf in flatten(frozen).items()}
+  )
   copy = jax.tree.map(jnp.copy, trained) if ema else None  # its own buffers: both are donated
   return TrainState(jnp.zeros((), jnp.int32), trained, frozen, copy, tx.init(trained))
 
@@ -84,7 +98,9 @@ def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 
   def moment(key_path, leaf):
     path = "/".join(str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey))
-    return of_trained[path] if shapes.get(path) == leaf.shape else replicated
+    if path in shapes and leaf.shape != shapes[path]:
+      raise UserError(f"a moment of {path!r} has shape {leaf.shape}, its parameter {shapes[path]}: no rule places it")
+    return of_trained.get(path, replicated)
 
   return TrainState(
     step=replicated,
