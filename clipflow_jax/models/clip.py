@@ -20,19 +20,25 @@ class Clip(nn.Module):
 
   captioner: fields of a small prefix language model on the tower's tokens (CoCa, Yu et al. 2022). With it
   comes a linear read-out of pixels, which keeps in the last layer what a decoder will need. None: neither.
+  pairwise: similarities have a bias, for a loss that looks at each pair alone (SigLIP, Zhai et al. 2023).
   """
 
   vision: dict[str, Any]
   text: dict[str, Any]
   captioner: dict[str, Any] | None = None
+  kernel: str = "xla"
   dtype: Any = jnp.float32
+  pairwise: bool = False
 
   def setup(self):
-    self.vision_tower = VisionTower(**self.vision, dtype=self.dtype)
-    self.text_tower = TextTower(**self.text, dtype=self.dtype)
+    shared = dict(kernel=self.kernel, dtype=self.dtype)
+    self.vision_tower = VisionTower(**self.vision, **shared)
+    self.text_tower = TextTower(**self.text, **shared)
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(10.0)), (), jnp.float32)
+    if self.pairwise:
+      self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), (), jnp.float32)
     if self.captioner:
-      self.caption_model = Transformer(**self.captioner, dtype=self.dtype)
+      self.caption_model = Transformer(**self.captioner, axes=("rows", None), **shared)
       self.caption_connector = CaptionConnector(self.captioner["width"], self.dtype)
       self.pixel_readout = PixelReadout(self.vision["patch_size"], self.dtype)
 
@@ -45,11 +51,13 @@ class Clip(nn.Module):
     return self.text_tower(tokens, mask)
 
   def temperature(self) -> jax.Array:
-    """The learned factor of the similarities, capped at 100 as CLIP does."""
+    """The learned factor of the similarities, capped at 100 as CLIP does (SigLIP does not)."""
+    if self.pairwise:
+      return jnp.exp(self.logit_scale)
     return jnp.exp(jnp.minimum(self.logit_scale, math.log(100.0)))
 
-  def caption_logits(self, tokens: jax.Array, seen_tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """Next-word logits f32[B,S,V] of words i32[B,S] after the picture's tokens f[B,T,C] as a prefix."""
+  def caption(self, tokens: jax.Array, seen_tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """The caption model's hidden f[B,S,D] at words i32[B,S] after the picture's tokens f[B,T,C] as a prefix."""
     b, prefix = seen_tokens.shape[:2]
     words = self.caption_model.embed(tokens)
     x = jnp.concatenate([self.caption_connector(seen_tokens).astype(words.dtype), words], axis=1)
@@ -58,7 +66,7 @@ class Clip(nn.Module):
     order = jnp.broadcast_to(jnp.concatenate([jnp.zeros(prefix, jnp.int32), places + 1]), (b, x.shape[1]))
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None, :, None], (*x.shape[:2], 3))
     hidden, _ = self.caption_model.read(x, segments, order, positions)
-    return self.caption_model.logits(hidden[:, prefix:])
+    return hidden[:, prefix:]
 
   def read_pixels(self, seen_tokens: jax.Array) -> jax.Array:
     """A linear guess of the patches f32[B,T,p*p*3] in -1..1 from tokens f[B,T,C]."""

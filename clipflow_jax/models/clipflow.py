@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.layers import GridPositions, Linear, grid_positions, to_pixels
@@ -22,6 +23,7 @@ from clipflow_jax.models.pixel_decoder import PixelDecoder
 from clipflow_jax.models.time import TimeTokens
 from clipflow_jax.models.transformer import Context, Transformer
 from clipflow_jax.models.vision import Seen
+from clipflow_jax.parallel.sharding import shard
 
 
 @flax.struct.dataclass
@@ -82,6 +84,8 @@ class ClipFlow(nn.Module):
 
   clip, transformer, pixel_decoder: fields of those modules. prediction: what the flow head gives, "x" or "v".
   shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).
+  kernel: of every attention (`kernels.attend`). dtype: what is computed in, "float32" or "bfloat16"; softmax, norms'
+  statistics, losses and parameters are float32 all the same.
   """
 
   clip: dict[str, Any]
@@ -89,6 +93,7 @@ class ClipFlow(nn.Module):
   pixel_decoder: dict[str, Any] | None = None
   prediction: str = "x"
   shift_scale: float = 1.0
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @property
@@ -109,12 +114,15 @@ class ClipFlow(nn.Module):
   def setup(self):
     if self.prediction not in ("x", "v"):
       raise ValueError(f"prediction {self.prediction!r} is unknown; choose x or v")
+    if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+      raise UserError(f"model.dtype {self.dtype!r} is unknown; choose float32 or bfloat16")
     tokens, channels = self.feature_shape
-    self.clip_model = Clip(**self.clip, dtype=self.dtype)
+    shared = dict(kernel=self.kernel, dtype=jnp.dtype(self.dtype))
+    self.clip_model = Clip(**self.clip, **shared)
     self.statistics = Statistics(tokens, channels)
     if self.transformer:
       fields = self.transformer
-      self.language_model = Transformer(**fields, dtype=self.dtype)
+      self.language_model = Transformer(**fields, **shared)
       self.image_connector = Linear(fields["width"], True, dtype=self.dtype)
       # Standardising per token takes from the features where they are: the reader is told again.
       self.image_grid = GridPositions(self.grid, self.grid, fields["width"], 0.7)
@@ -122,7 +130,7 @@ class ClipFlow(nn.Module):
         early = bool(fields.get("early_layer"))
         self.flow_head = FlowHead(fields["flow_width"], channels, self.grid, self.grid, early=early, dtype=self.dtype)
     if self.pixel_decoder:
-      self.decoder = PixelDecoder(**self.pixel_decoder, dtype=self.dtype)
+      self.decoder = PixelDecoder(**self.pixel_decoder, **shared)
 
   # Features.
 
@@ -141,7 +149,7 @@ class ClipFlow(nn.Module):
       return batch.features.astype(jnp.float32)
     b, n = batch.images.shape[:2]
     raw = self.see(batch.images.reshape(b * n, *batch.images.shape[2:])).features
-    return jax.lax.stop_gradient(self.standardise(raw).reshape(b, n, *self.feature_shape))
+    return shard(jax.lax.stop_gradient(self.standardise(raw).reshape(b, n, *self.feature_shape)), "batch")
 
   # Understanding.
 
@@ -209,7 +217,8 @@ class ClipFlow(nn.Module):
     self.clip_model.temperature()
     if self.clip.get("captioner"):
       repeated = jnp.repeat(batch.tokens, n, axis=0)
-      self.clip_model.caption_logits(repeated, seen.tokens, jnp.repeat(batch.segments, n, axis=0))
+      words = self.clip_model.caption(repeated, seen.tokens, jnp.repeat(batch.segments, n, axis=0))
+      self.clip_model.caption_model.logits(words)
       self.clip_model.read_pixels(seen.tokens)
     features = self.features(batch)
     if self.transformer:

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
-from clipflow_jax.models.attention import attend
+from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, standardise
+from clipflow_jax.models.remat import remat
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -17,17 +19,20 @@ class EncoderAttention(nn.Module):
 
   heads: int
   qk_norm: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, mask):
     def project(name):
-      return Linear(x.shape[-1], True, dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], self.heads, -1)
+      y = Linear(x.shape[-1], True, dtype=self.dtype, name=name)(x)
+      return shard(y.reshape(*x.shape[:2], self.heads, -1), "rows", None, "heads")
 
     q, k = project("query"), project("key")
     if self.qk_norm:
       q, k = RMSNorm(dtype=self.dtype, name="query_norm")(q), RMSNorm(dtype=self.dtype, name="key_norm")(k)
-    out = attend(q, k, project("value"), mask)
+    q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(project("value"), "value")
+    out = checkpoint_name(attend(q, k, v, mask, self.kernel), "attention")
     return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
 
 
@@ -38,6 +43,7 @@ class EncoderBlock(nn.Module):
   mlp: int
   qk_norm: bool = False
   norm_eps: float = 1e-6
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -45,13 +51,14 @@ class EncoderBlock(nn.Module):
     def norm(name):
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
 
-    x = x + EncoderAttention(self.heads, self.qk_norm, self.dtype, name="attention")(norm("attention_norm")(x), mask)
+    attention = EncoderAttention(self.heads, self.qk_norm, self.kernel, self.dtype, name="attention")
+    x = shard(x + attention(norm("attention_norm")(x), mask), "rows")
     y = nn.gelu(Linear(self.mlp, True, dtype=self.dtype, name="up")(norm("mlp_norm")(x)))
-    return shard(x + Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y), "batch", "sequence")
+    return shard(x + Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y), "rows")
 
 
 class Encoder(nn.Module):
-  """`layers` EncoderBlocks, scanned (`unroll` as in `transformer.Stack`).
+  """`layers` EncoderBlocks, scanned (`remat` and `unroll` as in `transformer.Stack`).
 
   x f[B,S,D], mask as `EncoderAttention`, layer_weights f32[layers]
   -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output under an affine-free LayerNorm, or None).
@@ -62,7 +69,9 @@ class Encoder(nn.Module):
   mlp: int
   qk_norm: bool = False
   norm_eps: float = 1e-6
+  remat: str = "none"
   unroll: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -74,9 +83,13 @@ class Encoder(nn.Module):
       return (x, None if weight is None else total + weight * standardise(x)), None
 
     scan = nn.scan(
-      body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers, unroll=self.unroll
+      remat(body, self.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.layers,
+      unroll=self.unroll,
     )
-    block = EncoderBlock(self.heads, self.mlp, self.qk_norm, self.norm_eps, self.dtype, name="layers")
+    block = EncoderBlock(self.heads, self.mlp, self.qk_norm, self.norm_eps, self.kernel, self.dtype, name="layers")
     total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
     (x, total), _ = scan(block, (x, total), layer_weights)
     return x, total

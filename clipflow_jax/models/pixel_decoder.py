@@ -18,6 +18,7 @@ from clipflow_jax.models.layers import (
 )
 from clipflow_jax.models.time import TimeTokens
 from clipflow_jax.models.transformer import Stack
+from clipflow_jax.parallel.sharding import shard
 
 
 class PixelDecoder(nn.Module):
@@ -38,6 +39,7 @@ class PixelDecoder(nn.Module):
   qk_norm: bool = True
   remat: str = "none"
   unroll: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -48,14 +50,15 @@ class PixelDecoder(nn.Module):
     x = x + GridPositions(side, side, self.width, 0.7, name="grid")().astype(self.dtype)
     if self.flow:
       x = x + Linear(self.width, True, dtype=self.dtype, name="patches")(to_patches(noisy, self.patch_size))
-      x = jnp.concatenate([TimeTokens(self.width, dtype=self.dtype, name="time")(t), x], axis=1)
+      x = jnp.concatenate([TimeTokens(self.width, dtype=self.dtype, rows="rows", name="time")(t), x], axis=1)
     # Time tokens, where there are any, stand at the grid's origin.
     grid = jnp.pad(grid_positions(side, side), ((x.shape[1] - side**2, 0), (0, 0)))
     positions = jnp.broadcast_to(grid, (*x.shape[:2], 3))
     sections = (0, head_dim // 4, head_dim // 4)
     block = dict(mlp=self.mlp, heads=self.heads, kv_heads=self.heads, head_dim=head_dim, dtype=self.dtype)
-    block |= dict(rope_sections=sections, qk_norm=self.qk_norm)
-    x, _ = Stack(self.layers, block, self.remat, self.unroll, keep_kv=False, name="stack")(x, positions, None)
+    block |= dict(rope_sections=sections, qk_norm=self.qk_norm, axes=("rows", None), kernel=self.kernel)
+    stack = Stack(self.layers, block, self.remat, self.unroll, keep_kv=False, name="stack")
+    x, _ = stack(shard(x, "rows"), positions, None)
     x = RMSNorm(dtype=jnp.float32, name="out_norm")(x[:, -(side**2) :])
     x = Linear(self.patch_size**2 * 3, True, name="head")(x)
     return from_patches(x, self.patch_size, side, side)

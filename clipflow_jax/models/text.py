@@ -11,6 +11,7 @@ from flax import linen as nn
 from clipflow_jax.models.encoder import Encoder
 from clipflow_jax.models.layers import Linear
 from clipflow_jax.models.vision import unit
+from clipflow_jax.parallel.sharding import shard
 
 
 class TextTower(nn.Module):
@@ -25,7 +26,9 @@ class TextTower(nn.Module):
   embedding: int
   qk_norm: bool = False
   norm_eps: float = 1e-6
+  remat: str = "none"
   unroll: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -35,9 +38,18 @@ class TextTower(nn.Module):
     places = self.param("place_positions", init, (self.length, self.width), jnp.float32)
     x = x + places[: tokens.shape[1]].astype(self.dtype)
     encoder = Encoder(
-      self.layers, self.heads, self.mlp, self.qk_norm, self.norm_eps, self.unroll, self.dtype, name="encoder"
+      self.layers,
+      self.heads,
+      self.mlp,
+      self.qk_norm,
+      self.norm_eps,
+      self.remat,
+      self.unroll,
+      self.kernel,
+      self.dtype,
+      name="encoder",
     )
-    x, _ = encoder(x, mask[:, None, :])
+    x, _ = encoder(shard(x, "rows"), mask[:, None, :])
     x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
     words = mask[..., None].astype(jnp.float32)
     pooled = (x * words).sum(axis=1) / jnp.maximum(words.sum(axis=1), 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clipflow_jax.models.layers import Linear, fourier
+from clipflow_jax.parallel.sharding import shard
 
 
 class TimeTokens(nn.Module):
@@ -17,9 +18,10 @@ class TimeTokens(nn.Module):
   width: int
   tokens: int = 4
   dtype: Any = jnp.float32
+  rows: str = "batch"  # where t's first axis lies
 
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
     x = nn.silu(Linear(self.width, True, dtype=self.dtype, name="time_hidden")(fourier(t, self.width)))
-    x = Linear(self.tokens * self.width, True, dtype=self.dtype, name="time_out")(x)
+    x = shard(Linear(self.tokens * self.width, True, dtype=self.dtype, name="time_out")(x), self.rows)
     return x.reshape(*t.shape, self.tokens, self.width)

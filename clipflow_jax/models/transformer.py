@@ -16,15 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from clipflow_jax.models.attention import Attention, visible
+from clipflow_jax.models.attention import Attention, sight, visible
 from clipflow_jax.models.layers import RMSNorm, SwiGLU
+from clipflow_jax.models.remat import remat
 from clipflow_jax.parallel.sharding import shard
-
-REMAT = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Block(nn.Module):
@@ -43,6 +38,8 @@ class Block(nn.Module):
   out_bias: bool = False
   mlp_bias: bool = False
   rope_scaling: dict[str, Any] | None = None
+  axes: tuple[str, str | None] = ("batch", "sequence")
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
@@ -58,19 +55,24 @@ class Block(nn.Module):
       self.dtype,
       self.out_bias,
       self.rope_scaling,
+      self.axes,
+      self.kernel,
       name="attention",
     )
     y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at)
-    x = x + y
-    x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, name="mlp")(RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x))
-    return shard(x, "batch", "sequence"), kv
+    x = shard(x + y, *self.axes)
+    x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, name="mlp")(
+      RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x)
+    )
+    return shard(x, *self.axes), kv
 
 
 class Stack(nn.Module):
   """`layers` Blocks, scanned. past: keys and values stacked over layers, f[L,B,P,g,k] twice.
 
-  unroll: compile the layers one after the other. A loop stacks what its layers leave for the backward pass, which in a
-  tiny stack on CPU costs half as much as the layers; a deep stack without the loop compiles for minutes.
+  remat: a name of `remat.POLICIES`. unroll: compile the layers one after the other. A loop stacks what its layers
+  leave for the backward pass, which in a tiny stack on CPU costs half as much as the layers; a deep stack without the
+  loop compiles for minutes.
 
   Returns (f[B,S,D], (keys, values) f[L,B,K,g,k]); with `keep_kv` False the second is None.
   """
@@ -87,10 +89,8 @@ class Stack(nn.Module):
       x, kv = block(x, positions, mask, past, write_at)
       return x, kv if self.keep_kv else None
 
-    if self.remat != "none":
-      body = nn.remat(body, prevent_cse=False, policy=REMAT[self.remat])
     scan = nn.scan(
-      body,
+      remat(body, self.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.layers,
@@ -140,6 +140,8 @@ class Transformer(nn.Module):
   norm_eps: float = 1e-6
   remat: str = "none"
   unroll: bool = False
+  axes: tuple[str, str | None] = ("batch", "sequence")  # where the stream's rows and slots lie
+  kernel: str = "xla"  # of `kernels.attend`
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -155,17 +157,18 @@ class Transformer(nn.Module):
       mlp_bias=self.mlp_bias,
       rope_scaling=self.rope_scaling,
       norm_eps=self.norm_eps,
+      kernel=self.kernel,
       dtype=self.dtype,
     )
     self.embed = nn.Embed(
       self.vocabulary, self.width, embedding_init=nn.initializers.normal(self.width**-0.5), dtype=self.dtype
     )
-    self.text = Stack(self.layers, dict(shared, mlp=self.mlp), self.remat, self.unroll)
+    self.text = Stack(self.layers, dict(shared, mlp=self.mlp, axes=self.axes), self.remat, self.unroll)
     self.text_norm = RMSNorm(self.norm_eps, self.dtype)
     if not self.tie_embeddings:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)
     if self.flow_width:
-      flow = dict(shared, mlp=self.flow_mlp)
+      flow = dict(shared, mlp=self.flow_mlp, axes=("rows", None))
       if self.early_layer:
         self.flow_early = Stack(self.early_layer, flow, self.remat, self.unroll, keep_kv=False)
         self.early_norm = RMSNorm(self.norm_eps, self.dtype)
@@ -174,8 +177,8 @@ class Transformer(nn.Module):
 
   def read(self, x: jax.Array, segments: jax.Array, order: jax.Array, positions: jax.Array):
     """The text stream: x f[B,S,D], segments, order i32[B,S], positions i32[B,S,3] -> (f[B,S,D], Context)."""
-    mask = visible(segments, order, segments, order)
-    x, (keys, values) = self.text(shard(x, "batch", "sequence"), positions, mask)
+    mask = sight(self.kernel, segments, order)
+    x, (keys, values) = self.text(shard(x, *self.axes), positions, mask)
     return self.text_norm(x), Context(keys, values, segments, order)
 
   def extend(self, x: jax.Array, positions: jax.Array, context: Context, write_at: jax.Array):
@@ -197,7 +200,7 @@ class Transformer(nn.Module):
     b, m, n, width = z.shape
     mask = visible(segments, order, context.segments, context.order)
     past = (context.keys, context.values)
-    x, positions = z.reshape(b * m, n, width), positions.reshape(b * m, n, 3)
+    x, positions = shard(z.reshape(b * m, n, width), "rows"), positions.reshape(b * m, n, 3)
     early, split = None, self.early_layer
     if split:
       x, _ = self.flow_early(x, positions, mask, jax.tree.map(lambda a: a[:split], past))
@@ -205,8 +208,14 @@ class Transformer(nn.Module):
     x, _ = self.flow(x, positions, mask, jax.tree.map(lambda a: a[split:], past))
     return self.flow_norm(x).reshape(b, m, n, width), early
 
+  def unembedding(self) -> jax.Array:
+    """The matrix of the logits, f[D,V]."""
+    if self.tie_embeddings:
+      return self.embed.embedding.T
+    return self.head.variables["params"]["kernel"]
+
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """hidden f[..., D] -> f32[..., V]."""
+    """hidden f[..., D] -> f32[..., V]. (A loss over many slots takes the `unembedding` instead, a part at a time.)"""
     rows = hidden.reshape(-1, hidden.shape[-1])
     out = self.embed.attend(rows) if self.tie_embeddings else self.head(rows)
     return out.reshape(*hidden.shape[:-1], self.vocabulary).astype(jnp.float32)

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from clipflow_jax.models.encoder import Encoder
 from clipflow_jax.models.layers import Linear, to_patches, to_unit
+from clipflow_jax.parallel.sharding import shard
 
 
 @flax.struct.dataclass
@@ -40,7 +41,9 @@ class VisionTower(nn.Module):
   feature_layers: tuple[int, ...] = ()
   qk_norm: bool = False
   norm_eps: float = 1e-6
+  remat: str = "none"
   unroll: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @property
@@ -53,9 +56,19 @@ class VisionTower(nn.Module):
     init = nn.initializers.normal(0.1)
     x = x + self.param("place_positions", init, (self.tokens, self.width), jnp.float32)
     encoder = Encoder(
-      self.layers, self.heads, self.mlp, self.qk_norm, self.norm_eps, self.unroll, self.dtype, name="encoder"
+      self.layers,
+      self.heads,
+      self.mlp,
+      self.qk_norm,
+      self.norm_eps,
+      self.remat,
+      self.unroll,
+      self.kernel,
+      self.dtype,
+      name="encoder",
     )
-    tokens, features = encoder(x.astype(self.dtype), None, self._layer_weights() if with_features else None)
+    x = shard(x.astype(self.dtype), "rows")
+    tokens, features = encoder(x, None, self._layer_weights() if with_features else None)
     pooled = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens).mean(axis=1)
     embedding = Linear(self.embedding, name="projection")(pooled)
     return Seen(tokens, unit(embedding), features)

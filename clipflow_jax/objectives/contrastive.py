@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.models.layers import to_patches, to_unit
 from clipflow_jax.models.vision import Seen
 from clipflow_jax.objectives import language
+from clipflow_jax.parallel.sharding import shard
 
 Sums = dict[str, jax.Array]
 
 
-def match(images: jax.Array, texts: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """InfoNCE (Radford et al. 2021) of unit embeddings f32[B,E]: (loss f32[B], image found text bool[B])."""
-  logits = scale * images @ texts.T
-  diagonal = jnp.diagonal(logits)
-  loss = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0) - 2 * diagonal
-  return loss / 2, logits.argmax(axis=1) == jnp.arange(len(logits))
+def match(images: jax.Array, texts: jax.Array, scale: jax.Array, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+  """InfoNCE (Radford et al. 2021) of unit embeddings f32[B,E]: (loss f32[B], image found text bool[B]).
+
+  chunk: compare with so many texts at a time, forwards and backwards, so that the B x B similarities are never there at
+  once (0: all at once). Over a mesh each chip holds its own images' rows of them. UserError if chunk does not divide B.
+  """
+  rows = len(images)
+  if not chunk:
+    logits = scale * images @ texts.T
+    diagonal = jnp.diagonal(logits)
+    loss = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0) - 2 * diagonal
+    return loss / 2, logits.argmax(axis=1) == jnp.arange(rows)
+  if rows % chunk:
+    raise UserError(f"objective.contrastive_chunk {chunk} does not divide the batch of {rows}; choose one that does")
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body: nothing to protect from being merged
+  def compare(found, part):
+    of_image, best, where = found
+    texts, first = part
+    logits = shard(scale * images @ texts.T, "batch")
+    largest = logits.max(axis=1)
+    where = jnp.where(largest > best, first + logits.argmax(axis=1), where)
+    of_image = jnp.logaddexp(of_image, jax.nn.logsumexp(logits, axis=1))
+    return (of_image, jnp.maximum(best, largest), where), jax.nn.logsumexp(logits, axis=0)
+
+  every = shard(texts, None)  # a vector a text is little beside what is computed with it
+  parts = every.reshape(-1, chunk, every.shape[-1]), jnp.arange(0, rows, chunk)
+  lowest = jnp.full(rows, -jnp.inf)
+  (of_image, _, where), of_text = jax.lax.scan(compare, (lowest, lowest, jnp.zeros(rows, jnp.int32)), parts)
+  loss = of_image + of_text.reshape(rows) - 2 * scale * (images * texts).sum(axis=1)
+  return loss / 2, where == jnp.arange(rows)
 
 
-def losses(model: ClipFlow, batch: Batch, weights: dict[str, float]) -> Sums:
-  """Sums over rows, one example and picture each, of those of contrastive, caption, readout with a weight."""
+def losses(
+  model: ClipFlow, batch: Batch, weights: dict[str, float], *, chunk: int = 0, vocabulary_chunk: int = 0
+) -> Sums:
+  """Sums over rows, one example and picture each, of those of contrastive, caption, readout with a weight.
+
+  chunk: as in `match`; vocabulary_chunk: as `chunk` of `language.predict_next`.
+  """
   clip = model.clip_model
   seen: Seen = clip.see(batch.images[:, 0], with_features=False)
   sums: Sums = {}
   if weights.get("contrastive"):
     # Only the caption's own words: what frames it in the stream says nothing.
     texts = clip.embed_text(batch.tokens, batch.loss_weights > 0)
-    loss, found = match(seen.embedding, texts, clip.temperature())
+    loss, found = match(seen.embedding, texts, clip.temperature(), chunk)
     sums |= {"contrastive": loss.sum(), "contrastive_accuracy": found.sum()}
   if weights.get("caption"):
-    logits = clip.caption_logits(batch.tokens, seen.tokens, batch.segments)
-    loss, right = language.predict_next(logits, batch.tokens, batch.segments, batch.loss_weights)
-    sums |= {"caption": loss, "caption_accuracy": right}
+    hidden = clip.caption(batch.tokens, seen.tokens, batch.segments)
+    matrix = clip.caption_model.unembedding()
+    found = language.predict_next(
+      hidden, matrix, batch.tokens, batch.segments, batch.loss_weights, chunk=vocabulary_chunk, axes=("rows", None)
+    )
+    sums |= {"caption": found.loss, "caption_accuracy": found.right}
   if weights.get("readout"):
     truth = to_patches(to_unit(batch.images[:, 0]), model.clip["vision"]["patch_size"])
     sums["readout"] = jnp.square(clip.read_pixels(seen.tokens) - truth).mean(axis=(1, 2)).sum()

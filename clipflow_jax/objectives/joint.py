@@ -25,6 +25,9 @@ class Objective:
   decoder_noise: float = 0.5
   decoder_edges: float = 10.0
   stop_text: bool = False  # the text expert is frozen: its keys and values carry no gradient
+  z_loss: float = 0.0  # weight within "language" of keeping the softmax's denominator near 1
+  vocabulary_chunk: int = 0  # slots of a row whose logits are there at once (0: all)
+  contrastive_chunk: int = 0  # texts that the batch's images are compared with at once (0: all)
 
   def __post_init__(self):
     unknown = set(self.weights) - set(NAMES)
@@ -47,14 +50,25 @@ class Objective:
     on = {name for name, weight in self.weights.items() if weight}
     sums: dict[str, jax.Array] = {}
     if on & {"contrastive", "caption", "readout"}:
-      sums |= contrastive.losses(model, batch, self.weights)
+      sums |= contrastive.losses(
+        model, batch, self.weights, chunk=self.contrastive_chunk, vocabulary_chunk=self.vocabulary_chunk
+      )
     if on & {"language", "flow", "pixels"}:
       features = model.features(batch)
     if on & {"language", "flow"}:
       hidden, context = model.read(batch, features)
       if "language" in on:
-        loss, right = language.predict_next(model.logits(hidden), batch.tokens, batch.segments, batch.loss_weights)
-        sums |= {"language": loss, "language_accuracy": right}
+        found = language.predict_next(
+          hidden,
+          model.language_model.unembedding(),
+          batch.tokens,
+          batch.segments,
+          batch.loss_weights,
+          chunk=self.vocabulary_chunk,
+        )
+        sums |= {"language": found.loss, "language_accuracy": found.right}
+        if self.z_loss:
+          sums |= {"language": found.loss + self.z_loss * found.z, "language_z": found.z}
       if "flow" in on:
         context = jax.lax.stop_gradient(context) if self.stop_text else context
         sums |= flow.losses(

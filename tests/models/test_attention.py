@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipflow_jax.models.attention import attend, rotate, visible
+from clipflow_jax.models.attention import rotate, visible
+from clipflow_jax.models.kernels import attend
 from tests import tiny
 
 RULES = settings(derandomize=True, deadline=None, max_examples=100)

@@ -21,7 +21,7 @@ def run(params, tokens, mask, seen, segments):
   def of(clip: Clip):
     return (
       clip.embed_text(tokens, mask),
-      clip.caption_logits(tokens, seen, segments),
+      clip.caption_model.logits(clip.caption(tokens, seen, segments)),
       clip.read_pixels(seen),
     )
 

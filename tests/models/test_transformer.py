@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from clipflow_jax.batch import TARGET
-from clipflow_jax.models.transformer import REMAT, Context, Transformer
+from clipflow_jax.models.remat import POLICIES
+from clipflow_jax.models.transformer import Context, Transformer
 from tests import tiny
 
 FIELDS = tiny.FIELDS["transformer"]
@@ -200,7 +201,7 @@ def test_writing_slot_by_slot_into_a_padded_buffer_equals_the_full_forward_pass(
     np.testing.assert_allclose(hidden, expected[:, begin:end], atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", POLICIES)
 def test_a_remat_policy_recomputes_and_changes_neither_parameters_nor_shapes(params, remat: str):
   batch = tiny.batch()
   x, z, place = inputs(batch)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.layers import to_patches, to_unit
 from clipflow_jax.objectives import contrastive
 from tests import tiny
@@ -23,6 +24,30 @@ def test_the_loss_is_the_mean_cross_entropy_of_finding_each_other():
     image_of_text = np.log(np.exp(scores[:, i]).sum()) - scores[i, i]
     assert loss[i] == pytest.approx((text_of_image + image_of_text) / 2, rel=1e-4)
     assert found[i] == (scores[i].argmax() == i)
+
+
+def test_in_chunks_loss_and_gradients_are_the_same_and_no_square_of_the_batch_exists():
+  images, texts = np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float32)
+  texts[3] = images[7]  # one image finds another's text
+  arguments = images, texts, np.float32(5.0)
+
+  def with_gradients(chunk: int):
+    def loss(*arguments):
+      loss, found = contrastive.match(*arguments, chunk)
+      return (loss * np.arange(12)).sum(), found
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+  whole, chunks = jax.jit(with_gradients(0))(*arguments), jax.jit(with_gradients(4))(*arguments)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, chunks)
+  assert "[12,12]" in str(jax.make_jaxpr(with_gradients(0))(*arguments))
+  program = str(jax.make_jaxpr(with_gradients(4))(*arguments))
+  assert "[12,4]" in program and "[12,12]" not in program
+
+
+def test_a_chunk_that_does_not_divide_the_batch_is_refused():
+  with pytest.raises(UserError, match="contrastive_chunk 3 does not divide the batch of 4"):
+    contrastive.match(np.eye(4), np.eye(4), np.float32(1.0), 3)
 
 
 def test_pairs_that_agree_and_no_others_have_no_loss():

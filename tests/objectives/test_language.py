@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.objectives import language
 from clipflow_jax.objectives.joint import Objective
 from tests import tiny
@@ -15,26 +16,31 @@ from tests import tiny
 ROWS, LENGTH, VOCABULARY = 2, 6, 5
 
 
-def by_loop(logits, tokens, segments, weights) -> tuple[float, float, float]:
-  """(loss, right, weight), token by token."""
-  loss = right = total = 0.0
+def by_loop(logits, tokens, segments, weights) -> tuple[float, float, float, float]:
+  """(loss, right, z, weight), token by token."""
+  loss = right = z = total = 0.0
   for row in range(ROWS):
     for slot in range(1, LENGTH):
       if segments[row, slot] == segments[row, slot - 1]:
         scores = logits[row, slot - 1].astype(np.float64)
         wanted, weight = tokens[row, slot], weights[row, slot]
-        loss += weight * (np.log(np.exp(scores).sum()) - scores[wanted])
+        log_sum = np.log(np.exp(scores).sum())
+        loss += weight * (log_sum - scores[wanted])
+        z += weight * log_sum**2
         right += weight * (scores.argmax() == wanted)
         total += weight
-  return loss, right, total
+  return loss, right, z, total
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(
   lengths=st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=ROWS, max_size=ROWS),
   seed=st.integers(0, 1000),
+  chunk=st.sampled_from([0, 1, 2, 3, 6]),
 )
-def test_each_token_is_predicted_from_the_slot_before_it_in_its_example(lengths: list[list[int]], seed: int):
+def test_each_token_is_predicted_from_the_slot_before_it_in_its_example(
+  lengths: list[list[int]], seed: int, chunk: int
+):
   rng = np.random.default_rng(seed)
   rows = [np.repeat(np.arange(len(row)) + 1, row)[:LENGTH] for row in lengths]
   segments = np.stack([np.pad(row, (0, LENGTH - len(row))) for row in rows])
@@ -42,11 +48,48 @@ def test_each_token_is_predicted_from_the_slot_before_it_in_its_example(lengths:
   tokens = rng.integers(0, VOCABULARY, (ROWS, LENGTH))
   weights = (rng.random((ROWS, LENGTH)) * (segments > 0)).astype(np.float32)
   expected = by_loop(logits, tokens, segments, weights)
-  found = (
-    *language.predict_next(logits, tokens, segments, weights),
-    language.weight(segments, weights),
-  )
+  sums = language.predict_next(logits, np.eye(VOCABULARY), tokens, segments, weights, chunk=chunk)
+  found = (sums.loss, sums.right, sums.z, language.weight(segments, weights))
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_chunks_the_gradients_are_the_same_and_no_logits_of_all_slots_exist():
+  rng = np.random.default_rng(0)
+  hidden, matrix = (rng.normal(size=size).astype(np.float32) for size in ((2, 12, 8), (8, 160)))
+  tokens = rng.integers(0, 160, (2, 12))
+  segments, weights = np.repeat([[1, 2]], 6, axis=1).repeat(2, axis=0), rng.random((2, 12)).astype(np.float32)
+
+  def gradient(chunk: int):
+    def loss(hidden, matrix):
+      found = language.predict_next(hidden, matrix, tokens, segments, weights, chunk=chunk)
+      return found.loss + 0.1 * found.z
+
+    return jax.grad(loss, argnums=(0, 1))
+
+  whole, chunks = jax.jit(gradient(0))(hidden, matrix), jax.jit(gradient(4))(hidden, matrix)
+  for a, b in zip(whole, chunks):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  assert "2,12,160" in str(jax.make_jaxpr(gradient(0))(hidden, matrix))
+  program = str(jax.make_jaxpr(gradient(4))(hidden, matrix))
+  assert "2,4,160" in program and "12,160" not in program and "24,160" not in program
+
+
+def test_a_chunk_that_does_not_divide_the_row_is_refused():
+  with pytest.raises(UserError, match="vocabulary_chunk 4 does not divide the 6 slots"):
+    zeros = np.zeros((ROWS, LENGTH), np.int32)
+    language.predict_next(np.zeros((ROWS, LENGTH, 3)), np.zeros((3, 5)), zeros, zeros, zeros, chunk=4)
+
+
+def test_z_is_a_metric_and_in_the_loss_by_its_weight(params):
+  def sums(**fields: float):
+    objective = Objective({"language": 1.0}, **fields)
+    keys = jax.random.split(jax.random.key(0), 2)
+    return tiny.model().apply({"params": params}, tiny.batch(), keys, method=objective.sums)
+
+  plain, with_z = jax.device_get(jax.jit(lambda: (sums(), sums(z_loss=0.01, vocabulary_chunk=8)))())
+  assert with_z.keys() - plain.keys() == {"language_z"} and with_z["language_z"] > 0
+  assert with_z["language"] == pytest.approx(plain["language"] + 0.01 * with_z["language_z"], rel=1e-5)
+  assert with_z["language_accuracy"] == plain["language_accuracy"]
 
 
 @pytest.fixture(scope="module")

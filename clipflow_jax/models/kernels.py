@@ -1,0 +1,210 @@
+"""softmax(q k^T) v by platform, behind one contract of what each query sees."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.parallel.sharding import spec
+
+PLATFORMS = {"xla": (), "cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # kernel -> where it runs; (): anywhere
+LANES = 128  # a TPU's vector is so wide: its kernels cut rows in multiples of it
+BLOCK = 512
+
+
+class Reach(flax.struct.PyTreeNode):
+  """`attention.visible` of slots in order, without its square: a slot sees those of its segment up to its last one.
+
+  It says the same because a segment's slots are laid out in order: what is not later in order ends at one slot.
+  """
+
+  segments: jax.Array  # i32[B,S], 0 is padding
+  last: jax.Array  # i32[B,S] the last slot that each sees
+
+  @classmethod
+  def of(cls, segments: jax.Array, order: jax.Array) -> Reach:
+    """segments, order i32[B,S]; order never falls within a segment."""
+    slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    ends = (segments[:, 1:] != segments[:, :-1]) | (order[:, 1:] != order[:, :-1])
+    ends = jnp.pad(ends, ((0, 0), (0, 1)), constant_values=True)
+    return cls(segments, jax.lax.cummin(jnp.where(ends, slots, slots[-1]), axis=1, reverse=True))
+
+
+Mask = jax.Array | Reach | None
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Mask,
+  kernel: str = "xla",
+  axes: tuple[str, str | None] = ("rows", None),
+) -> jax.Array:
+  """softmax(q k^T / sqrt(k)) v, softmax in float32.
+
+  q f[B,Q,h,k], k and v f[B,K,g,k] with g dividing h -> f[B,Q,h*k]. mask: bool[B,Q or 1,K], None (each sees all), or for
+  "splash" also a `Reach` (Q = K). A query that sees no key (padding) gets a finite value that nothing reads.
+  kernel: "xla" runs anywhere; "cudnn" (Dao et al. 2022, NVIDIA's) and "splash" (Pallas, TPU's) never make the [B,h,Q,K]
+  logits. axes: where q's rows and slots lie. UserError for an unknown kernel, or one that the platform has not.
+  """
+  _check(kernel)
+  if kernel == "cudnn":
+    return cudnn(q, k, v, mask)
+  if kernel == "splash":
+    return splash(q, k, v, mask, axes)
+  b, queries, heads, dim = q.shape
+  keys, groups = k.shape[1], k.shape[2]
+  # One batched product over [B,g], the heads of a group side by side: the layout that XLA on CPU likes best. B and g
+  # stay apart: each lies on mesh axes of its own.
+  q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
+  q = q.reshape(b, groups, -1, dim) * (dim**-0.5)
+  k = k.transpose(0, 2, 3, 1)
+  v = v.transpose(0, 2, 1, 3)
+  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(b, groups, -1, queries, keys)
+  if mask is not None:
+    logits = jnp.where(mask[:, None, None], logits, -1e30)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, groups, -1, keys)
+  out = jnp.matmul(weights, v).reshape(b, groups, heads // groups, queries, dim)
+  return out.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads * dim)
+
+
+def attend_beside(
+  q: jax.Array, k: jax.Array, v: jax.Array, past: tuple[jax.Array, jax.Array], mask: jax.Array, kernel: str = "xla"
+) -> jax.Array:
+  """Blocks that attend to themselves and to the row beside which they stand: one softmax over both.
+
+  q f[B*M,n,h,k], k and v f[B*M,n,g,k] of M blocks a row; past keys and values f[B,P,g,k]; mask bool[B,M,P]: what of
+  the past a block sees -> f[B*M,n,h*k]. The same as `attend` over the concatenation; but by "xla" a row's past is
+  neither copied for each of its blocks nor multiplied by itself in small pieces.
+  """
+  b, m, length = mask.shape
+  n, heads, dim = q.shape[1:]
+  groups = k.shape[2]
+  if kernel != "xla":
+    k, v = (jnp.concatenate([jnp.repeat(old, m, axis=0), new], axis=1) for old, new in zip(past, (k, v), strict=True))
+    sees = jnp.pad(mask.reshape(b * m, 1, length), ((0, 0), (0, 0), (0, n)), constant_values=True)
+    return attend(q, k, v, sees, kernel)
+  share = heads // groups
+  q = q.reshape(b, m, n, groups, share, dim).transpose(0, 3, 1, 4, 2, 5) * (dim**-0.5)  # [B,g,M,h/g,n,k]
+  k = k.reshape(b, m, n, groups, dim).transpose(0, 3, 1, 4, 2)
+  v = v.reshape(b, m, n, groups, dim).transpose(0, 3, 1, 2, 4)
+  past_k = past[0].transpose(0, 2, 3, 1)
+  past_v = past[1].transpose(0, 2, 1, 3)
+
+  def product(left, right):  # of f[B,g,M,h/g,n,x], in as few batches as the right side has
+    batch = right.shape[:-2]
+    out = jnp.matmul(left.reshape(*batch, -1, left.shape[-1]), right, preferred_element_type=jnp.float32)
+    return out.reshape(b, groups, m, share, n, right.shape[-1])
+
+  beside = jnp.where(mask[:, None, :, None, None], product(q, past_k), -1e30)
+  weights = jax.nn.softmax(jnp.concatenate([beside, product(q, k)], axis=-1), axis=-1).astype(v.dtype)
+  out = (product(weights[..., :length], past_v) + product(weights[..., length:], v)).astype(v.dtype)
+  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, heads * dim)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """`attend` by cuDNN's fused kernel, through jax.nn. UserError unless q is of 16 bits: it has no other."""
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    raise UserError(f'kernel cudnn computes in bfloat16, not {q.dtype}; set model.dtype="bfloat16" or kernel="xla"')
+  wide = None if mask is None else jnp.broadcast_to(mask, (q.shape[0], q.shape[1], k.shape[1]))[:, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn").reshape(*q.shape[:2], -1)
+
+
+def splash(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Mask,
+  axes: tuple[str, str | None] = ("rows", None),
+  interpret: bool = False,
+) -> jax.Array:
+  """`attend` by TPU splash attention (Pallas), each chip on its own rows, heads and queries.
+
+  A mask of keys alone becomes segments: keys unseen are of another one. Rows are filled up to multiples of 128 slots.
+  UserError for a mask bool[B,Q,K]: this kernel takes none that large.
+  """
+  b, queries, heads, dim = q.shape
+  keys = k.shape[1]
+  last = jnp.full((b, queries), keys, jnp.int32)
+  query_segments, key_segments = jnp.ones((b, queries), jnp.int32), jnp.ones((b, keys), jnp.int32)
+  if isinstance(mask, Reach):
+    query_segments, key_segments, last = mask.segments, mask.segments, mask.last
+  elif mask is not None:
+    if mask.shape[1] != 1:
+      raise UserError(f"kernel splash takes masks of keys or a Reach, not {mask.shape}; use kernel xla here")
+    key_segments = mask[:, 0].astype(jnp.int32)
+
+  def run(q, k, v, query_segments, key_segments, last):
+    rows = q.shape[1]
+    q, k, v = (_fill(x).transpose(0, 2, 1, 3) for x in (q * dim**-0.5, k, v))
+    # What is filled up is of segment -1, padding of 0: neither is seen by words, which see segments from 1.
+    one = functools.partial(_splash_row, interpret=interpret)
+    filled = (_fill(x, -1) for x in (query_segments, key_segments, last))
+    return jax.vmap(one)(q, k, v, *filled).transpose(0, 2, 1, 3)[:, :rows]
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.size > 1:
+    of_queries, of_keys = spec(*axes), spec(axes[0])
+    wide_queries, wide_keys = PartitionSpec(*of_queries, *spec("heads")), PartitionSpec(*of_keys, None, *spec("heads"))
+    places = (wide_queries, wide_keys, wide_keys, of_queries, of_keys, of_queries)
+    run = jax.shard_map(run, in_specs=places, out_specs=wide_queries, check_vma=False)
+  return run(q, k, v, query_segments, key_segments, last).reshape(b, queries, heads * dim)
+
+
+def _splash_row(q, k, v, query_segments, key_segments, last, *, interpret: bool) -> jax.Array:
+  """q f[h,Q,k], k and v f[g,K,k], query_segments and last i32[Q], key_segments i32[K] -> f[h,Q,k]."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+  block_q, block_k = (next(n for n in (BLOCK, 2 * LANES, LANES) if size % n == 0) for size in (q.shape[1], k.shape[1]))
+  sizes = library.BlockSizes(
+    block_q=block_q,
+    block_kv=block_k,
+    block_kv_compute=block_k,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_k,
+    block_kv_dkv_compute=block_k,
+    block_q_dq=block_q,
+    block_kv_dq=block_k,
+  )
+  # The kernel's causal rule compares key slots with this number of each query, which is its own slot in plain text.
+  every = info.MaskInfo(None, None, None, None, q_sequence=last)
+  kernel: Any = library.SplashAttentionKernel(
+    every,
+    every,
+    every,
+    block_sizes=sizes,
+    is_mqa=False,
+    save_residuals=False,
+    mask_value=library.DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap=None,
+    residual_checkpoint_name=None,
+    mask_function=_not_later,
+    interpret=interpret,
+  )
+  return kernel(q, k, v, library.SegmentIds(query_segments, key_segments))
+
+
+def _not_later(last: jax.Array, slot: jax.Array) -> jax.Array:
+  return slot <= last
+
+
+def _fill(x: jax.Array, value: int = 0) -> jax.Array:
+  """x[B,S,...] with S up to a multiple of LANES."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), *[(0, 0)] * (x.ndim - 2)), constant_values=value)
+
+
+def _check(kernel: str) -> None:
+  if kernel not in PLATFORMS:
+    raise UserError(f"attention kernel {kernel!r} is unknown; choose one of {', '.join(PLATFORMS)}")
+  device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh that is compiled for, which may not be here
+  platform = device.platform if device else jax.default_backend()
+  if PLATFORMS[kernel] and platform not in PLATFORMS[kernel]:
+    raise UserError(f'attention kernel {kernel!r} does not run on {platform}; set model.kernel="xla"')

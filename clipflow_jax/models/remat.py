@@ -1,0 +1,37 @@
+"""What a layer keeps for its backward pass, by name: memory against work done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from clipflow_jax.errors import UserError
+
+# What `jax.ad_checkpoint.checkpoint_name` calls the arrays of an attention that cost most to make again: three products
+# with weights, and all of softmax(q k) v. A network's hidden values, the largest arrays of a layer, are not among them.
+KEPT = ("query", "key", "value", "attention")
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+  "none": None,  # everything is kept
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # every product with weights
+  "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as minimal, but in the host's memory
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=list(KEPT),
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+  "full": jax.checkpoint_policies.nothing_saveable,  # a layer's input alone
+}
+
+
+def remat(body: Callable, policy: str) -> Callable:
+  """The body of an `nn.scan` over layers under a policy of POLICIES. UserError when there is none of that name."""
+  if policy not in POLICIES:
+    raise UserError(f"remat {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+  if policy == "none":
+    return body
+  return nn.remat(body, prevent_cse=False, policy=POLICIES[policy])  # a scan already keeps its body from being merged
