@@ -18,6 +18,7 @@ Config = Mapping[str, Any]
 class Family:
   """One `model_type` of config.json.
 
+  kind: the class of our module.
   module: config.json and preprocessor_config.json ({} where there is none), both complete -> our module.
   config: our module -> what config.json says of it, or None where this family cannot say it.
   parameters: our module -> its parameters' shapes.
@@ -27,6 +28,7 @@ class Family:
 
   name: str
   architecture: str
+  kind: type[nn.Module]
   rows: tuple[Row, ...]
   module: Callable[[Config, Config], nn.Module]
   config: Callable[[Any], dict[str, Any] | None]

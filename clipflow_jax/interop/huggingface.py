@@ -14,13 +14,13 @@ import numpy as np
 from flax import linen as nn
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.interop import language, tensors
+from clipflow_jax.interop import language, tensors, vision
 from clipflow_jax.interop.family import Family
 
 # transformers warns at import that PyTorch is absent; configurations need none.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-FAMILIES: dict[str, Family] = {family.name: family for family in language.FAMILIES}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*language.FAMILIES, *vision.FAMILIES)}
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: no pickle
 SHARD = "5GB"
 
@@ -132,7 +132,7 @@ def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, An
   if name is not None and name not in FAMILIES:
     raise UserError(f"the family {name!r} is unknown; there are {', '.join(sorted(FAMILIES))}")
   for family in [FAMILIES[name]] if name else FAMILIES.values():
-    described = family.config(module)
+    described = family.config(module) if isinstance(module, family.kind) else None
     if described is not None:
       return family, described
   raise UserError(f"{f'a {name} checkpoint' if name else 'no known family'} can express this {type(module).__name__}")

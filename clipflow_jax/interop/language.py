@@ -139,16 +139,17 @@ def _qwen2_5_vl_config(module: Transformer) -> dict[str, Any] | None:
 
 TIED = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # written by some although tied; computed
 FAMILIES = (
-  Family("qwen2", "Qwen2ForCausalLM", ROWS, _qwen2, _qwen2_config, _parameters, TIED),
-  Family("qwen3", "Qwen3ForCausalLM", ROWS, _qwen3, _qwen3_config, _parameters, TIED),
+  Family("qwen2", "Qwen2ForCausalLM", Transformer, ROWS, _qwen2, _qwen2_config, _parameters, TIED),
+  Family("qwen3", "Qwen3ForCausalLM", Transformer, ROWS, _qwen3, _qwen3_config, _parameters, TIED),
   Family(
     "qwen2_5_vl",
     "Qwen2_5_VLForConditionalGeneration",
+    Transformer,
     ROWS,
     _qwen2_5_vl,
     _qwen2_5_vl_config,
     _parameters,
     rf"{TIED}|visual\..*",
   ),
-  Family("llama", "LlamaForCausalLM", ROWS, _llama, _llama_config, _parameters, TIED),
+  Family("llama", "LlamaForCausalLM", Transformer, ROWS, _llama, _llama_config, _parameters, TIED),
 )

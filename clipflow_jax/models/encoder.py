@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -12,6 +14,18 @@ from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, standardise
 from clipflow_jax.models.remat import remat
 from clipflow_jax.parallel.sharding import shard
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+# "gelu" is by the error function, "gelu_tanh" its usual approximation, "quick_gelu" that of the first CLIP models.
+ACTIVATIONS = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_tanh": nn.gelu,
+  "quick_gelu": _quick_gelu,
+}
 
 
 class EncoderAttention(nn.Module):
@@ -36,8 +50,26 @@ class EncoderAttention(nn.Module):
     return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
 
 
+class CrossAttention(nn.Module):
+  """Queries f[B,Q,D] read x f[B,S,D] -> f[B,Q,D]."""
+
+  heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, queries, x):
+    def project(name, of):
+      return Linear(x.shape[-1], True, dtype=self.dtype, name=name)(of).reshape(*of.shape[:2], self.heads, -1)
+
+    out = attend(project("query", queries), project("key", x), project("value", x), None)
+    return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
+
+
 class EncoderBlock(nn.Module):
-  """Pre-norm attention and GELU network, residual. x f[B,S,D], mask as `EncoderAttention` -> f[B,S,D]."""
+  """Pre-norm attention and GELU network, residual. x f[B,S,D], mask as `EncoderAttention` -> f[B,S,D].
+
+  activation: a name of ACTIVATIONS. layer_scale: what is added is weighted by channel (Touvron et al. 2021, CaiT).
+  """
 
   heads: int
   mlp: int
@@ -45,16 +77,24 @@ class EncoderBlock(nn.Module):
   norm_eps: float = 1e-6
   kernel: str = "xla"
   dtype: Any = jnp.float32
+  activation: str = "gelu_tanh"
+  layer_scale: bool = False
 
   @nn.compact
   def __call__(self, x, mask):
     def norm(name):
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
 
+    def weighted(name, y):
+      if not self.layer_scale:
+        return y
+      return y * self.param(name, nn.initializers.ones, y.shape[-1:], jnp.float32).astype(self.dtype)
+
     attention = EncoderAttention(self.heads, self.qk_norm, self.kernel, self.dtype, name="attention")
-    x = shard(x + attention(norm("attention_norm")(x), mask), "rows")
-    y = nn.gelu(Linear(self.mlp, True, dtype=self.dtype, name="up")(norm("mlp_norm")(x)))
-    return shard(x + Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y), "rows")
+    x = shard(x + weighted("attention_scale", attention(norm("attention_norm")(x), mask)), "rows")
+    y = ACTIVATIONS[self.activation](Linear(self.mlp, True, dtype=self.dtype, name="up")(norm("mlp_norm")(x)))
+    y = Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y)
+    return shard(x + weighted("mlp_scale", y), "rows")
 
 
 class Encoder(nn.Module):
@@ -73,6 +113,8 @@ class Encoder(nn.Module):
   unroll: bool = False
   kernel: str = "xla"
   dtype: Any = jnp.float32
+  activation: str = "gelu_tanh"
+  layer_scale: bool = False
 
   @nn.compact
   def __call__(self, x, mask=None, layer_weights=None):
@@ -89,7 +131,10 @@ class Encoder(nn.Module):
       length=self.layers,
       unroll=self.unroll,
     )
-    block = EncoderBlock(self.heads, self.mlp, self.qk_norm, self.norm_eps, self.kernel, self.dtype, name="layers")
+    own = dict(activation=self.activation, layer_scale=self.layer_scale)
+    block = EncoderBlock(
+      self.heads, self.mlp, self.qk_norm, self.norm_eps, self.kernel, self.dtype, **own, name="layers"
+    )
     total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
     (x, total), _ = scan(block, (x, total), layer_weights)
     return x, total

@@ -15,7 +15,12 @@ from clipflow_jax.parallel.sharding import shard
 
 
 class TextTower(nn.Module):
-  """tokens i32[B,S], mask bool[B,S] (True: a word) -> f32[B,E], unit norm. Bidirectional, mean over words."""
+  """tokens i32[B,S], mask bool[B,S] (True: a word) -> f32[B,E], unit norm.
+
+  pooling: which of the last layer's tokens are the text. "mean": all words (bidirectional, the choice here). "end":
+  the first token that is `end`, or the one of the highest id where `end` is None (causal: CLIP). "last": the last of the
+  row, which sees padding too and was trained to (SigLIP); the mask is not looked at.
+  """
 
   vocabulary: int
   length: int
@@ -30,6 +35,10 @@ class TextTower(nn.Module):
   unroll: bool = False
   kernel: str = "xla"
   dtype: Any = jnp.float32
+  activation: str = "gelu_tanh"
+  pooling: str = "mean"
+  end: int | None = None
+  projection_bias: bool = False
 
   @nn.compact
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -47,10 +56,21 @@ class TextTower(nn.Module):
       self.unroll,
       self.kernel,
       self.dtype,
+      self.activation,
       name="encoder",
     )
-    x, _ = encoder(shard(x, "rows"), mask[:, None, :])
+    seen = mask[:, None, :] if self.pooling != "last" else None
+    if self.pooling == "end":
+      seen = seen & jnp.tri(tokens.shape[1], dtype=bool)
+    x, _ = encoder(shard(x, "rows"), seen)
     x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
+    return unit(Linear(self.embedding, self.projection_bias, name="projection")(self._pool(x, tokens, mask)))
+
+  def _pool(self, x: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    if self.pooling == "last":
+      return x[:, -1]
+    if self.pooling == "end":
+      at = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=1)
+      return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
     words = mask[..., None].astype(jnp.float32)
-    pooled = (x * words).sum(axis=1) / jnp.maximum(words.sum(axis=1), 1)
-    return unit(Linear(self.embedding, name="projection")(pooled))
+    return (x * words).sum(axis=1) / jnp.maximum(words.sum(axis=1), 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from clipflow_jax.models.encoder import Encoder
+from clipflow_jax.models.encoder import ACTIVATIONS, CrossAttention, Encoder
 from clipflow_jax.models.layers import Linear, to_patches, to_unit
 from clipflow_jax.parallel.sharding import shard
 
@@ -24,10 +24,35 @@ class Seen:
   features: jax.Array | None  # f32[B,T,C] mean over chosen layers' affine-free LayerNorms, where asked for
 
 
+HALF = (0.5, 0.5, 0.5)
+
+
+class AttentionPool(nn.Module):
+  """One learned query reads all tokens, then a residual network: f[B,T,D] -> f[B,D]."""
+
+  heads: int
+  mlp: int
+  activation: str
+  norm_eps: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    probe = self.param("probe", nn.initializers.normal(0.02), (1, x.shape[-1]), jnp.float32)
+    probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], *probe.shape))
+    x = CrossAttention(self.heads, self.dtype, name="attention")(probe, x)
+    y = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="mlp_norm")(x)
+    y = ACTIVATIONS[self.activation](Linear(self.mlp, True, dtype=self.dtype, name="up")(y))
+    return (x + Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y))[:, 0]
+
+
 class VisionTower(nn.Module):
   """A ViT whose features are drawn from several layers (RAEv2, 2026: shallow layers carry what pixels need).
 
-  feature_layers: 1-based layers that the features average; empty means all.
+  feature_layers: 1-based layers that the features average; empty means all. pooling: "mean" of the tokens, the "class"
+  token, or "attention" by one learned query (Zhai et al. 2022). embedding 0: what was pooled is the embedding. mean, std:
+  of the pixels in 0..1, by channel. in_norm: a norm before the first layer (CLIP). has_mask: DINOv2 has trained a token for
+  hidden patches; it is kept for those who train it further.
   images u8[B,H,W,3] -> Seen. with_features costs a norm a layer, and a contrastive loss wants none.
   """
 
@@ -45,6 +70,15 @@ class VisionTower(nn.Module):
   unroll: bool = False
   kernel: str = "xla"
   dtype: Any = jnp.float32
+  activation: str = "gelu_tanh"
+  layer_scale: bool = False
+  has_class: bool = False
+  has_mask: bool = False
+  patch_bias: bool = True
+  in_norm: bool = False
+  pooling: str = "mean"
+  mean: tuple[float, ...] = HALF
+  std: tuple[float, ...] = HALF
 
   @property
   def tokens(self) -> int:
@@ -52,9 +86,18 @@ class VisionTower(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, with_features: bool = True) -> Seen:
-    x = Linear(self.width, True, dtype=self.dtype, name="patches")(to_patches(to_unit(images), self.patch_size))
+    patches = to_patches(self._normalise(images), self.patch_size)
+    x = Linear(self.width, self.patch_bias, dtype=self.dtype, name="patches")(patches)
     init = nn.initializers.normal(0.1)
-    x = x + self.param("place_positions", init, (self.tokens, self.width), jnp.float32)
+    first = int(self.has_class)
+    if first:
+      token = self.param("class_token", init, (self.width,), jnp.float32).astype(self.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
+    if self.has_mask:
+      self.param("mask_token", nn.initializers.zeros, (self.width,), jnp.float32)
+    x = x + self.param("place_positions", init, (first + self.tokens, self.width), jnp.float32)
+    if self.in_norm:
+      x = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="in_norm")(x)
     encoder = Encoder(
       self.layers,
       self.heads,
@@ -65,13 +108,29 @@ class VisionTower(nn.Module):
       self.unroll,
       self.kernel,
       self.dtype,
+      self.activation,
+      self.layer_scale,
       name="encoder",
     )
-    x = shard(x.astype(self.dtype), "rows")
-    tokens, features = encoder(x, None, self._layer_weights() if with_features else None)
-    pooled = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens).mean(axis=1)
-    embedding = Linear(self.embedding, name="projection")(pooled)
-    return Seen(tokens, unit(embedding), features)
+    tokens, features = encoder(
+      shard(x.astype(self.dtype), "rows"), None, self._layer_weights() if with_features else None
+    )
+    embedding = self._pool(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens))
+    if self.embedding:
+      embedding = Linear(self.embedding, name="projection")(embedding)
+    return Seen(tokens[:, first:], unit(embedding), None if features is None else features[:, first:])
+
+  def _normalise(self, images: jax.Array) -> jax.Array:
+    if self.mean == self.std == HALF:
+      return to_unit(images)
+    return (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+
+  def _pool(self, x: jax.Array) -> jax.Array:
+    if self.pooling == "class":
+      return x[:, 0]
+    if self.pooling == "attention":
+      return AttentionPool(self.heads, self.mlp, self.activation, self.norm_eps, name="pool")(x)
+    return x.mean(axis=1)
 
   def _layer_weights(self) -> jax.Array:
     chosen = self.feature_layers or tuple(range(1, self.layers + 1))
