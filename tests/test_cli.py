@@ -16,7 +16,7 @@ from clipflow_jax.errors import UserError
 from configs import quickstart
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "info")
+COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "import", "export", "info")
 
 
 def fails(capsys, *argv: str) -> str:

@@ -18,8 +18,8 @@ class TextTower(nn.Module):
   """tokens i32[B,S], mask bool[B,S] (True: a word) -> f32[B,E], unit norm.
 
   pooling: which of the last layer's tokens are the text. "mean": all words (bidirectional, the choice here). "end":
-  the first token that is `end`, or the one of the highest id where `end` is None (causal: CLIP). "last": the last of the
-  row, which sees padding too and was trained to (SigLIP); the mask is not looked at.
+  the first token that is `end`, or the one of the highest id where `end` is None (causal: CLIP). "last": the last of
+  the row, which sees padding too and was trained to (SigLIP); the mask is not looked at.
   """
 
   vocabulary: int

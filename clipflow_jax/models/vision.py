@@ -50,9 +50,9 @@ class VisionTower(nn.Module):
   """A ViT whose features are drawn from several layers (RAEv2, 2026: shallow layers carry what pixels need).
 
   feature_layers: 1-based layers that the features average; empty means all. pooling: "mean" of the tokens, the "class"
-  token, or "attention" by one learned query (Zhai et al. 2022). embedding 0: what was pooled is the embedding. mean, std:
-  of the pixels in 0..1, by channel. in_norm: a norm before the first layer (CLIP). has_mask: DINOv2 has trained a token for
-  hidden patches; it is kept for those who train it further.
+  token, or "attention" by one learned query (Zhai et al. 2022). embedding 0: what was pooled is the embedding. mean,
+  std: of the pixels in 0..1, by channel. in_norm: a norm before the first layer (CLIP). has_mask: DINOv2 has trained a
+  token for hidden patches; it is kept for those who train it further.
   images u8[B,H,W,3] -> Seen. with_features costs a norm a layer, and a contrastive loss wants none.
   """
 

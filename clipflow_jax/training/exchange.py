@@ -1,0 +1,192 @@
+"""Models of others as workdirs that a run can start from, and what a run has trained as models of others.
+
+An imported workdir holds one checkpoint at step 0 with the part that was imported under the paths that it has in
+ClipFlow, its tokenizer, and model.json: the fields of `config.model` that fit it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from clipflow_jax.data import text
+from clipflow_jax.errors import UserError
+from clipflow_jax.interop import huggingface
+from clipflow_jax.models.clip import Clip
+from clipflow_jax.models.transformer import Transformer
+from clipflow_jax.models.vision import VisionTower
+from clipflow_jax.training import checkpoint, stages
+from clipflow_jax.training.state import Params, flatten, merge, nest
+
+log = logging.getLogger(__name__)
+
+MODEL = "model.json"
+# A module that comes in -> (its path in ClipFlow's parameters, its path in config.model).
+PLACES: dict[type[nn.Module], tuple[str, str]] = {
+  Transformer: ("language_model", "transformer"),
+  Clip: ("clip_model", "clip"),
+  VisionTower: ("clip_model/vision_tower", "clip/vision"),
+}
+FLOW = ("flow", "early")  # how the flow expert's fields and parameters begin
+OURS = ("captioner", "caption_model", "caption_connector", "pixel_readout")  # what no other CLIP has
+RUN = ("parent", "name", "dtype", "kernel", "axes", "remat", "unroll")  # how it is computed, not what it is
+
+
+def bring_in(source: Path | str, output: Path, dtype: Any = None) -> tuple[nn.Module, Params]:
+  """Writes a model's folder or hub id as a workdir, all or nothing, and returns it. UserError as `huggingface.load`."""
+  _refuse(output)
+  folder = huggingface.find(source)
+  module, params = huggingface.load(folder, dtype=dtype)
+  inside, place = PLACES[type(module)]
+  fields: dict[str, Any] = _fields(module)
+  for name in reversed(place.split("/")):
+    fields = {name: fields}
+  output.parent.mkdir(parents=True, exist_ok=True)
+  scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+  try:
+    meta = {"config": {"name": "imported", "model": fields}, "tokenizer": _tokenizer(folder, module)}
+    flat = {f"{inside}/{path}": leaf for path, leaf in flatten(params).items()}
+    state = {"step": np.zeros((), np.int32), "trained": nest(flat), "frozen": {}, "ema": None, "opt_state": {}}
+    checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
+    checkpoints.save(0, state, data_state={}, meta=meta)
+    checkpoints.close()
+    (scratch / MODEL).write_text(json.dumps(fields, indent=2))
+    scratch.chmod(0o755)
+    scratch.replace(output)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return module, params
+
+
+def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
+  """Writes a workdir's language model, or its CLIP, as a folder that transformers reads. Returns the family's name.
+
+  family: a `model_type`; None takes the language model where there is one. UserError as `huggingface.save`.
+  """
+  _refuse(output)
+  read = checkpoint.load(stages.newest(workdir), ("ema", "trained", "frozen"))
+  params = merge(read.state["ema"] or read.state["trained"], read.state["frozen"] or {})
+  with tempfile.TemporaryDirectory() as scratch:
+    words = text.from_files(read.meta["tokenizer"], Path(scratch)) if read.meta["tokenizer"] else None
+  model = text.with_vocabulary(read.meta["config"]["model"], len(words) if words else 0)
+  module, flat = _part(model, params, _kind(model, family))
+  name = huggingface.save(output, module, nest(flat), family=family, tokenizer=words)
+  (output / "README.md").write_text(_card(workdir, name))
+  return name
+
+
+def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:
+  """{what: array} of one forward pass over made-up words and pictures."""
+  rng = np.random.default_rng(0)
+
+  def words(vocabulary: int, length: int) -> np.ndarray:
+    return rng.integers(0, vocabulary, (2, length), dtype=np.int32)
+
+  def read(bound: Transformer, tokens: jax.Array) -> dict[str, jax.Array]:
+    order = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    places = jnp.repeat(order[..., None], 3, axis=-1)
+    hidden, _ = bound.read(bound.embed(tokens), jnp.ones_like(tokens), order, places)
+    return {"hidden": hidden, "logits": bound.logits(hidden)}
+
+  def compare(bound: Clip, pictures: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
+    seen, texts = bound.see(pictures), bound.embed_text(tokens, jnp.ones(tokens.shape, bool))
+    return {"tokens": seen.tokens, "features": seen.features, "similarities": seen.embedding @ texts.T}
+
+  def see(bound: VisionTower, pictures: jax.Array) -> dict[str, jax.Array]:
+    seen = bound(pictures)
+    return {"tokens": seen.tokens, "features": seen.features}
+
+  def pictures(size: int) -> np.ndarray:
+    return rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+
+  method: Callable
+  inputs: tuple[np.ndarray, ...]
+  if isinstance(module, Transformer):
+    method, inputs = read, (words(module.vocabulary, 32),)
+  elif isinstance(module, Clip):
+    long = words(module.text["vocabulary"], module.text["length"])
+    method, inputs = compare, (pictures(module.vision["image_size"]), long)
+  else:
+    method, inputs = see, (pictures(module.image_size),)
+  return jax.jit(lambda p, *x: module.apply({"params": p}, *x, method=method))(params, *inputs)
+
+
+def _refuse(output: Path) -> None:
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise UserError(f"{output} is there already; give a new folder")
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+  """What the module is, in fields that JSON can hold; defaults are left out."""
+  made = {}
+  for field in dataclasses.fields(module):
+    value = getattr(module, field.name)
+    if field.name not in RUN and value != field.default:
+      made[field.name] = dict(value) if hasattr(value, "items") else value
+  return made
+
+
+def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
+  """The folder's tokenizer with the words that a talk about pictures takes, where the vocabulary has room."""
+  if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    log.warning("%s has no tokenizer: the model comes without one, and cannot start a run", folder)
+    return {}
+  from transformers import AutoTokenizer
+
+  words = AutoTokenizer.from_pretrained(str(folder))
+  if isinstance(module, Transformer):
+    wanted = [text.IMAGE] if words.chat_template else [text.IMAGE, text.USER, text.ASSISTANT, text.END]
+    lacking = [word for word in wanted if word not in words.get_vocab()]
+    if len(words) + len(lacking) > module.vocabulary:
+      log.warning("the vocabulary of %d has no room for %s", module.vocabulary, ", ".join(lacking))
+    else:
+      words.add_special_tokens({"additional_special_tokens": lacking}, replace_extra_special_tokens=False)
+      if not words.chat_template:
+        words.chat_template = text.CHAT_TEMPLATE
+        words.eos_token = text.END
+    if words.pad_token is None:
+      words.pad_token = words.eos_token
+  with tempfile.TemporaryDirectory() as scratch:
+    return text.to_files(words, Path(scratch))
+
+
+def _kind(model: dict[str, Any], family: str | None) -> type[nn.Module]:
+  if family is not None:
+    return huggingface.family(family).kind
+  return Transformer if model.get("transformer") else Clip if "text" in model.get("clip", {}) else VisionTower
+
+
+def _part(model: dict[str, Any], params: Params, kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+  """The module of that kind and its flat parameters, without what no other model has."""
+  inside, place = PLACES[kind]
+  fields: Any = model
+  for name in place.split("/"):
+    fields = (fields or {}).get(name)
+  if not fields:
+    raise UserError(f"this run has no {place}, which a family of that kind is made of")
+  beyond = FLOW if kind is Transformer else OURS
+  fields = {name: value for name, value in fields.items() if not name.startswith(beyond)}
+  flat = {
+    path.removeprefix(f"{inside}/"): leaf for path, leaf in flatten(params).items() if path.startswith(f"{inside}/")
+  }
+  return kind(**fields), {path: leaf for path, leaf in flat.items() if not path.startswith(beyond)}
+
+
+def _card(workdir: Path, family: str) -> str:
+  """A model card: what it is, and what was measured."""
+  file = workdir / "report" / "metrics.json"
+  rows = json.loads(file.read_text()) if file.is_file() else {}
+  measured = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if isinstance(value, int | float))
+  table = f"| metric | value |\n|---|---|\n{measured}\n" if measured else "Nothing was measured of it.\n"
+  return f"# {family} model trained with clipflow_jax\n\nThe weights of a run, in the layout of `{family}`.\n\n{table}"

@@ -1,0 +1,136 @@
+"""From a folder of weights to a workdir, beside a fresh flow expert, and out again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipflow_jax import cli
+from clipflow_jax.data import text
+from clipflow_jax.errors import UserError
+from clipflow_jax.interop import huggingface
+from clipflow_jax.models.transformer import Transformer
+from clipflow_jax.training import checkpoint, exchange, loop
+from clipflow_jax.training.state import flatten, merge
+from configs import presets, warm
+from tests import tiny, tiny_runs
+
+VOCABULARY = 320
+MODULE = Transformer(
+  VOCABULARY, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=40, qk_norm=False, qkv_bias=True
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+  """A language model of Qwen2's family with a tokenizer, in a folder."""
+  words = text.train_tokenizer(["a red circle beside a blue square"] * 2, 300)
+  path = tmp_path_factory.mktemp("language") / "model"
+  params = tiny.random_params(huggingface.family("qwen2").parameters(MODULE))
+  huggingface.save(path, MODULE, params, tokenizer=words)
+  return path
+
+
+@pytest.fixture(scope="module")
+def imported(folder, tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp("imported") / "workdir"
+  assert cli.main(["import", f"--from={folder}", f"--output={path}"]) == 0
+  return path
+
+
+def generation_stage(imported: Path, **fields: Any):
+  config = tiny_runs.decoder_stage(
+    name="generation", model=tiny_runs.model(), train=presets.trains(flow=1.0), steps=2, **fields
+  )
+  config.data.tasks = dict(draw=1.0)
+  config.objective.weights = dict(flow=1.0)
+  warm.start(config, str(imported))
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(imported, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp("warm") / "run"
+  loop.train(generation_stage(imported), workdir)
+  return workdir
+
+
+def logits(module: Transformer, params: Any) -> np.ndarray:
+  tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 12))
+  order = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+
+  def read(bound: Transformer):
+    hidden, _ = bound.read(bound.embed(tokens), jnp.ones_like(order), order, jnp.repeat(order[..., None], 3, -1))
+    return bound.logits(hidden)
+
+  return np.asarray(jax.jit(lambda p: module.apply({"params": p}, method=read))(params))
+
+
+def test_logits_of_a_frozen_import_are_bitwise_the_same_after_training(folder, imported, trained):
+  module, params = huggingface.load(folder)
+  state = checkpoint.load(trained, ("trained", "frozen")).state
+  after = merge(state["trained"], state["frozen"])["language_model"]
+  beside = Transformer(**text.with_vocabulary(generation_stage(imported).model.transformer.to_dict(), VOCABULARY))
+  assert beside.flow_width == tiny.FIELDS["transformer"]["flow_width"]
+  np.testing.assert_array_equal(logits(module, params), logits(beside, after))
+  moved = flatten(state["trained"])
+  assert "language_model/flow/layers/mlp/up/kernel" in moved and not any("/text/" in path for path in moved)
+
+
+def test_what_was_trained_goes_out_as_it_came(folder, trained, tmp_path):
+  assert cli.main(["export", f"--workdir={trained}", f"--output={tmp_path / 'out'}", "--family=qwen2"]) == 0
+  module, params = huggingface.load(tmp_path / "out")
+  wanted_module, wanted = huggingface.load(folder)
+  assert module == wanted_module
+  mine, theirs = flatten(params), flatten(wanted)
+  assert mine.keys() == theirs.keys() and all(np.array_equal(leaf, theirs[path]) for path, leaf in mine.items())
+  from transformers import AutoTokenizer
+
+  words = [AutoTokenizer.from_pretrained(str(path)) for path in (folder, tmp_path / "out")]
+  assert words[0].get_vocab() == words[1].get_vocab() and words[0].chat_template == words[1].chat_template
+  assert "Nothing was measured of it" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_check_runs_it_once_and_tells(folder, tmp_path, capsys):
+  assert cli.main(["import", f"--from={folder}", f"--output={tmp_path / 'x'}", "--dtype=bfloat16", "--check"]) == 0
+  out = capsys.readouterr().out
+  assert "(bfloat16)" in out and f"logits [2, 32, {VOCABULARY}]: mean" in out and "NOT FINITE" not in out
+  assert json.loads((tmp_path / "x" / "model.json").read_text())["transformer"]["qkv_bias"] is True
+
+
+def test_an_import_that_fails_leaves_nothing_and_returns_2(folder, tmp_path, capsys):
+  assert cli.main(["import", f"--from={tmp_path}", f"--output={tmp_path / 'x'}"]) == 2
+  assert "no readable config.json" in capsys.readouterr().err
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_imported_over_another_workdir(folder, imported):
+  with pytest.raises(UserError, match="is there already; give a new folder"):
+    exchange.bring_in(folder, imported)
+
+
+def test_a_workdir_that_was_not_imported_is_refused_as_a_start(tmp_path):
+  config = tiny_runs.decoder_stage(model=tiny_runs.model())
+  with pytest.raises(UserError, match="is no imported model; make one with: clipflow import"):
+    warm.start(config, str(tmp_path))
+
+
+def test_a_tokenizer_without_a_picture_word_gets_one(folder, tmp_path):
+  from transformers import AutoTokenizer
+
+  words = AutoTokenizer.from_pretrained(str(folder))
+  plain = json.loads(words.backend_tokenizer.to_str().replace(text.IMAGE, "<|other|>"))
+  (tmp_path / "model").mkdir()
+  for file in folder.iterdir():
+    (tmp_path / "model" / file.name).write_bytes(file.read_bytes().replace(text.IMAGE.encode(), b"<|other|>"))
+  assert text.IMAGE not in json.dumps(plain)
+  exchange.bring_in(tmp_path / "model", tmp_path / "workdir")
+  meta = checkpoint.load(tmp_path / "workdir", ("trained",)).meta
+  chat = text.Chat(text.from_files(meta["tokenizer"], tmp_path))
+  assert chat.image >= len(words) and chat.image < VOCABULARY
