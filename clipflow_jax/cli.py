@@ -134,6 +134,25 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--fit", choices=["crop", "pad"], default="crop", help="how a picture becomes square")
 
   sub = command(
+    _import,
+    "make a workdir of pretrained weights, for init_from",
+    "clipflow import --from=Qwen/Qwen3-0.6B --output=qwen --check",
+  )
+  sub.add_argument("--from", dest="source", required=True, help="a folder that save_pretrained wrote, or a hub id")
+  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; by default as it is")
+  sub.add_argument("--check", action="store_true", help="run it once and print what comes out")
+
+  sub = command(
+    _export,
+    "write a workdir's language model, or its CLIP, as transformers reads it",
+    "clipflow export --workdir=runs/joint --output=exported",
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument("--family", help="a model_type of transformers, such as qwen3 or clip; by default what fits")
+
+  sub = command(
     _info,
     "show what a config trains, or what a workdir holds",
     "clipflow info --workdir=quickstart",
@@ -213,6 +232,30 @@ def _prepare(options: argparse.Namespace) -> None:
   from clipflow_jax.data.prepare import prepare
 
   prepare(options.input.split(","), options.output, size=options.size, fit=options.fit)
+
+
+def _import(options: argparse.Namespace) -> None:
+  import jax
+  import numpy as np
+
+  from clipflow_jax.training import exchange
+
+  module, params = exchange.bring_in(options.source, options.output, options.dtype)
+  leaves = jax.tree.leaves(params)
+  count = sum(leaf.size for leaf in leaves)
+  print(f"imported {count:,} parameters of {options.source} ({leaves[0].dtype}) into {options.output}")
+  if options.check:
+    for name, value in exchange.check(module, params).items():
+      values = np.asarray(value, np.float32)
+      finite = "finite" if np.isfinite(values).all() else "NOT FINITE"
+      print(f"{name} {list(values.shape)}: mean {values.mean():.4f}, deviation {values.std():.4f}, {finite}")
+
+
+def _export(options: argparse.Namespace) -> None:
+  from clipflow_jax.training import exchange
+
+  family = exchange.give_out(options.workdir, options.output, options.family)
+  print(f"exported {options.workdir} as {family} into {options.output}")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -37,13 +37,13 @@ def load(
   """
   folder = find(path)
   config, processor = read_config(folder)
-  family = FAMILIES[config["model_type"]]
-  module = family.module(config, processor)
-  abstract = family.parameters(module)
+  known = FAMILIES[config["model_type"]]
+  module = known.module(config, processor)
+  abstract = known.parameters(module)
   flat = tensors.flatten(abstract)
-  rows = tensors.plan(family.rows, flat)
+  rows = tensors.plan(known.rows, flat)
   files = tensors.Files(folder)
-  tensors.check(files, rows, flat, family.ignored, folder)
+  tensors.check(files, rows, flat, known.ignored, folder)
   places = None if shardings is None else tensors.flatten(shardings(abstract))
   params = tensors.nest(tensors.read(files, rows, flat, dtype, places))
   kinds = {leaf.dtype for leaf in tensors.flatten(params).values()}
@@ -128,14 +128,20 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   return config, json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, Any]]:
-  if name is not None and name not in FAMILIES:
+def family(name: str) -> Family:
+  """The family of that `model_type`. UserError for one that is not known."""
+  if name not in FAMILIES:
     raise UserError(f"the family {name!r} is unknown; there are {', '.join(sorted(FAMILIES))}")
-  for family in [FAMILIES[name]] if name else FAMILIES.values():
-    described = family.config(module) if isinstance(module, family.kind) else None
+  return FAMILIES[name]
+
+
+def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, Any]]:
+  for tried in [family(name)] if name else FAMILIES.values():
+    described = tried.config(module) if isinstance(module, tried.kind) else None
     if described is not None:
-      return family, described
-  raise UserError(f"{f'a {name} checkpoint' if name else 'no known family'} can express this {type(module).__name__}")
+      return tried, described
+  what = f"a {name} checkpoint cannot" if name else "no family of transformers can"
+  raise UserError(f"{what} say what this {type(module).__name__} is; its fields go beyond it: {module}")
 
 
 def _merge(more: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:

@@ -70,9 +70,8 @@ def _module(config: Config, own: dict[str, Any]) -> Transformer:
 
 
 def _config(module: Transformer) -> dict[str, Any]:
+  """What all families say. Rotary sections are left out: they are nothing to words, and only Qwen2.5-VL has them."""
   rope = dict(module.rope_scaling or {"rope_type": "default"}, rope_theta=module.rope_theta)
-  if module.rope_sections:
-    rope["mrope_section"] = list(module.rope_sections)
   config = {key: getattr(module, field) for field, key in KEYS.items()}
   return config | {"hidden_act": "silu", "rope_parameters": rope}
 
@@ -99,7 +98,7 @@ def _llama(config: Config, _: Config) -> Transformer:
 
 
 def _llama_config(module: Transformer) -> dict[str, Any] | None:
-  if module.qk_norm or module.qkv_bias != module.out_bias or module.rope_sections:
+  if module.qk_norm or module.qkv_bias != module.out_bias:
     return None
   own = dict(head_dim=module.head_dim, attention_bias=module.qkv_bias, mlp_bias=module.mlp_bias)
   return _config(module) | own
@@ -111,7 +110,7 @@ def _qwen2(config: Config, _: Config) -> Transformer:
 
 def _qwen2_config(module: Transformer) -> dict[str, Any] | None:
   fits = _has(module, **NO_BIAS | dict(qk_norm=False, qkv_bias=True, head_dim=module.width // module.heads))
-  return _config(module) if fits and not module.rope_sections else None
+  return _config(module) if fits else None
 
 
 def _qwen3(config: Config, _: Config) -> Transformer:
@@ -120,7 +119,7 @@ def _qwen3(config: Config, _: Config) -> Transformer:
 
 
 def _qwen3_config(module: Transformer) -> dict[str, Any] | None:
-  if not module.qk_norm or module.qkv_bias != module.out_bias or module.mlp_bias or module.rope_sections:
+  if not module.qk_norm or module.qkv_bias != module.out_bias or module.mlp_bias:
     return None
   return _config(module) | dict(head_dim=module.head_dim, attention_bias=module.qkv_bias)
 
@@ -134,13 +133,13 @@ def _qwen2_5_vl_config(module: Transformer) -> dict[str, Any] | None:
   fits = _has(module, **NO_BIAS | dict(qk_norm=False, qkv_bias=True, head_dim=module.width // module.heads))
   if not fits or not module.rope_sections:
     return None
-  return {"text_config": _config(module), "tie_word_embeddings": module.tie_embeddings}
+  config = _config(module)
+  config["rope_parameters"]["mrope_section"] = list(module.rope_sections)
+  return {"text_config": config, "tie_word_embeddings": module.tie_embeddings}
 
 
 TIED = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # written by some although tied; computed
 FAMILIES = (
-  Family("qwen2", "Qwen2ForCausalLM", Transformer, ROWS, _qwen2, _qwen2_config, _parameters, TIED),
-  Family("qwen3", "Qwen3ForCausalLM", Transformer, ROWS, _qwen3, _qwen3_config, _parameters, TIED),
   Family(
     "qwen2_5_vl",
     "Qwen2_5_VLForConditionalGeneration",
@@ -151,5 +150,7 @@ FAMILIES = (
     _parameters,
     rf"{TIED}|visual\..*",
   ),
+  Family("qwen2", "Qwen2ForCausalLM", Transformer, ROWS, _qwen2, _qwen2_config, _parameters, TIED),
+  Family("qwen3", "Qwen3ForCausalLM", Transformer, ROWS, _qwen3, _qwen3_config, _parameters, TIED),
   Family("llama", "LlamaForCausalLM", Transformer, ROWS, _llama, _llama_config, _parameters, TIED),
 )
