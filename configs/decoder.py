@@ -10,6 +10,6 @@ def get_config() -> ConfigDict:
   config.data.length = 26
   config.data.tasks = dict(caption=1.0)
   config.objective.weights = dict(pixels=1.0)
-  config.objective.decoder_noise = 0.5
+  config.objective.decoder_noise = 0.2
   config.objective.decoder_edges = 10.0
   return config

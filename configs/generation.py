@@ -12,5 +12,6 @@ def get_config() -> ConfigDict:
   config.data.batch_size = 32
   config.objective.weights = dict(flow=1.0)
   config.objective.levels = 2
+  config.objective.early = 0.5
   config.objective.stop_text = True
   return config
