@@ -134,6 +134,17 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--fit", choices=["crop", "pad"], default="crop", help="how a picture becomes square")
 
   sub = command(
+    _plan,
+    "compile the train step for chips that are not there: does it fit, how fast is it, what does it cost",
+    "clipflow plan --config=configs/joint.py:model=8b --hardware=v5p-512",
+    config="",
+  )
+  sub.add_argument("--hardware", help="a name of configs/hardware.py, or CHIP:4x4x4[:SLICES]")
+  sub.add_argument("--json", type=Path, help="also write what it found to this file")
+  sub.add_argument("--search", action="store_true", help="try batch, remat and mesh; list the best that fit")
+  sub.add_argument("--images", type=float, default=1e6, help="pictures whose cost is asked for (default %(default)g)")
+
+  sub = command(
     _import,
     "make a workdir of pretrained weights, for init_from",
     "clipflow import --from=Qwen/Qwen3-0.6B --output=qwen --check",
@@ -174,11 +185,13 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+  config = load_config(options.config, options.overrides)
+  _set_environment(config)
   from clipflow_jax.parallel import distributed
   from clipflow_jax.training import stages
 
   with distributed.joined():
-    stages.train(load_config(options.config, options.overrides), options.workdir, _sampler())
+    stages.train(config, options.workdir, _sampler())
 
 
 def _draw(options: argparse.Namespace) -> None:
@@ -267,6 +280,18 @@ def _info(options: argparse.Namespace) -> None:
     print(describe_config(load_config(options.config, options.overrides)))
 
 
+def _plan(options: argparse.Namespace) -> None:
+  separator = "," if ":" in options.config else ":"
+  named = f"{separator}hardware={options.hardware}" if options.hardware else ""
+  config = load_config(options.config + named, options.overrides)
+  if "hardware" not in config:
+    raise UserError("clipflow plan takes the config of one stage, such as configs/joint.py")
+  _set_environment(config)
+  from clipflow_jax.training import plan_report
+
+  plan_report.write(config, json_file=options.json, search=options.search, images=options.images)
+
+
 # What commands share.
 
 
@@ -292,6 +317,13 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
     return values["config"].value
   except (flags.Error, KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f"config {path}: {_why(error)}") from error
+
+
+def _set_environment(config: ConfigDict) -> None:
+  """Sets the variables of config.environment, before JAX starts. What the user has set wins; flags come together."""
+  for name, value in config.get("environment", {}).items():
+    given = os.environ.get(name, "")
+    os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
 
 
 def _why(error: Exception) -> str:

@@ -5,11 +5,12 @@ from ml_collections import ConfigDict
 from configs import presets
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+  """arg: as `presets.scale`."""
   config = presets.stage("decoder", steps=450, train=presets.trains(decoder=1.0), ema=0.99, measure_features=4096)
   config.data.length = 26
   config.data.tasks = dict(caption=1.0)
   config.objective.weights = dict(pixels=1.0)
   config.objective.decoder_noise = 0.2
   config.objective.decoder_edges = 10.0
-  return config
+  return presets.scale(config, arg)

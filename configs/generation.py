@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from configs import presets
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+  """arg: as `presets.scale`."""
   config = presets.stage("generation", steps=1200, train=presets.trains(flow=1.0), ema=0.99)
   config.data.length = 28
   config.data.tasks = dict(draw=1.0)
@@ -14,4 +15,4 @@ def get_config() -> ConfigDict:
   config.objective.levels = 2
   config.objective.early = 0.5
   config.objective.stop_text = True
-  return config
+  return presets.scale(config, arg)

@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from configs import presets
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+  """arg: as `presets.scale`."""
   config = presets.stage("joint", steps=800, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   config.data.row = ("converse", "draw", "draw")
   config.data.source.questions = 5
@@ -18,4 +19,4 @@ def get_config() -> ConfigDict:
   config.objective.levels = 2
   config.objective.early = 0.5
   config.objective.targets = 2
-  return config
+  return presets.scale(config, arg)

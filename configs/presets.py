@@ -1,13 +1,15 @@
-"""Model sizes, and what every stage's config has."""
+"""What every stage's config has, the model of the quickstart, and how a stage is brought to another size."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
+from configs import hardware, models
 
 # Who trains what: (regex of parameter paths, learning-rate multiplier); a path matches exactly one row, 0
 # freezes.
@@ -77,6 +79,8 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       seed=0,
       init_from="",  # a workdir whose parameters and tokenizer to begin with
       mesh=dict(fsdp=-1),
+      hardware=dict(chip="", topology=(), slices=1),  # what `clipflow plan` compiles for
+      environment=dict(),  # variables that the process starts with, the compiler's options among them
       model=tiny(),
       tokenizer=dict(vocabulary=1024, examples=2000),  # trained where init_from gives none
       data=dict(
@@ -112,3 +116,63 @@ def stage(name: str, **fields: Any) -> ConfigDict:
   for key, value in fields.items():
     config[key] = value
   return config
+
+
+# What a row holds at full size, by stage: enough that a chip has work between two gathers of weights.
+ROWS: dict[str, dict[str, Any]] = {
+  "contrastive": dict(length=64, images_per_row=1),
+  "decoder": dict(length=64, images_per_row=1),
+  "understanding": dict(length=4096, images_per_row=8),
+  "generation": dict(length=1024, images_per_row=8),
+  "joint": dict(length=4096, images_per_row=16, row=("converse",) * 8 + ("draw",) * 8),
+}
+
+
+def scale(config: ConfigDict, arg: str) -> ConfigDict:
+  """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
+
+  model: of `models.MODELS`. It brings full rows, and AdamW's rates for weights that are there already. hardware: of
+  `hardware.make`: its mesh, per-chip batch, remat, kernel and environment. UserError for a name of neither.
+  """
+  options = arguments(arg, model="tiny", hardware="")
+  if options.model != "tiny":
+    fields = models.make(options.model)
+    config.model = fields
+    config.data.source.size = fields["clip"]["vision"]["image_size"]
+    config.data.update(ROWS[config.name])
+    if config.name == "contrastive":  # the side losses carry a tiny tower; at scale contrast is enough
+      config.objective.weights = dict(contrastive=1.0)
+      config.objective.contrastive_chunk = 1024
+    elif config.name in ("understanding", "joint"):
+      config.objective.update(vocabulary_chunk=512, z_loss=1e-4)
+    if config.name == "joint":
+      config.objective.targets = 8
+    config.tokenizer.vocabulary = 32_768
+    config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=2000, clip=1.0)
+    config.update(steps=100_000, log_every=100)
+  if options.hardware:
+    found = hardware.make(options.hardware)
+    config.hardware = dict(chip=found.chip, topology=found.topology, slices=found.slices)
+    config.mesh = found.mesh
+    config.environment = found.environment
+    rows = found.tokens / _tokens_of_row(config)
+    config.data.batch_size = found.devices * 2 ** max(0, round(math.log2(rows)))
+    if options.model != "tiny":
+      config.model.kernel = found.kernel
+      clip = config.model.clip
+      for part in (clip.vision, clip.text, config.model.transformer, config.model.pixel_decoder):
+        part.remat = found.remat
+  return config
+
+
+def _tokens_of_row(config: ConfigDict) -> int:
+  """What one row costs a chip, in tokens: words, pictures that the tower learns from, noisy blocks."""
+  tower, weights = config.model.clip.vision, config.objective.weights
+  picture = (tower.image_size // tower.patch_size) ** 2
+  tokens = config.data.length
+  if weights.get("contrastive") or weights.get("pixels"):
+    tokens += config.data.images_per_row * picture
+  if weights.get("flow"):
+    targets = config.objective.get("targets", 0) or config.data.images_per_row
+    tokens += targets * config.objective.get("levels", 1) * (picture + 4)  # 4 tokens tell the time
+  return tokens

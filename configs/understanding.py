@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from configs import presets
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+  """arg: as `presets.scale`."""
   config = presets.stage("understanding", steps=400, train=presets.trains(text=1.0), measure_features=4096)
   config.data.tasks = dict(converse=1.0)
   config.data.source.questions = 4
@@ -14,4 +15,4 @@ def get_config() -> ConfigDict:
   config.data.batch_size = 12
   config.data.bins = 12
   config.objective.weights = dict(language=1.0)
-  return config
+  return presets.scale(config, arg)

@@ -28,7 +28,7 @@ FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glo
 def stages() -> dict[str, ConfigDict]:
   """Each config, and each stage of those that have several."""
   found = {}
-  for name in set(FILES) - {"__init__", "presets"}:
+  for name in set(FILES) - {"__init__", "presets", "models", "hardware"}:
     config = importlib.import_module(f"configs.{name}").get_config()
     if "order" in config:
       found |= {f"{name}/{stage}": config.stages[stage] for stage in config.order}

@@ -1,0 +1,371 @@
+"""What a compiled program does on one device, read from its text: FLOPs, memory traffic, collectives, time.
+
+XLA's own cost analysis counts the body of a loop once, and says nothing of collectives. Here a body counts as often as
+its loop runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+PREFETCH = ("copy-start", "slice-start", "async-start")  # traffic that takes no time of its own
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "copy-done")
+SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[sufc]\d+)\[([\d,]*)\](\{[^}]*\})?")
+CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """One array of a shape: dtype, dims, and whether it lies in main memory (not in a chip's fast scratchpad)."""
+
+  dtype: str
+  dims: tuple[int, ...]
+  in_hbm: bool
+
+  @property
+  def bytes(self) -> float:
+    size = BYTES.get(self.dtype) or int(re.sub(r"\D.*", "", self.dtype[1:])) / 8
+    return size * math.prod(self.dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line: `name = shape op(operands), attributes`."""
+
+  name: str
+  op: str
+  arrays: tuple[Array, ...]
+  operands: tuple[str, ...]
+  attributes: str
+  is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective, executed `times` a step. bytes: what a device receives each time.
+
+  group: positions, in the mesh's order of devices, of the members of one of its groups. hidden: it runs beside compute.
+  """
+
+  kind: str
+  bytes: float
+  group: tuple[int, ...]
+  hidden: bool
+  times: int = 1
+
+
+@dataclasses.dataclass
+class Cost:
+  """What one device does in a step.
+
+  busy_s: compute. hidden_s: collectives that run beside it. exposed_s: collectives that it waits for. seconds: all of
+  it, where hidden collectives overlap the compute of the same loop body, and exposed ones come on top.
+  """
+
+  flops: float = 0.0
+  hbm_bytes: float = 0.0
+  busy_s: float = 0.0
+  hidden_s: float = 0.0
+  exposed_s: float = 0.0
+  seconds: float = 0.0
+  collectives: list[Collective] = dataclasses.field(default_factory=list)
+
+  def add(self, other: Cost, times: int = 1) -> None:
+    """Adds what runs `other` so often."""
+    for name in ("flops", "hbm_bytes", "busy_s", "hidden_s", "exposed_s", "seconds"):
+      setattr(self, name, getattr(self, name) + times * getattr(other, name))
+    self.collectives += [dataclasses.replace(c, times=c.times * times) for c in other.collectives]
+
+
+class Program:
+  """A compiled module's text, parsed.
+
+  devices: how many run it. flops_per_s, bytes_per_s: what an instruction takes the longer of, of matrix products and of
+  main memory. transfer: seconds of one collective.
+  """
+
+  def __init__(
+    self, text: str, *, devices: int, flops_per_s: float, bytes_per_s: float, transfer: Callable[[Collective], float]
+  ):
+    self.devices, self.transfer = devices, transfer
+    self.flops_per_s, self.bytes_per_s = flops_per_s, bytes_per_s
+    self.computations: dict[str, dict[str, Instruction]] = {}
+    self.entry = ""
+    for name, is_entry, lines in _computations(text):
+      self.computations[name] = {i.name: i for i in map(_instruction, lines) if i}
+      self.entry = name if is_entry else self.entry
+    if not self.entry:
+      raise ValueError("the text is no compiled module: it has no ENTRY computation")
+
+  def cost(self) -> Cost:
+    """Of the whole program."""
+    return self._computation(self.entry)
+
+  @functools.cache  # noqa: B019 (a program lives as long as its costs)
+  def _computation(self, name: str) -> Cost:
+    """A loop ends before what follows it begins: hidden collectives overlap what stands in the same body alone."""
+    own, loops = Cost(), Cost()
+    scope = self.computations[name]
+    for instruction in scope.values():
+      inner, times = self._inner(instruction)
+      if inner:
+        loops.add(inner, times)
+      else:
+        self._execute(instruction, scope, own)
+    own.seconds = max(own.busy_s, own.hidden_s) + own.exposed_s
+    own.add(loops)
+    return own
+
+  def _inner(self, instruction: Instruction) -> tuple[Cost | None, int]:
+    """(what an instruction of control flow runs, how often); of branches the longest."""
+    op, attributes = instruction.op, instruction.attributes
+    if op == "while":
+      body, condition = (re.search(rf"{key}=%?([\w.\-]+)", attributes)[1] for key in ("body", "condition"))
+      return self._computation(body), self._trips(instruction, condition)
+    if op == "call":
+      return self._computation(CALLED.search(attributes)[1]), 1
+    if op == "conditional":
+      listed = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+      names = listed[1].split(",") if listed else re.findall(r"_computation=%?([\w.\-]+)", attributes)
+      costs = [self._computation(name.strip().lstrip("%")) for name in names]
+      return max(costs, key=lambda cost: cost.seconds), 1
+    return None, 0
+
+  def _execute(self, instruction: Instruction, scope: dict[str, Instruction], total: Cost) -> None:
+    if instruction.op in FREE or instruction.op.endswith("-done"):
+      return
+    for collective in self._collectives(instruction, scope):
+      seconds = self.transfer(collective)
+      total.hidden_s += seconds if collective.hidden else 0.0
+      total.exposed_s += 0.0 if collective.hidden else seconds
+      total.collectives.append(collective)
+    if not _kind(instruction.op):
+      flops, traffic = self._flops(instruction, scope), self._traffic(instruction, scope)
+      total.flops += flops
+      total.hbm_bytes += traffic
+      if instruction.op not in PREFETCH:
+        total.busy_s += max(flops / self.flops_per_s, traffic / self.bytes_per_s)
+
+  def _trips(self, loop: Instruction, condition: str) -> int:
+    """How often a loop runs: as the compiler says, or the one constant that its counter is compared with."""
+    known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+    if known:
+      return int(known[1])
+    found = set()
+    for name in [condition, *self._called(condition)]:
+      for instruction in self.computations[name].values():
+        if instruction.op == "constant" and instruction.arrays[0].dtype in ("s32", "u32", "s64", "u64"):
+          found.add(int(instruction.attributes))
+    return found.pop() if len(found) == 1 else 1
+
+  def _called(self, name: str) -> list[str]:
+    found = []
+    for instruction in self.computations.get(name, {}).values():
+      for called in CALLED.findall(instruction.attributes):
+        found += [called, *self._called(called)]
+    return found
+
+  def _collectives(
+    self, instruction: Instruction, scope: dict[str, Instruction], hidden: bool = False, scattered: bool = False
+  ) -> Iterator[Collective]:
+    """Its own, and those inside it: hidden where it is started early, or carried by a matrix product's fusion.
+
+    A TPU's reduce-scatter is written as a fusion of an all-reduce with the slice that is kept.
+    """
+    kind = _kind(instruction.op)
+    if kind:
+      group = _group(instruction.attributes, self.devices)
+      kind = "reduce-scatter" if scattered else kind
+      if len(group) > 1:
+        received = _received(kind, instruction, scope, len(group))
+        yield Collective(kind, received, group, hidden or instruction.op.endswith("-start"))
+    elif instruction.op in ("fusion", "async-start", "custom-call"):
+      for called in CALLED.findall(instruction.attributes):
+        inner = self.computations.get(called, {})
+        carried = instruction.op == "async-start" or any(one.op in ("convolution", "dot") for one in inner.values())
+        for one in inner.values():
+          yield from self._collectives(one, inner, hidden or carried, called.startswith("all-reduce-scatter"))
+
+  def _flops(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
+    """Two a multiply-add, of matrix products alone (also fused ones)."""
+    if instruction.op in ("dot", "convolution"):
+      left, right = (scope[name].arrays[0].dims for name in instruction.operands[:2])
+      out = instruction.arrays[0].dims
+      if instruction.op == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        return 2.0 * math.prod(out) * math.prod(left[int(a)] for a in axes[1].split(",") if a)
+      return _convolution(out, left, right, instruction.attributes)
+    if instruction.op == "custom-call":
+      stated = re.search(r'"flops":"?(\d+)', instruction.attributes)
+      return float(stated[1]) if stated else 0.0
+    if instruction.op == "fusion":
+      inner = self.computations[CALLED.search(instruction.attributes)[1]]
+      return sum(self._flops(one, inner) for one in inner.values())
+    return 0.0
+
+  def _traffic(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
+    """Bytes read from and written to main memory. Of what is only sliced, or updated in place, the part counts."""
+    if instruction.op == "copy-start":
+      return sum(array.bytes for array in instruction.arrays[:2] if array.in_hbm)
+    if instruction.op == "dynamic-slice":
+      return 2 * sum(array.bytes for array in instruction.arrays if array.in_hbm)
+    if instruction.op == "dynamic-update-slice":
+      return 2 * scope[instruction.operands[1]].arrays[0].bytes
+    read = [_hbm(scope[name].arrays) if name in scope else 0.0 for name in instruction.operands]
+    written = _hbm(instruction.arrays)
+    if instruction.op == "fusion":
+      inner = self.computations[CALLED.search(instruction.attributes)[1]]
+      for i, one in _parameters(inner):
+        uses = [other for other in inner.values() if one.name in other.operands]
+        if i < len(read) and uses and all(use.op == "dynamic-slice" for use in uses):
+          read[i] = min(read[i], sum(use.arrays[0].bytes for use in uses))
+        elif i < len(read) and uses and all(use.op == "dynamic-update-slice" for use in uses):
+          part = sum(inner[use.operands[1]].arrays[0].bytes for use in uses)
+          written += min(0.0, part - read[i])
+          read[i] = 0.0
+    return sum(read) + max(written, 0.0)
+
+
+def _computations(text: str) -> Iterator[tuple[str, bool, list[str]]]:
+  name, is_entry = "", False
+  lines: list[str] = []
+  for line in text.splitlines():
+    head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    if head:
+      name, is_entry, lines = head[2], bool(head[1]), []
+    elif line.startswith("}") and name:
+      yield name, is_entry, lines
+      name = ""
+    elif name:
+      lines.append(line)
+
+
+def _instruction(line: str) -> Instruction | None:
+  head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+  if not head:
+    return None
+  shape, rest = _shape(line[head.end() :])
+  call = re.match(r"\s*([\w\-]+)\(", rest)
+  if not call:
+    return None
+  inside, attributes = _parentheses(rest[call.end() - 1 :])
+  arrays = tuple(
+    Array(dtype, tuple(int(d) for d in dims.split(",") if d), not re.search(r"S\([1-9]", layout))
+    for dtype, dims, layout in SHAPE.findall(shape)
+  )
+  # A constant's value stands where others have operands.
+  operands = () if call[1] == "constant" else tuple(re.findall(r"%([\w.\-]+)", inside))
+  attributes = inside if call[1] in ("constant", "parameter") else attributes
+  return Instruction(head[2], call[1], arrays, operands, attributes, bool(head[1]))
+
+
+def _shape(text: str) -> tuple[str, str]:
+  """(the shape that the text begins with, the rest)."""
+  if text.startswith("("):
+    inside, rest = _parentheses(text)
+    return inside, rest
+  found = re.match(r"[\w]+\[[^\]]*\](\{[^}]*\})?", text)
+  return (found[0], text[found.end() :]) if found else ("", text)
+
+
+def _parentheses(text: str) -> tuple[str, str]:
+  """(what the parentheses that the text begins with hold, what follows them)."""
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter == "(") - (letter == ")")
+    if not depth:
+      return text[1:i], text[i + 1 :]
+  return text[1:], ""
+
+
+def _kind(op: str) -> str | None:
+  return next((kind for kind in KINDS if op in (kind, f"{kind}-start")), None)
+
+
+def _hbm(arrays: tuple[Array, ...]) -> float:
+  return sum(array.bytes for array in arrays if array.in_hbm)
+
+
+def _parameters(computation: dict[str, Instruction]) -> list[tuple[int, Instruction]]:
+  return [(int(one.attributes), one) for one in computation.values() if one.op == "parameter"]
+
+
+def _received(kind: str, instruction: Instruction, scope: dict[str, Instruction], members: int) -> float:
+  """Bytes that one device receives, by the ring algorithm of each kind."""
+  arrays = instruction.arrays
+  sent = sum(array.bytes for name in instruction.operands if name in scope for array in scope[name].arrays)
+  share = (members - 1) / members
+  if kind == "all-gather":
+    return members * sent * share
+  if kind == "all-reduce":
+    return 2 * sent * share
+  if kind in ("reduce-scatter", "all-to-all"):
+    return sent * share
+  return arrays[0].bytes
+
+
+def _group(attributes: str, devices: int) -> tuple[int, ...]:
+  """The first group of a collective (of a permutation: the first pair that differs), as positions in the mesh."""
+  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+  if pairs:
+    found = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)", "{" + pairs[1].lstrip("{"))]
+    return next((pair for pair in found if pair[0] != pair[1]), ())
+  named = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))? \{([^}]*)\}", attributes
+  )
+  if named:
+    axes = re.findall(r"'([^']+)'=(\d+)", named[1])
+    ids = _iota(named[2], devices) if named[2] else np.arange(devices)
+    ids = ids.reshape([int(size) for _, size in axes])
+    chosen = re.findall(r"'([^']+)'", named[3])
+    return tuple(ids[tuple(slice(None) if name in chosen else 0 for name, _ in axes)].ravel().tolist())
+  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+  if iota:
+    return tuple(_iota(iota[3], devices).reshape(int(iota[1]), int(iota[2]))[0].tolist())
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+  return tuple(map(int, listed[1].split(","))) if listed else tuple(range(devices))
+
+
+def _iota(text: str, devices: int) -> np.ndarray:
+  """Device numbers of "[4,64]T(1,0)": counted in that shape, then transposed, then flat."""
+  dims = [int(d) for d in re.search(r"\[([\d,]+)\]", text)[1].split(",")]
+  order = re.search(r"T\(([\d,]+)\)", text)
+  ids = np.arange(math.prod(dims)).reshape(dims)
+  return (ids.transpose([int(d) for d in order[1].split(",")]) if order else ids).ravel()
+
+
+def _convolution(out: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], attributes: str) -> float:
+  """FLOPs of a convolution, which is how TPU programs write matrix products: padding and holes do not count."""
+  of_left, of_right, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+  window = re.search(r"window=\{([^}]*)\}", attributes)
+  fields = dict(item.split("=") for item in window[1].split()) if window else {}
+  pairs = 1
+  for i, label in enumerate(sorted(set(of_out) - {"b", "f"})):
+
+    def field(name: str, default: str, i=i) -> str:
+      return fields.get(name, "x".join([default] * (i + 1))).split("x")[i]
+
+    low = int(field("pad", "0_0").split("_")[0])
+    stride, hole, step = (int(field(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    at = np.arange(out[of_out.index(label)])[:, None] * stride + np.arange(int(field("size", "1"))) * step - low
+    inside = (at >= 0) & (at <= (left[of_left.index(label)] - 1) * hole) & (at % hole == 0)
+    pairs *= int(inside.sum())
+  features = math.prod(out[of_out.index(label)] for label in "bf")
+  return 2.0 * features * right[of_right.index("i")] * pairs
+
+
+def by_kind(collectives: list[Collective], axes: Callable[[tuple[int, ...]], str]) -> dict[str, dict[str, float]]:
+  """{kind: {mesh axes: bytes a device receives in a step}}."""
+  table: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+  for one in collectives:
+    table[one.kind][axes(one.group)] += one.bytes * one.times
+  return {kind: dict(of) for kind, of in table.items()}

@@ -1,0 +1,337 @@
+"""`clipflow plan`: compiles a stage's real train step for hardware that is not there, and says what it will cost.
+
+The prediction is a roofline of each instruction of the compiled program, not of the whole: an instruction takes the
+longer of its matrix products at the chip's `products` share of its peak and of its memory traffic at `REACHED` of the
+bandwidth, and instructions run one after the other. Loops count as often as they run. A collective takes the bytes that
+a device receives at `REACHED` of the links that its group spans. Which of them overlap with compute is not assumed but
+read: those that the compiler started early, or put inside a matrix product's fusion, do so within their loop's body;
+the step waits for the rest.
+
+  predicted_step_s = sum over bodies of max(compute, hidden collectives) + exposed collectives
+  predicted_mfu    = model_flops_per_step / (chips x peak x predicted_step_s)
+
+Model FLOPs are those of the matrix products of one forward and backward pass, recomputing nothing, without the
+optimizer; attention counts all that it multiplies, also what the mask then drops. Hardware FLOPs add recomputation and
+the optimizer. Both come from the traced step (`flops.count`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from clipflow_jax.batch import Batch
+from clipflow_jax.data.text import with_vocabulary
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.objectives.joint import Objective
+from clipflow_jax.parallel import mesh as meshes
+from clipflow_jax.parallel import sharding
+from clipflow_jax.training import flops, hlo, optimizer, state, step
+from clipflow_jax.training.hardware import CHIPS, GIB, REACHED, Chip
+
+# For libtpu's compile-only client: ask no metadata server, take no lock.
+ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "none",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+Report = dict[str, Any]
+
+
+def prepare(config: ConfigDict) -> None:
+  """Sets this process up for config.hardware, before JAX looks for devices: once, and first of all.
+
+  UserError when the config names none, and without libtpu for a TPU.
+  """
+  name = config.hardware.chip
+  if not name:
+    raise UserError("the config names no hardware: give --hardware=v5p-512 (or another of configs/hardware.py)")
+  if name == "cpu" or CHIPS[name].torus:
+    jax.config.update("jax_platforms", "cpu")
+  if name == "cpu":
+    jax.config.update("jax_num_cpu_devices", math.prod(config.hardware.topology))
+  elif CHIPS[name].torus:
+    if importlib.util.find_spec("libtpu") is None:
+      raise UserError("planning for a TPU needs its compiler, libtpu: pip install 'clipflow_jax[tpu]'")
+    os.environ.update(ENVIRONMENT)
+
+
+def devices(hardware: ConfigDict) -> list[jax.Device]:
+  """The devices of config.hardware: of a TPU that is not there, of this CPU in as many parts, or this machine's GPUs.
+
+  UserError for a topology that does not exist, and where the devices are not as many.
+  """
+  name, shape = hardware.chip, "x".join(map(str, hardware.topology))
+  if CHIPS[name].torus:
+    options = dict(CHIPS[name].options) | (dict(num_slices=hardware.slices) if hardware.slices > 1 else {})
+    try:
+      return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+      raise UserError(f"there is no {name} of {shape} chips: {str(error).splitlines()[0]}") from error
+  found, kind = jax.devices(), "cpu" if name == "cpu" else "gpu"
+  if found[0].platform != kind or len(found) != math.prod(hardware.topology):
+    raise UserError(f"a program for {shape} {name} compiles where they are, not on {len(found)} {found[0].platform}")
+  return found
+
+
+def abstract_batch(config: ConfigDict, model: ClipFlow) -> Batch:
+  """The batch that the config's data makes, by shape."""
+  size = model.clip["vision"]["image_size"]
+  b, s, n = config.data.batch_size, config.data.length, config.data.images_per_row
+
+  def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  return Batch(
+    tokens=of(b, s),
+    segments=of(b, s),
+    order=of(b, s),
+    positions=of(b, s, 3),
+    loss_weights=of(b, s, dtype=jnp.float32),
+    image_index=of(b, s),
+    image_roles=of(b, n),
+    image_segments=of(b, n),
+    image_order=of(b, n),
+    image_positions=of(b, n),
+    images=of(b, n, size, size, 3, dtype=jnp.uint8),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The step of a config on a mesh, by shape alone: what `training.loop` compiles."""
+
+  pure: Callable
+  state: state.TrainState  # of ShapeDtypeStructs with shardings
+  batch: Batch  # likewise
+
+  @classmethod
+  def of(cls, config: ConfigDict, mesh: jax.sharding.Mesh, learns: bool = True) -> Program:
+    """learns False leaves the optimizer's work out."""
+    model = ClipFlow(**with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary))
+    batch = abstract_batch(config, model)
+    objective = Objective(**config.objective)
+    params = jax.eval_shape(lambda rows: model.init(jax.random.key(0), rows, method="everything"), batch)["params"]
+    scales = state.multipliers(params, config.train)
+    tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
+    tx = tx if learns else optax.apply_if_finite(optax.set_to_zero(), 1)
+    shapes = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, ema=config.ema > 0), params)
+    pure = step.make(model, objective, tx, seed=config.seed, ema=config.ema, accumulate=config.accumulate)
+    placed = (state.shardings(shapes, mesh), sharding.of_batch(batch, mesh))
+
+    def put(leaf, place):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return cls(pure, *(jax.tree.map(put, *pair) for pair in zip((shapes, batch), placed, strict=True)))
+
+  def flops(self) -> int:
+    """Of the matrix products of all devices together, in one step."""
+    return flops.count(self.pure, self.state, self.batch)
+
+  def compile(self) -> jax.stages.Compiled:
+    places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+    return jax.jit(self.pure, out_shardings=(places, None), donate_argnums=0).lower(self.state, self.batch).compile()
+
+  def memory(self) -> dict[str, float]:
+    """Bytes per device of what lives from step to step, by kind."""
+    now = self.state
+    kinds = {"trained": now.trained, "average": now.ema, "moments": now.opt_state, "frozen": now.frozen}
+    return {kind: float(sum(map(_local_bytes, jax.tree.leaves(tree)))) for kind, tree in kinds.items()} | {
+      "batch": float(sum(map(_local_bytes, jax.tree.leaves(self.batch))))
+    }
+
+  def largest(self, count: int = 8) -> list[str]:
+    """The largest arrays of the state on a device, as "GiB shape name"."""
+    leaves = jax.tree_util.tree_leaves_with_path(self.state)
+    leaves = sorted(leaves, key=lambda leaf: -_local_bytes(leaf[1]))[:count]
+    return [f"{_local_bytes(a) / GIB:.3f} GiB {a.dtype}{list(a.shape)} {jax.tree_util.keystr(k)}" for k, a in leaves]
+
+
+def plan(config: ConfigDict, images: float = 1e6) -> Report:
+  """Compiles the step of a stage for config.hardware; what it found, by name (README, "clipflow plan").
+
+  images: how many `chip_hours` are for. UserError as `devices`, and for a mesh or a batch that does not fit.
+  """
+  found = devices(config.hardware)
+  chip = CHIPS[config.hardware.chip]
+  mesh = meshes.make(config.mesh, found)
+  chips = len(found) // chip.devices
+  with jax.set_mesh(mesh):
+    program = Program.of(config, mesh)
+    plain = ConfigDict(config.to_dict() | dict(model=_with(config.model.to_dict(), remat="none", kernel="xla")))
+    counted = ConfigDict(config.to_dict() | dict(model=_with(config.model.to_dict(), kernel="xla")))
+    report: Report = dict(
+      stage=config.name,
+      hardware=dict(config.hardware.to_dict(), chips=chips),
+      mesh=dict(mesh.shape),
+      batch_size=config.data.batch_size,
+      remat=str(config.model.transformer.get("remat", "none")),
+      parameters={
+        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(getattr(program.state, name)))
+        for name in ("trained", "frozen")
+      },
+      model_flops_per_step=Program.of(plain, mesh, learns=False).flops(),
+      hardware_flops_per_step=Program.of(counted, mesh).flops(),
+      hbm_limit_gib=None if math.isnan(chip.hbm_gib) else chip.hbm_gib,
+    )
+    before = time.perf_counter()
+    try:
+      compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return report | dict(compile_s=time.perf_counter() - before) | does_not_fit(str(error), chip)
+    report["compile_s"] = time.perf_counter() - before
+  return report | _memory(compiled, program, chip) | predict(compiled.as_text(), report, mesh, chip, program, images)
+
+
+def predict(text: str, report: Report, mesh: jax.sharding.Mesh, chip: Chip, program: Program, images: float) -> Report:
+  """Times, collectives and costs from the compiled text. What is not known of a chip is None."""
+  place = _Places(mesh, chip)
+  speeds = {name: getattr(chip, name) / chip.devices for name in ("peak_flops", "hbm_bandwidth")}
+  cost = hlo.Program(
+    text,
+    devices=mesh.size,
+    flops_per_s=chip.products * speeds["peak_flops"],
+    bytes_per_s=REACHED * speeds["hbm_bandwidth"],
+    transfer=lambda one: one.bytes / (REACHED * place.bandwidth(one.group)),
+  ).cost()
+  by_kind = hlo.by_kind(cost.collectives, place.axes)
+  # A kernel of our own is opaque to the text: what the traced step multiplies beyond it is the kernel's.
+  kernels = max(0.0, report["hardware_flops_per_step"] / mesh.size - cost.flops)
+  roofs = {
+    "compute": (cost.flops + kernels) / speeds["peak_flops"],
+    "hbm": cost.hbm_bytes / speeds["hbm_bandwidth"],
+    "interconnect": REACHED * (cost.hidden_s + cost.exposed_s),
+  }
+  seconds = max(cost.seconds + kernels / (chip.products * speeds["peak_flops"]), roofs["hbm"] / REACHED)
+  pictures = math.prod(program.batch.image_roles.shape)
+  chips = report["hardware"]["chips"]
+  speed = pictures / seconds / chips
+  known = dict(
+    roofs_s=roofs,
+    exposed_collectives_s=cost.exposed_s,
+    hidden_collectives_s=cost.hidden_s,
+    predicted_step_s=seconds,
+    predicted_mfu=report["model_flops_per_step"] / (chips * chip.peak_flops * seconds),
+    images_per_s_per_chip=speed,
+    chip_hours=images / speed / 3600,
+  )
+  if math.isnan(seconds):
+    known = dict.fromkeys(known)
+  return dict(
+    collective_bytes_per_chip=sum(sum(of.values()) for of in by_kind.values()) * chip.devices,
+    collective_bytes_by_kind_and_axes=by_kind,
+    executed_flops_per_chip=(cost.flops + kernels) * chip.devices,
+    hbm_bytes_per_chip=cost.hbm_bytes * chip.devices,
+    images=images,
+    **known,
+  )
+
+
+class _Places:
+  """Where a group's devices stand: on the mesh, and in the network."""
+
+  def __init__(self, mesh: jax.sharding.Mesh, chip: Chip):
+    self.mesh, self.chip = mesh, chip
+    self.devices = mesh.devices.ravel()
+    self.coords = np.array([getattr(d, "coords", (0,)) for d in self.devices])
+    self.bounds = self.coords.max(axis=0) + 1
+
+  def axes(self, group: tuple[int, ...]) -> str:
+    """The mesh axes along which the group's members differ, as "data+fsdp"."""
+    places = np.stack(np.unravel_index(np.array(group), self.mesh.devices.shape))
+    return "+".join(name for name, at in zip(self.mesh.axis_names, places, strict=True) if len(set(at.tolist())) > 1)
+
+  def bandwidth(self, group: tuple[int, ...]) -> float:
+    """Bytes/s of one device in it."""
+    slices = {getattr(self.devices[i], "slice_index", 0) for i in group}
+    return self.chip.bandwidth(self.coords[list(group)], self.bounds, len(slices)) / self.chip.devices
+
+
+def does_not_fit(message: str, chip: Chip) -> Report:
+  """What the compiler says of a program that is too large: by how much, and its largest arrays."""
+  used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
+  gib = [float(used[i]) * UNITS[used[i + 1]] / GIB * chip.devices for i in (1, 3)] if used else [None, None]
+  blocks = re.findall(r"Size: ([\d.]+[KMGT]?)\b(.*?)(?=\n\s*\d+\. Size:|\Z)", message, re.DOTALL)
+  largest = []
+  for size, block in blocks[:8]:
+    shape, operator = (re.search(pattern, block) for pattern in (r"Shape: (\S+?)[{\s]", r'op_name="([^"]*)"'))
+    largest.append(" ".join(filter(None, (size, shape and shape[1], operator and operator[1]))))
+  missing = gib[0] - gib[1] if used else None
+  return dict(fits=False, hbm_per_chip_gib=gib[0], missing_gib=missing, largest=largest) | dict.fromkeys(
+    ("collective_bytes_per_chip", "predicted_step_s", "predicted_mfu", "images_per_s_per_chip", "chip_hours")
+  )
+
+
+def _memory(compiled: jax.stages.Compiled, program: Program, chip: Chip) -> Report:
+  stats = compiled.memory_analysis()
+  kinds = program.memory() | {
+    "results": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),
+    "temporaries": float(stats.temp_size_in_bytes),
+    "program": float(stats.generated_code_size_in_bytes),
+  }
+  # The arguments as the compiler lays them out, padding included.
+  kinds["padding"] = stats.argument_size_in_bytes - sum(program.memory().values())
+  kinds = {kind: size * chip.devices / GIB for kind, size in kinds.items()}
+  used = sum(kinds.values())
+  fits = None if math.isnan(chip.hbm_gib) else used <= chip.hbm_gib
+  found = dict(fits=fits, hbm_per_chip_gib=used, memory_gib=kinds)
+  return found if fits is not False else found | dict(missing_gib=used - chip.hbm_gib, largest=program.largest())
+
+
+def search(config: ConfigDict, images: float = 1e6) -> Iterator[Report]:
+  """Plans of the same stage with other batches, remat policies and meshes, each as soon as it is compiled.
+
+  Those that the mesh does not divide are left out.
+  """
+  count = math.prod(config.hardware.topology) * config.hardware.slices * CHIPS[config.hardware.chip].devices
+  sizes = {axis: config.mesh.get(axis, 1) for axis in meshes.AXES}
+  sizes = {axis: count // -math.prod(sizes.values()) if size == -1 else size for axis, size in sizes.items()}
+  moves: list[dict[str, float]] = [{}, dict(data=2, fsdp=0.5), dict(data=0.5, fsdp=2), dict(tensor=2, fsdp=0.5)]
+  for change, remat, rows in itertools.product(moves, ("full", "dots", "none"), (1, 2, 4)):
+    mesh = {axis: size * change.get(axis, 1) for axis, size in sizes.items()}
+    if any(size != int(size) for size in mesh.values()):
+      continue
+    other = config.copy_and_resolve_references()
+    other.mesh = {axis: int(size) for axis, size in mesh.items()}
+    other.model = _with(config.model.to_dict(), remat=remat)
+    other.data.batch_size = config.data.batch_size * rows
+    try:
+      yield plan(other, images)
+    except UserError:
+      continue
+
+
+def best(reports: list[Report]) -> list[Report]:
+  """Those that fit, the fastest first."""
+  return sorted((r for r in reports if r["fits"]), key=lambda r: -(r["images_per_s_per_chip"] or 0))
+
+
+def _with(fields: dict[str, Any], **values: Any) -> dict[str, Any]:
+  """Model fields with every key of `values` that they have set to its value, at any depth."""
+  return {
+    key: _with(value, **values) if isinstance(value, dict) else values.get(key, value) for key, value in fields.items()
+  }
+
+
+def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize

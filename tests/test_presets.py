@@ -1,0 +1,172 @@
+"""Model sizes and hardware: what is named exists, divides, and is spoken by the installed compilers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from clipflow_jax.data.text import with_vocabulary
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.parallel import mesh as meshes
+from clipflow_jax.parallel import sharding
+from clipflow_jax.training import hardware as chips
+from clipflow_jax.training import plan, state
+from configs import hardware
+
+STAGES = ("contrastive", "decoder", "understanding", "generation", "joint")
+SIZES = ("small", "1b", "4b", "8b")
+TPUS = [found for name, found in hardware.CHIPS.items() if chips.CHIPS[name].torus]
+
+
+def scaled(stage: str, model: str = "tiny", machine: str = "") -> ConfigDict:
+  return importlib.import_module(f"configs.{stage}").get_config(f"model={model},hardware={machine}")
+
+
+@functools.cache
+def parameters(size: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """{path: shape} of a model of that size."""
+  config = scaled("joint", size)
+  config.data.update(batch_size=1, length=8, images_per_row=1)
+  model = ClipFlow(**with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary))
+  init = functools.partial(model.init, method="everything")
+  return state.flatten(jax.eval_shape(init, jax.random.key(0), plan.abstract_batch(config, model))["params"])
+
+
+def billions(size: str, prefix: str) -> float:
+  return sum(math.prod(leaf.shape) for path, leaf in parameters(size).items() if path.startswith(prefix)) / 1e9
+
+
+def abstract_mesh(machine: hardware.Hardware) -> jax.sharding.AbstractMesh:
+  shape = [machine.mesh.get(axis, 1) for axis in meshes.AXES]
+  rest = machine.devices // math.prod(size for size in shape if size > 0)
+  return jax.sharding.AbstractMesh(tuple(rest if size == -1 else size for size in shape), meshes.AXES)
+
+
+@pytest.mark.parametrize(
+  ("size", "language", "flow"), [("small", 0.05, 0.04), ("1b", 0.60, 0.36), ("4b", 3.09, 0.94), ("8b", 7.62, 1.46)]
+)
+def test_sizes_are_those_of_the_language_models_they_are_named_after(size: str, language: float, flow: float):
+  """Qwen3-0.6B, Qwen2.5-3B and Qwen2.5-7B have 0.60, 3.09 and 7.62 billion parameters by their model cards."""
+  text = sum(billions(size, f"language_model/{part}") for part in ("embed", "text", "head"))
+  assert text == pytest.approx(language, rel=0.01 if size != "small" else 0.2)
+  drawer = billions(size, "language_model/flow") + billions(size, "flow_head")
+  assert drawer == pytest.approx(flow, rel=0.15)
+
+
+@pytest.mark.parametrize("machine", hardware.PRESETS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_mesh_divides_every_parameter(size: str, machine: str):
+  mesh = abstract_mesh(hardware.make(machine))
+  assert mesh.size == hardware.make(machine).devices
+  for path, leaf in parameters(size).items():
+    sharding.check(path, leaf.shape, sharding.parameter_axes(path, leaf.ndim), mesh)
+
+
+@pytest.mark.parametrize("machine", hardware.PRESETS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str, machine: str):
+  config, mesh = scaled(stage, "8b", machine), abstract_mesh(hardware.make(machine))
+  rows = config.data.batch_size
+  sharding.check("batch", (rows,), ("batch",), mesh)
+  assert rows % (config.objective.get("contrastive_chunk", 0) or 1) == 0 or rows < config.objective.contrastive_chunk
+  assert len(config.data.row) in (0, config.data.images_per_row)
+  assert config.model.clip.vision.image_size == config.data.source.size
+
+
+@pytest.mark.parametrize("machine", hardware.PRESETS)
+def test_a_preset_says_what_it_is_made_of(machine: str):
+  found = hardware.make(machine)
+  chip = chips.CHIPS[found.chip]
+  assert (chip.devices, chip.torus) == (found.cores, len(found.topology) if found.chip not in ("cpu", "h100") else 0)
+  for name, value, why in (*found.flags, *found.variables):
+    assert name and value and len(why) > 10, name
+
+
+def test_names_count_as_google_does():
+  """Of v5p and tpu7x the number is of cores, two a chip; of v5e and v6e of chips."""
+  for name, chips_of_it in (
+    ("v5p-512", 256),
+    ("v5p-4096", 2048),
+    ("tpu7x-128", 64),
+    ("v5e-256", 256),
+    ("v6e-256", 256),
+  ):
+    assert hardware.make(name).chips == chips_of_it
+  for name, found in hardware.PRESETS.items():
+    if "-" in name:
+      assert int(name.split("-")[1]) == found.chips * (2 if found.chip in ("v5p", "tpu7x") else 1)
+
+
+def test_any_topology_and_several_slices_can_be_named():
+  found = hardware.make("v5p:4x4x8:2")
+  assert (found.chip, found.topology, found.slices, found.chips) == ("v5p", (4, 4, 8), 2, 256)
+  assert found.mesh == dict(slice=2, data=2, fsdp=64)
+  assert {name for name, *_ in hardware.SLICES} <= {name for name, *_ in found.flags}
+
+
+@pytest.mark.parametrize("name", ["v5p-513", "v9:2x2", "v5p:0x2x2", "v5p:2xx2", "v5p:2x2x2:0", "v5p:2x2x2:1:1", ""])
+def test_unknown_hardware_is_named(name: str):
+  with pytest.raises(UserError, match=r"is unknown; there are cpu, h100x1"):
+    hardware.make(name)
+
+
+def test_an_unknown_size_is_named():
+  with pytest.raises(UserError, match="'9b' is unknown; there are tiny, small"):
+    scaled("joint", "9b")
+
+
+def test_tiny_stays_as_it_is_and_hardware_brings_its_mesh_batch_and_environment():
+  plain, found = scaled("joint"), scaled("joint", "tiny", "v5p-512")
+  assert plain.model == found.model
+  assert found.mesh.to_dict() == dict(data=4, fsdp=64)
+  assert found.data.batch_size % 256 == 0
+  assert "--xla_enable_async_all_gather=true" in found.environment.LIBTPU_INIT_ARGS
+  assert plain.environment.to_dict() == {}
+
+
+# Flags. One that a compiler does not know ends its process, so each is asked in a process of its own.
+
+SPEAK = "import jax; jax.jit(lambda x: x + 1)(1.0)"
+SPEAK_TPU = """
+import jax
+from clipflow_jax.training import plan
+jax.config.update("jax_platforms", "cpu")
+found = plan.topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1]
+place = jax.sharding.SingleDeviceSharding(found[0])
+jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), "float32", sharding=place)).compile()
+"""
+
+
+def speak(code: str, **variables: str) -> subprocess.CompletedProcess:
+  environment = os.environ | plan.ENVIRONMENT | variables
+  return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_flags_for_gpu_and_cpu_are_known_to_the_installed_jaxlib():
+  sets = {found.environment["XLA_FLAGS"] for found in hardware.CHIPS.values() if "XLA_FLAGS" in found.environment}
+  assert sets
+  for flags in sets:
+    said = speak(SPEAK, XLA_FLAGS=flags)
+    assert said.returncode == 0, said.stderr
+  assert speak(SPEAK, XLA_FLAGS="--xla_gpu_no_such_flag=true").returncode != 0
+
+
+@pytest.mark.slow
+def test_flags_for_tpu_are_known_to_the_installed_libtpu():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed: pip install '.[tpu]'")
+  every = {name: value for found in TPUS for name, value, _ in found.flags}
+  every |= {name: value for name, value, _ in hardware.SLICES}
+  said = speak(SPEAK_TPU, LIBTPU_INIT_ARGS=" ".join(f"--{name}={value}" for name, value in every.items()))
+  assert said.returncode == 0, said.stderr
+  assert speak(SPEAK_TPU, LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true").returncode != 0

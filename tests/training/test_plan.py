@@ -1,0 +1,157 @@
+"""`clipflow plan`: what it says of a step that it compiles for devices that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipflow_jax import cli
+from clipflow_jax.errors import UserError
+from clipflow_jax.training import hardware, plan, plan_report
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+  "fits",
+  "hbm_per_chip_gib",
+  "hbm_limit_gib",
+  "model_flops_per_step",
+  "hardware_flops_per_step",
+  "collective_bytes_per_chip",
+  "predicted_step_s",
+  "predicted_mfu",
+  "images_per_s_per_chip",
+  "compile_s",
+}
+CONFIG = """
+from configs import presets
+from tests import tiny_runs
+
+def get_config(arg=""):
+  config = presets.stage("generation", model=tiny_runs.model(dtype="bfloat16"), steps=10, ema=0.9)
+  config.train = presets.trains(flow=1.0)
+  config.data.update(tasks=dict(draw=1.0), length=128)
+  config.objective.update(weights=dict(flow=1.0), stop_text=True)
+  config.optimizer.name = "adamw"
+  return presets.scale(config, arg)
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+  config = folder / "config.py"
+  config.write_text(CONFIG)
+  command = [sys.executable, "-m", "clipflow_jax.cli", "plan", f"--config={config}", *arguments]
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def planned(folder: Path, *arguments: str) -> dict:
+  said = run(folder, *arguments, f"--json={folder / 'plan.json'}")
+  assert said.returncode == 0, said.stderr
+  return json.loads((folder / "plan.json").read_text())
+
+
+def test_a_cpu_mesh_shows_what_is_sharded_and_what_is_sent(tmp_path: Path):
+  report = planned(tmp_path, "--hardware=cpu:4")
+  assert report.keys() >= KEYS
+  assert (report["mesh"]["fsdp"], report["hardware"]["chips"]) == (4, 4)
+  assert report["collective_bytes_by_kind_and_axes"]["all-gather"]["fsdp"] > 0
+  memory, trained = report["memory_gib"], report["parameters"]["trained"]
+  # float32 in four parts, save the small leaves.
+  assert 4 * trained / 4 <= memory["trained"] * 2**30 < 4 * trained / 3
+  assert memory["moments"] == pytest.approx(2 * memory["trained"], rel=0.01)
+  assert memory["average"] == memory["trained"]
+  assert report["hardware_flops_per_step"] >= report["model_flops_per_step"] > 0
+  assert report["predicted_mfu"] is None  # nothing is predicted of a stand-in
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+def test_a_tpu_that_is_not_there_is_planned_for(tmp_path: Path):
+  report = planned(tmp_path, "--hardware=v5e:2x2")
+  assert report.keys() >= KEYS
+  assert report["fits"] and report["hbm_limit_gib"] == 16
+  assert sum(report["memory_gib"].values()) == pytest.approx(report["hbm_per_chip_gib"])
+  assert 0 < report["predicted_mfu"] < 1
+  assert report["predicted_step_s"] >= max(report["roofs_s"][name] for name in ("compute", "hbm"))
+  assert report["images_per_s_per_chip"] * report["predicted_step_s"] * 4 == pytest.approx(report["batch_size"])
+  assert report["chip_hours"] == pytest.approx(report["images"] / report["images_per_s_per_chip"] / 3600)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  config = cli.load_config("configs/generation.py", [])
+  config.hardware = dict(chip="v5p", topology=(2, 2, 1), slices=1)
+  with pytest.raises(UserError, match=r"pip install 'clipflow_jax\[tpu\]'"):
+    plan.prepare(config)
+
+
+def test_a_config_without_hardware_is_told_of_the_option():
+  with pytest.raises(UserError, match="--hardware=v5p-512"):
+    plan.prepare(cli.load_config("configs/generation.py", []))
+
+
+def test_a_run_of_several_stages_is_no_plan(capsys: pytest.CaptureFixture):
+  assert cli.main(["plan", "--config=configs/quickstart.py"]) == 2
+  assert "one stage" in capsys.readouterr().err
+
+
+MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 12.00G
+     Operator: op_name="jit(step)/jvp(ClipFlow.read)/mul" source_file="x.py"
+     Shape: bf16[64,4096,24576]{2,1,0:T(8,128)(2,1)}
+     Unpadded size: 12.00G
+     XLA label: fusion.1
+     ==========================
+
+  2. Size: 512.0M
+     Shape: f32[8192,16384]{1,0}
+     ==========================
+"""
+
+
+def test_a_step_that_does_not_fit_says_by_how_much_and_what_is_largest():
+  found = plan.does_not_fit(MESSAGE, hardware.CHIPS["v5e"])
+  assert found["fits"] is False
+  assert (found["hbm_per_chip_gib"], found["missing_gib"]) == (20.5, 4.75)
+  assert found["largest"] == [
+    "12.00G bf16[64,4096,24576] jit(step)/jvp(ClipFlow.read)/mul",
+    "512.0M f32[8192,16384]",
+  ]
+  report = dict(mesh=dict(fsdp=4), batch_size=8, remat="full", hbm_limit_gib=16) | found
+  assert "20.50 GiB a chip: does not fit by 4.75 GiB" in plan_report._line(report)
+
+
+def test_a_group_is_as_fast_as_the_links_that_it_spans():
+  """A v5p's slice of 4 x 4 x 2: fours close to rings, pairs are lines."""
+  chip = hardware.CHIPS["v5p"]
+  everywhere = np.stack(np.unravel_index(np.arange(32), (4, 4, 2)), axis=1)
+  bounds = np.array([4, 4, 2])
+  link = chip.link_bandwidth
+  assert chip.bandwidth(everywhere, bounds, 1) == link * (2 + 2 + 1)
+  assert chip.bandwidth(everywhere[everywhere[:, 0] == 0], bounds, 1) == link * (2 + 1)
+  assert chip.bandwidth(everywhere[(everywhere[:, 1] == 0) & (everywhere[:, 0] < 2)], bounds, 1) == link * (1 + 1)
+  assert chip.bandwidth(everywhere, bounds, 2) == chip.network_bandwidth
+  gpu = hardware.CHIPS["h100"]
+  ranks = np.zeros((8, 1))
+  assert gpu.bandwidth(ranks, np.array([1]), 1) == gpu.link_bandwidth
+  assert gpu.bandwidth(np.zeros((64, 1)), np.array([1]), 1) == gpu.network_bandwidth
+
+
+def test_the_best_fit_and_are_the_fastest():
+  reports = [
+    dict(fits=True, images_per_s_per_chip=1.0),
+    dict(fits=False, images_per_s_per_chip=None),
+    dict(fits=True, images_per_s_per_chip=2.0),
+  ]
+  assert [report["images_per_s_per_chip"] for report in plan.best(reports)] == [2.0, 1.0]
