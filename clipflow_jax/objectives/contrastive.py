@@ -69,10 +69,10 @@ def losses(
   if weights.get("caption"):
     hidden = clip.caption(batch.tokens, seen.tokens, batch.segments)
     matrix = clip.caption_model.unembedding()
-    found = language.predict_next(
+    words = language.predict_next(
       hidden, matrix, batch.tokens, batch.segments, batch.loss_weights, chunk=vocabulary_chunk, axes=("rows", None)
     )
-    sums |= {"caption": found.loss, "caption_accuracy": found.right}
+    sums |= {"caption": words.loss, "caption_accuracy": words.right}
   if weights.get("readout"):
     truth = to_patches(to_unit(batch.images[:, 0]), model.clip["vision"]["patch_size"])
     sums["readout"] = jnp.square(clip.read_pixels(seen.tokens) - truth).mean(axis=(1, 2)).sum()
