@@ -62,6 +62,7 @@ def tiny(image_size: int = 60) -> dict[str, Any]:
       mlp=256,
       flow_width=128,
       flow_mlp=256,
+      early_layer=1,
       rope_sections=(16, 8, 8),
       **attention,
     ),
@@ -110,7 +111,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       compilation_cache="",  # a folder for compiled programs, for a faster start the next time
       hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never
       hang_ends=False,  # and end the run then, to be started again
-      sampling=dict(steps=40, guidance=1.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="text"),
+      sampling=dict(steps=40, guidance=2.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="early"),
     )
   )
   for key, value in fields.items():
