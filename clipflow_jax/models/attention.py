@@ -98,7 +98,8 @@ class Attention(nn.Module):
       return tuple(shard(a, "batch" if past is not None else self.axes[0], None, "heads") for a in each)
 
     if past is None:
-      out = attend(q, *gather(k, v), mask, self.kernel, self.axes)
+      all_k, all_v = gather(k, v)
+      out = attend(q, all_k, all_v, mask, self.kernel, self.axes)
     elif write_at is None:
       out = attend_beside(q, k, v, gather(*past), mask, self.kernel)
     else:

@@ -155,6 +155,7 @@ class ClipFlow(nn.Module):
 
   def embed_stream(self, tokens: jax.Array, image_index: jax.Array, features: jax.Array | None) -> jax.Array:
     """The stream's inputs f[B,S,D]: words, and projected features f32[B,N,T,C] where image_index >= 0."""
+    tokens, image_index = (shard(ids, "batch", "sequence") for ids in (tokens, image_index))
     x = self.language_model.embed(tokens)
     if features is None:
       return x

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.parallel.sharding import spec
+from clipflow_jax.parallel.sharding import on_mesh, spec
 
 PLATFORMS = {"xla": (), "cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # kernel -> where it runs; (): anywhere
 LANES = 128  # a TPU's vector is so wide: its kernels cut rows in multiples of it
@@ -52,27 +52,30 @@ def attend(
   q f[B,Q,h,k], k and v f[B,K,g,k] with g dividing h -> f[B,Q,h*k]. mask: bool[B,Q or 1,K], None (each sees all), or for
   "splash" also a `Reach` (Q = K). A query that sees no key (padding) gets a finite value that nothing reads.
   kernel: "xla" runs anywhere; "cudnn" (Dao et al. 2022, NVIDIA's) and "splash" (Pallas, TPU's) never make the [B,h,Q,K]
-  logits. axes: where q's rows and slots lie. UserError for an unknown kernel, or one that the platform has not.
+  logits. axes: where q's rows and slots lie. UserError for an unknown kernel, or one that the devices of the mesh in
+  force have not.
   """
   _check(kernel)
-  if kernel == "cudnn":
-    return cudnn(q, k, v, mask)
   if kernel == "splash":
     return splash(q, k, v, mask, axes)
+  if isinstance(mask, Reach):
+    raise UserError(f"kernel {kernel} takes no Reach but a mask bool[B,Q,K]: see attention.sight")
+  if kernel == "cudnn":
+    return cudnn(q, k, v, mask)
   b, queries, heads, dim = q.shape
   keys, groups = k.shape[1], k.shape[2]
   # One batched product over [B,g], the heads of a group side by side: the layout that XLA on CPU likes best. B and g
-  # stay apart: each lies on mesh axes of its own.
-  q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
+  # stay apart, and queries come before the heads of a group: each of them may lie on mesh axes of its own.
+  q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 1, 3, 4)
   q = q.reshape(b, groups, -1, dim) * (dim**-0.5)
   k = k.transpose(0, 2, 3, 1)
   v = v.transpose(0, 2, 1, 3)
-  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(b, groups, -1, queries, keys)
+  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(b, groups, queries, -1, keys)
   if mask is not None:
-    logits = jnp.where(mask[:, None, None], logits, -1e30)
+    logits = jnp.where(mask[:, None, :, None], logits, -1e30)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, groups, -1, keys)
-  out = jnp.matmul(weights, v).reshape(b, groups, heads // groups, queries, dim)
-  return out.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads * dim)
+  out = jnp.matmul(weights, v).reshape(b, groups, queries, heads // groups, dim)
+  return out.transpose(0, 2, 1, 3, 4).reshape(b, queries, heads * dim)
 
 
 def attend_beside(
@@ -149,8 +152,7 @@ def splash(
     filled = (_fill(x, -1) for x in (query_segments, key_segments, last))
     return jax.vmap(one)(q, k, v, *filled).transpose(0, 2, 1, 3)[:, :rows]
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and mesh.size > 1:
+  if on_mesh():
     of_queries, of_keys = spec(*axes), spec(axes[0])
     wide_queries, wide_keys = PartitionSpec(*of_queries, *spec("heads")), PartitionSpec(*of_keys, None, *spec("heads"))
     places = (wide_queries, wide_keys, wide_keys, of_queries, of_keys, of_queries)
@@ -205,6 +207,5 @@ def _check(kernel: str) -> None:
   if kernel not in PLATFORMS:
     raise UserError(f"attention kernel {kernel!r} is unknown; choose one of {', '.join(PLATFORMS)}")
   device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh that is compiled for, which may not be here
-  platform = device.platform if device else jax.default_backend()
-  if PLATFORMS[kernel] and platform not in PLATFORMS[kernel]:
-    raise UserError(f'attention kernel {kernel!r} does not run on {platform}; set model.kernel="xla"')
+  if device and PLATFORMS[kernel] and device.platform not in PLATFORMS[kernel]:
+    raise UserError(f'attention kernel {kernel!r} does not run on {device.platform}; set model.kernel="xla"')

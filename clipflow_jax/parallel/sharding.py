@@ -83,16 +83,21 @@ def check(what: str, shape: tuple[int, ...], logical: tuple[str | None, ...], me
       )
 
 
+def on_mesh() -> bool:
+  """Whether a mesh of several devices is in force."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1
+
+
 def shard(x: jax.Array, *logical: str | None) -> jax.Array:
   """Constrains x to its logical axes on the mesh in force (`jax.set_mesh`); a no-op on one device.
 
   Axes not named are not sharded. UserError as `spec` and `check`.
   """
   places = spec(*logical, *[None] * (x.ndim - len(logical)))  # a typo is an error on one device too
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not on_mesh():
     return x
-  check("an activation", x.shape, logical, mesh)
+  check("an activation", x.shape, logical, jax.sharding.get_abstract_mesh())
   return jax.lax.with_sharding_constraint(x, places)
 
 

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.models import kernels
+from clipflow_jax.models.attention import sight, visible
+from clipflow_jax.parallel import mesh
+from tests import tiny
+
+HEADS, GROUPS, DIM = 4, 2, 64
+
+
+def packed():
+  """Rows of several examples with pictures and padding: what training attends over."""
+  rng = np.random.default_rng(0)
+  rows = [[tiny.example(rng, 3, tiny.READ, 2), tiny.example(rng, 4)], [tiny.example(rng, 9, tiny.READ, 9)]]
+  return tiny.pack(rows)
+
+
+def drawn(seed: int, queries: int, keys: int, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  shapes = ((2, queries, HEADS, DIM), (2, keys, GROUPS, DIM), (2, keys, GROUPS, DIM))
+  return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+@pytest.fixture(params=["cudnn", "splash"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+  """Each kernel that this machine can run: Pallas by its interpreter."""
+  if request.param == "splash":
+    monkeypatch.setattr(kernels, "splash", functools.partial(kernels.splash, interpret=True))
+  elif jax.default_backend() != "gpu":
+    pytest.skip("cuDNN runs on NVIDIA GPUs, and there is none here")
+  return request.param
+
+
+def agree(kernel: str, ours, theirs, arguments) -> None:
+  """Values and gradients, to what the kernel's type holds."""
+  dtype = jnp.bfloat16 if kernel == "cudnn" else jnp.float32
+
+  def both(run):
+    def total(*arguments):
+      out = run(*arguments)
+      return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+
+  expected, found = both(ours)(*arguments), both(theirs)(*(a.astype(dtype) for a in arguments))
+  tolerance = 3e-2 if kernel == "cudnn" else 1e-4
+  for a, b in zip(jax.tree.leaves((expected[0][1], expected[1])), jax.tree.leaves((found[0][1], found[1]))):
+    np.testing.assert_allclose(np.asarray(b, np.float32), a, atol=tolerance, rtol=tolerance)
+
+
+def test_every_kernel_sees_what_the_rule_says_in_packed_rows(kernel: str):
+  row = packed()
+  words = (row.segments > 0)[..., None]  # padding is read by none
+  mask = visible(row.segments, row.order, row.segments, row.order)
+  own = sight(kernel, row.segments, row.order)
+  ours = lambda *qkv: kernels.attend(*qkv, mask) * words  # noqa: E731
+  agree(kernel, ours, lambda *qkv: kernels.attend(*qkv, own, kernel) * words, drawn(0, tiny.LENGTH, tiny.LENGTH))
+
+
+def test_every_kernel_takes_no_mask_and_masks_of_keys(kernel: str):
+  keys = np.random.default_rng(1).random((2, 1, 9)) < 0.6
+  for mask in (None, jnp.asarray(keys)):
+    ours = functools.partial(kernels.attend, mask=mask)
+    agree(kernel, ours, functools.partial(kernels.attend, mask=mask, kernel=kernel), drawn(1, 5, 9))
+
+
+def test_every_kernel_lets_blocks_attend_beside_a_row(kernel: str):
+  q, _, _ = drawn(2, 5, 5)
+  _, k, v = drawn(3, 5, 5)
+  past = drawn(4, 1, 7)[1:]
+  past = tuple(a[:1] for a in past)
+  mask = jnp.asarray(np.random.default_rng(1).random((1, 2, 7)) < 0.6)  # two blocks of one row
+  ours = lambda *qkv: kernels.attend_beside(*qkv, past, mask)  # noqa: E731
+  old = tuple(a.astype(jnp.bfloat16 if kernel == "cudnn" else a.dtype) for a in past)
+  agree(kernel, ours, lambda *qkv: kernels.attend_beside(*qkv, old, mask, kernel), (q, k, v))
+
+
+def test_a_reach_is_the_rule():
+  for seed in range(5):
+    rng = np.random.default_rng(seed)
+    kinds = [1, 3, tiny.READ, tiny.DRAW, tiny.READ_AND_DRAW]
+    examples = [tiny.example(rng, *(kinds[i] for i in rng.integers(0, 5, 2))) for _ in range(3)]
+    row = tiny.pack([examples], length=60, pictures=9)
+    reach = kernels.Reach.of(row.segments, row.order)
+    slots = np.arange(60)
+    same = (row.segments[:, :, None] == row.segments[:, None]) & (row.segments[:, None] > 0)
+    found = same & (slots <= np.asarray(reach.last)[..., None])
+    np.testing.assert_array_equal(found, visible(row.segments, row.order, row.segments, row.order))
+
+
+def test_an_unknown_kernel_is_an_error():
+  with pytest.raises(UserError, match="kernel 'flash' is unknown; choose one of xla, cudnn, splash"):
+    kernels.attend(*drawn(0, 3, 3), None, "flash")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels of other platforms are refused on a CPU")
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_a_kernel_that_the_devices_have_not_is_an_error(name: str):
+  with jax.set_mesh(mesh.make({})), pytest.raises(UserError, match=f"'{name}' does not run on cpu; set model.kernel"):
+    kernels.attend(*drawn(0, 3, 3), None, name)
+
+
+def test_the_plain_kernel_takes_no_reach():
+  row = packed()
+  with pytest.raises(UserError, match="kernel xla takes no Reach"):
+    kernels.attend(*drawn(0, tiny.LENGTH, tiny.LENGTH), kernels.Reach.of(row.segments, row.order))
+
+
+def test_cudnn_wants_bfloat16():
+  with pytest.raises(UserError, match="cudnn computes in bfloat16, not float32"):
+    kernels.cudnn(*drawn(0, 3, 3), None)
+
+
+def test_splash_takes_no_square_mask():
+  with pytest.raises(UserError, match=r"masks of keys or a Reach, not \(2, 3, 3\)"):
+    kernels.splash(*drawn(0, 3, 3), jnp.ones((2, 3, 3), bool))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.encoder import Encoder
+from clipflow_jax.models.remat import KEPT, POLICIES, remat
+from clipflow_jax.models.transformer import Stack
+
+X = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+
+
+def stack(policy: str) -> nn.Module:
+  return Stack(2, dict(mlp=24, heads=2, kv_heads=1, head_dim=8), remat=policy, keep_kv=False)
+
+
+def encoder(policy: str) -> nn.Module:
+  return Encoder(2, heads=2, mlp=24, remat=policy)
+
+
+@pytest.mark.parametrize("make", [stack, encoder])
+def test_every_policy_has_the_same_loss_and_gradients(make: Any):
+  positions = jnp.broadcast_to(jnp.arange(6)[:, None], (2, 6, 3))
+  rest = (positions, None) if make is stack else ()
+  params = make("none").init(jax.random.key(0), X, *rest)
+
+  def loss(params, policy: str):
+    return jnp.square(make(policy).apply(params, X, *rest)[0]).sum()
+
+  @jax.jit
+  def everything(params):
+    return {policy: jax.value_and_grad(loss)(params, policy) for policy in POLICIES}
+
+  found = everything(params)
+  for policy in POLICIES:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found["none"], found[policy])
+
+  def program(policy: str) -> str:
+    return str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, policy))
+
+  assert "remat" not in program("none") and all("remat" in program(p) for p in POLICIES if p != "none")
+  assert "pinned_host" in program("offload") or "Host" in program("offload")
+  assert all(f"name={name}" in program("none") for name in KEPT)
+  # Of more that is kept less is computed again.
+  products = {policy: program(policy).count("dot_general") for policy in POLICIES}
+  assert products["full"] > products["minimal"] > products["dots"] > products["none"]
+
+
+def test_an_unknown_policy_is_an_error():
+  with pytest.raises(UserError, match="remat 'some' is unknown; choose one of none, dots, minimal, offload, full"):
+    remat(lambda: None, "some")
