@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from configs import hardware, models
+from configs import hardware, models, warm
 
 # Who trains what: (regex of parameter paths, learning-rate multiplier); a path matches exactly one row, 0
 # freezes.
@@ -133,9 +133,10 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
 
   model: of `models.MODELS`. It brings full rows, and AdamW's rates for weights that are there already. hardware: of
-  `hardware.make`: its mesh, per-chip batch, remat, kernel and environment. UserError for a name of neither.
+  `hardware.make`: its mesh, per-chip batch, remat, kernel and environment. from: an imported language model's workdir,
+  to start from (`warm.start`). UserError for what is not there.
   """
-  options = arguments(arg, model="tiny", hardware="")
+  options = arguments(arg, model="tiny", hardware="", **{"from": ""})
   if options.model != "tiny":
     fields = models.make(options.model)
     config.model = fields
@@ -151,6 +152,8 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     config.tokenizer.vocabulary = 32_768
     config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=2000, clip=1.0)
     config.update(steps=100_000, log_every=100)
+  if options["from"]:
+    warm.start(config, options["from"])
   if options.hardware:
     found = hardware.make(options.hardware)
     config.hardware = dict(chip=found.chip, topology=found.topology, slices=found.slices)
