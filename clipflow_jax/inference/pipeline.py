@@ -53,7 +53,8 @@ class ClipFlow:
     with tempfile.TemporaryDirectory() as scratch:
       chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)))
     config = ConfigDict(read.meta["config"])
-    model = Model(**with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
+    fields = with_vocabulary(config.model.to_dict(), len(chat.tokenizer))
+    model = Model(**fields | dict(kernel="xla"))  # what trained it may not be here
     return cls(model, jax.device_put(params), chat, config, read.step, batch_size)
 
   # Drawing.

@@ -151,10 +151,16 @@ def termination() -> Iterator[Callable[[], bool]]:
   Many processes agree in the background on one step to stop at, so all of them must ask equally often. The signal is
   only remembered; what is inside acts between steps.
   """
-  if jax.process_count() > 1:  # JAX's own handler has been there since `joined`
-    yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
-    return
   seen: list[int] = []
+  if jax.process_count() > 1:  # JAX's own handler has been there since `joined`
+
+    def agreed() -> bool:
+      if not seen and multihost_utils.reached_preemption_sync_point(next(_asked)):  # true at that one step only
+        seen.append(signal.SIGTERM)
+      return bool(seen)
+
+    yield agreed
+    return
   if threading.current_thread() is not threading.main_thread():  # the caller owns signals
     yield lambda: False
     return

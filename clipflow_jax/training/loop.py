@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   # The state, created sharded.
   def fresh(taken):
     params = state.nest(state.flatten(init()) | taken)
-    return state.create(params, scales, tx, ema=config.ema > 0)
+    return state.create(params, scales, tx, ema=config.ema > 0, frozen_dtype=config.get("frozen_dtype", "float32"))
 
   shapes = jax.eval_shape(fresh, {})
   shardings = state.shardings(shapes, mesh)
@@ -154,7 +154,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           saved = number
         if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
           watchdog.beat(f"the samples of step {number}")
-          sample(model, config, now.averaged, chat, number, writer)
+          with sharding.unconstrained():  # samples are as many as they are
+            sample(model, config, now.averaged, chat, number, writer)
           throughput.start()
         if stopping:
           break
@@ -197,7 +198,8 @@ def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch],
 
 
 def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
-  zeros = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), example)
+  # All of a batch's rows, which the mesh divides; what they would become is nobody's input, so is never computed.
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
 
 
