@@ -27,7 +27,7 @@ DESCRIBE = "describe the picture."
 
 
 def converse(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
-  """The picture's description, or as often its questions: whatever is said of it must be read from it, not from before."""
+  """The picture's description, or as often its questions: what is said of it must be read from it, not from before."""
   if not example.questions or rng.random() < 0.5:
     return sequence.read(example.image, ((DESCRIBE, example.description),))
   return sequence.read(example.image, tuple(example.questions[i] for i in rng.permutation(len(example.questions))))
