@@ -98,7 +98,7 @@ def test_batches_have_the_layouts_shape(chat):
   assert batch.images.shape == (4, PACKED.images, 24, 24, 3)
   assert batch.segments.max() == 3  # packing does pack
   used = (batch.segments > 0).mean()
-  assert used > 0.5, used
+  assert used > 0.3, used  # three short examples, whose pictures fill the row before their words do
 
 
 def test_an_epoch_shows_every_record_once(chat, tmp_path):

@@ -156,7 +156,7 @@ class TestRendering:
   def test_large_is_about_twice_the_area_of_small(self):
     for shape in shapes.SHAPES:
       small, large = (shapes.mask(shape, size, False, 0, 60).sum() for size in shapes.SIZES)
-      assert 2 < large / small < 2.7
+      assert 1.8 < large / small < 2.2
 
   def test_everything_grows_with_the_picture(self):
     scene = shapes.scene(np.random.default_rng(5), objects=4)
