@@ -145,6 +145,8 @@ class Transformer(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
+    if not 0 <= self.early_layer < self.layers:
+      raise ValueError(f"early_layer {self.early_layer} must lie before the last of {self.layers} layers (0: none)")
     shared = dict(
       heads=self.heads,
       kv_heads=self.kv_heads,
