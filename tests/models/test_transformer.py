@@ -220,3 +220,9 @@ def test_tied_logits_are_products_with_the_embedding(params):
   logits = MODEL.apply({"params": params}, hidden, method="logits")
   assert logits.shape == (2, 3, tiny.VOCABULARY) and logits.dtype == jnp.float32
   np.testing.assert_allclose(logits, hidden @ np.asarray(params["embed"]["embedding"]).T, atol=1e-5)
+
+
+def test_an_early_head_needs_a_layer_after_it():
+  model = Transformer(**FIELDS | dict(layers=2, early_layer=2))
+  with pytest.raises(ValueError, match="early_layer 2 must lie before the last of 2 layers"):
+    model.init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)), method="logits")
