@@ -17,6 +17,8 @@ import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Attention kernels: how many products of all queries with all keys each makes. Operands: f[B,h,Q,k], f[B,g,K,k], ...
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 PREFETCH = ("copy-start", "slice-start", "async-start")  # traffic that takes no time of its own
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "copy-done")
 SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[sufc]\d+)\[([\d,]*)\](\{[^}]*\})?")
@@ -177,9 +179,10 @@ class Program:
   def _collectives(
     self, instruction: Instruction, scope: dict[str, Instruction], hidden: bool = False, scattered: bool = False
   ) -> Iterator[Collective]:
-    """Its own, and those inside it: hidden where it is started early, or carried by a matrix product's fusion.
+    """Its own, and those inside it: hidden where it is started early.
 
-    A TPU's reduce-scatter is written as a fusion of an all-reduce with the slice that is kept.
+    A TPU writes a reduce-scatter as a fusion of an all-reduce with the slice that is kept. A gather that runs beside
+    matrix products is written once where it starts, once in each product's fusion and once where it is done.
     """
     kind = _kind(instruction.op)
     if kind:
@@ -191,9 +194,12 @@ class Program:
     elif instruction.op in ("fusion", "async-start", "custom-call"):
       for called in CALLED.findall(instruction.attributes):
         inner = self.computations.get(called, {})
-        carried = instruction.op == "async-start" or any(one.op in ("convolution", "dot") for one in inner.values())
+        targets = " ".join(one.attributes for one in inner.values() if one.op == "custom-call")
+        if called.startswith("async_collective_fusion") or "AsyncCollectiveDone" in targets:
+          continue
+        started = instruction.op == "async-start" or "AsyncCollectiveStart" in targets
         for one in inner.values():
-          yield from self._collectives(one, inner, hidden or carried, called.startswith("all-reduce-scatter"))
+          yield from self._collectives(one, inner, hidden or started, called.startswith("all-reduce-scatter"))
 
   def _flops(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
     """Two a multiply-add, of matrix products alone (also fused ones)."""
@@ -205,8 +211,11 @@ class Program:
         return 2.0 * math.prod(out) * math.prod(left[int(a)] for a in axes[1].split(",") if a)
       return _convolution(out, left, right, instruction.attributes)
     if instruction.op == "custom-call":
-      stated = re.search(r'"flops":"?(\d+)', instruction.attributes)
-      return float(stated[1]) if stated else 0.0
+      products = next((n for name, n in KERNELS.items() if instruction.name.startswith(name)), 0)
+      if not products:
+        return 0.0
+      (b, heads, queries, width), (_, _, keys, _) = (scope[name].arrays[0].dims for name in instruction.operands[:2])
+      return 2.0 * products * b * heads * queries * keys * width
     if instruction.op == "fusion":
       inner = self.computations[CALLED.search(instruction.attributes)[1]]
       return sum(self._flops(one, inner) for one in inner.values())
@@ -236,17 +245,20 @@ class Program:
 
 
 def _computations(text: str) -> Iterator[tuple[str, bool, list[str]]]:
+  """(name, whether it is the entry, its instructions). One may go over several lines: a kernel's has its own words."""
   name, is_entry = "", False
   lines: list[str] = []
   for line in text.splitlines():
     head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
     if head:
       name, is_entry, lines = head[2], bool(head[1]), []
-    elif line.startswith("}") and name:
+    elif line == "}" and name:
       yield name, is_entry, lines
       name = ""
-    elif name:
+    elif name and line.startswith("  "):
       lines.append(line)
+    elif name and lines:
+      lines[-1] += line
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -215,14 +215,12 @@ def predict(text: str, report: Report, mesh: jax.sharding.Mesh, chip: Chip, prog
     transfer=lambda one: one.bytes / (REACHED * place.bandwidth(one.group)),
   ).cost()
   by_kind = hlo.by_kind(cost.collectives, place.axes)
-  # A kernel of our own is opaque to the text: what the traced step multiplies beyond it is the kernel's.
-  kernels = max(0.0, report["hardware_flops_per_step"] / mesh.size - cost.flops)
   roofs = {
-    "compute": (cost.flops + kernels) / speeds["peak_flops"],
+    "compute": cost.flops / speeds["peak_flops"],
     "hbm": cost.hbm_bytes / speeds["hbm_bandwidth"],
     "interconnect": REACHED * (cost.hidden_s + cost.exposed_s),
   }
-  seconds = max(cost.seconds + kernels / (chip.products * speeds["peak_flops"]), roofs["hbm"] / REACHED)
+  seconds = max(cost.seconds, roofs["hbm"] / REACHED)
   pictures = math.prod(program.batch.image_roles.shape)
   chips = report["hardware"]["chips"]
   speed = pictures / seconds / chips
@@ -240,7 +238,7 @@ def predict(text: str, report: Report, mesh: jax.sharding.Mesh, chip: Chip, prog
   return dict(
     collective_bytes_per_chip=sum(sum(of.values()) for of in by_kind.values()) * chip.devices,
     collective_bytes_by_kind_and_axes=by_kind,
-    executed_flops_per_chip=(cost.flops + kernels) * chip.devices,
+    executed_flops_per_chip=cost.flops * chip.devices,
     hbm_bytes_per_chip=cost.hbm_bytes * chip.devices,
     images=images,
     **known,

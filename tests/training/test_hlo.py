@@ -97,6 +97,47 @@ def test_a_collective_that_is_started_early_hides_behind_compute():
   assert found.seconds < cost().seconds
 
 
+def test_a_gather_that_runs_beside_products_is_written_three_times_and_counts_once():
+  pieces = """%start (rows.2: bf16[128,256]) -> bf16[256,256] {
+  %rows.2 = bf16[128,256]{1,0} parameter(0)
+  %all-gather.1 = bf16[256,256]{1,0} all-gather(%rows.2), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %begun = bf16[256,256]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (rows.3: bf16[128,256]) -> bf16[256,256] {
+  %rows.3 = bf16[128,256]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[256,256]{1,0} all-gather(%rows.3), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+%done (rows.4: bf16[128,256]) -> bf16[256,256] {
+  %rows.4 = bf16[128,256]{1,0} parameter(0)
+  %all-gather.3 = bf16[256,256]{1,0} all-gather(%rows.4), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %ended = bf16[256,256]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%body ("""
+  plain = "  %gathered = bf16[256,256]{1,0} all-gather(%rows), replica_groups={{0,1},{2,3}}, dimensions={0}\n"
+  calls = "".join(
+    f"  %gathered.{i} = bf16[256,256]{{1,0}} fusion(%rows), kind=kOutput, calls=%{name}\n"
+    for i, name in enumerate(("start", "async_collective_fusion.1", "done"))
+  )
+  assert plain in TEXT
+  found = cost(TEXT.replace("%body (", pieces).replace(plain, calls))
+  assert [(one.kind, one.hidden) for one in found.collectives] == [("all-gather", True), ("reduce-scatter", False)]
+  assert found.hidden_s == pytest.approx(7 * ROWS / 1e9)
+
+
+def test_an_attention_kernels_products_count_and_its_own_words_may_take_several_lines():
+  kernel = """  %q = f32[2,4,128,64]{3,2,1,0} parameter(1)
+  %k = f32[2,1,256,64]{3,2,1,0} parameter(2)
+  %splash_mha_fwd_residuals.3 = f32[2,4,128,64]{3,2,1,0} custom-call(%q, %k), frontend_attributes={metadata={
+"block": "{128}"
+}}, custom_call_target="tpu_custom_call"
+  ROOT %out ="""
+  found = cost(TEXT.replace("  ROOT %out =", kernel))
+  assert found.flops == cost().flops + 2 * 2 * 2 * 4 * 128 * 256 * 64
+
+
 @pytest.mark.parametrize(
   ("attributes", "group"),
   [
