@@ -148,7 +148,7 @@ def test_every_parameter_matches_one_row_of_each_table_and_no_row_of_train_is_de
 
 def test_no_row_of_the_sharding_table_is_dead():
   """Every row has a parameter of some config, or of a model with every optional part."""
-  tower = dict(has_class=True, has_mask=True, layer_scale=True, in_norm=True, pooling="probe")
+  tower = dict(has_class=True, has_mask=True, layer_scale=True, in_norm=True, pooling="attention")
   fields = tiny.FIELDS | dict(
     clip=tiny.FIELDS["clip"] | dict(vision=tiny.FIELDS["clip"]["vision"] | tower),
     transformer=tiny.FIELDS["transformer"] | dict(tie_embeddings=False),
