@@ -97,7 +97,9 @@ def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
   shapes = {path: leaf.shape for path, leaf in flatten(state.trained).items()}
 
   def moment(key_path, leaf):
-    path = "/".join(str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey))
+    names = [str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey)]
+    names = names[names[:1] in (["muon"], ["adam"]) :]  # optax's Muon keeps what it leaves to Adam apart, by name
+    path = "/".join(names)
     if path in shapes and leaf.shape != shapes[path]:
       raise UserError(f"a moment of {path!r} has shape {leaf.shape}, its parameter {shapes[path]}: no rule places it")
     return of_trained.get(path, replicated)

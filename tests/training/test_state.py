@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from clipflow_jax.parallel import mesh
+from clipflow_jax.training import optimizer, state
+from tests import tiny
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_moment_lies_where_its_parameter_does(name: str):
+  """Also those of Muon and of the Adam beside it, which optax keeps in trees of their own."""
+  params = jax.eval_shape(tiny.params)
+  scales = dict.fromkeys(state.flatten(params), 1.0)
+  tx = optimizer.Optimizer(steps=5, name=name).make(scales)
+  now = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, ema=True), params)
+  places = state.shardings(now, AbstractMesh((1, 1, 4, 1, 2), mesh.AXES))
+  of_parameters = {path: place.spec for path, place in state.flatten(places.trained).items()}
+  found = set()
+  for key_path, place in jax.tree_util.tree_leaves_with_path(places.opt_state):
+    names = [str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey)]
+    suffixes = ["/".join(names[i:]) for i in range(len(names))]
+    for path in filter(of_parameters.__contains__, suffixes):
+      assert place.spec == of_parameters[path], path
+      found.add(path)
+  assert found == of_parameters.keys()
