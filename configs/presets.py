@@ -151,7 +151,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
       config.objective.targets = 8
     config.tokenizer.vocabulary = 32_768
     config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=2000, clip=1.0)
-    config.update(steps=100_000, log_every=100)
+    config.update(steps=100_000, log_every=100, frozen_dtype="bfloat16")
   if options["from"]:
     warm.start(config, options["from"])
   if options.hardware:
