@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
@@ -230,7 +231,8 @@ class ClipFlow:
     for start in range(0, n, size):
       part = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is filled with its last item
       batch = jax.tree.map(lambda x, part=part: x[part], items)
-      outputs.append(np.asarray(jitted(self.params, *batch, *constant))[: n - start])
+      made = jitted(self.params, *batch, *constant)
+      outputs.append(multihost_utils.process_allgather(made, tiled=True)[: n - start])  # whole, on every process
     if not outputs:
       raise UserError("nothing to do: the list is empty")
     return np.concatenate(outputs)
