@@ -38,7 +38,7 @@ TRANSFORMER: dict[str, Any] = dict(
   rope_sections=(8, 4, 4),
   **ATTENTION,
 )
-DECODER: dict[str, Any] = dict(PATCHES, width=WIDTH, layers=2, heads=2, mlp=MLP, flow=True)
+DECODER: dict[str, Any] = dict(PATCHES, width=WIDTH, layers=2, heads=2, mlp=MLP)
 
 
 @dataclasses.dataclass(frozen=True)
