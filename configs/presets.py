@@ -146,7 +146,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
       config.objective.weights = dict(contrastive=1.0)
       config.objective.contrastive_chunk = 1024
     elif config.name in ("understanding", "joint"):
-      config.objective.update(vocabulary_chunk=512, z_loss=1e-4)
+      config.objective.update(vocabulary_chunk=2048, z_loss=1e-4)
     if config.name == "joint":
       config.objective.targets = 8
     config.tokenizer.vocabulary = 32_768

@@ -130,7 +130,8 @@ def splash(
 ) -> jax.Array:
   """`attend` by TPU splash attention (Pallas), each chip on its own rows, heads and queries.
 
-  A mask of keys alone becomes segments: keys unseen are of another one. Rows are filled up to multiples of 128 slots.
+  A mask of keys alone becomes segments: keys unseen are of another one. Rows are filled up to multiples of 128 slots;
+  where all queries see the same keys, the heads of a group are one long row of queries, of which less is filling.
   UserError for a mask bool[B,Q,K]: this kernel takes none that large.
   """
   b, queries, heads, dim = q.shape
@@ -144,13 +145,19 @@ def splash(
       raise UserError(f"kernel splash takes masks of keys or a Reach, not {mask.shape}; use kernel xla here")
     key_segments = mask[:, 0].astype(jnp.int32)
 
+  share = 1 if isinstance(mask, Reach) else heads // k.shape[2]  # heads that make one row
+
   def run(q, k, v, query_segments, key_segments, last):
-    rows = q.shape[1]
+    rows = q.shape[1] * share
+    q = q.reshape(*q.shape[:2], -1, share, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape[0], rows, -1, dim)
+    query_segments, last = (jnp.tile(x, (1, share)) for x in (query_segments, last))
     q, k, v = (_fill(x).transpose(0, 2, 1, 3) for x in (q * dim**-0.5, k, v))
     # What is filled up is of segment -1, padding of 0: neither is seen by words, which see segments from 1.
     one = functools.partial(_splash_row, interpret=interpret)
     filled = (_fill(x, -1) for x in (query_segments, key_segments, last))
-    return jax.vmap(one)(q, k, v, *filled).transpose(0, 2, 1, 3)[:, :rows]
+    out = jax.vmap(one)(q, k, v, *filled).transpose(0, 2, 1, 3)[:, :rows]
+    out = out.reshape(out.shape[0], share, rows // share, -1, dim).transpose(0, 2, 3, 1, 4)
+    return out.reshape(*out.shape[:2], -1, dim)
 
   if on_mesh():
     of_queries, of_keys = spec(*axes), spec(axes[0])
@@ -187,7 +194,7 @@ def _splash_row(q, k, v, query_segments, key_segments, last, *, interpret: bool)
     save_residuals=False,
     mask_value=library.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=None,
-    residual_checkpoint_name=None,
+    residual_checkpoint_name="attention",  # of remat.KEPT: what is kept of it spares the kernel's second run
     mask_function=_not_later,
     interpret=interpret,
   )
