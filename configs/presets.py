@@ -103,6 +103,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       steps=0,
       accumulate=1,
       ema=0.0,
+      frozen_dtype="float32",  # of what is not trained; what computes in bfloat16 loses nothing by "bfloat16"
       measure_features=0,  # pictures to measure the features' statistics on before the first step
       log_every=20,
       checkpoint_every=1000,
@@ -161,6 +162,8 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     config.environment = found.environment
     rows = found.tokens / _tokens_of_row(config)
     config.data.batch_size = found.devices * 2 ** max(0, round(math.log2(rows)))
+    config.data.shards = found.devices  # whatever the number of processes, each reads whole parts, and nothing twice
+    config.hang_timeout = 1800.0
     if options.model != "tiny":
       config.model.kernel = found.kernel
       clip = config.model.clip

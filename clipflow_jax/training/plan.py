@@ -133,7 +133,7 @@ class Program:
     scales = state.multipliers(params, config.train)
     tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
     tx = tx if learns else optax.apply_if_finite(optax.set_to_zero(), 1)
-    kept = dict(ema=config.ema > 0, frozen_dtype=config.get("frozen_dtype", "float32"))
+    kept = dict(ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
     shapes = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, **kept), params)
     pure = step.make(model, objective, tx, seed=config.seed, ema=config.ema, accumulate=config.accumulate)
     placed = (state.shardings(shapes, mesh), sharding.of_batch(batch, mesh))
