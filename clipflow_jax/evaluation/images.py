@@ -1,11 +1,104 @@
-"""How near are two sets of pictures? Fréchet distance, PSNR, CLIP score."""
+"""How near are two sets of pictures? FID, KID, Inception Score, precision and recall, CMMD, CLIP score, PSNR.
+
+Each metric of pictures has a twin `..._of` on features that are there already. Sets of pictures are iterables of
+u8[n,H,W,3], read once; n and the size may change from one array to the next.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
 import numpy as np
 
+from clipflow_jax.errors import UserError
+
+Pictures = Iterable[np.ndarray]  # of u8[n,H,W,3]
+Features = Callable[[np.ndarray], np.ndarray]  # u8[n,H,W,3] -> f[n,D]
+
+SEED = 2020  # torch-fidelity's, whose draws are repeated so that numbers can be compared digit by digit
 # Rounding to eight bits: the mean squared error below which PSNR says nothing.
 _ROUNDING_MSE = 1 / 12
+_ROWS = 1024  # of a matrix of distances that is there at once
+
+
+class Clip(Protocol):
+  """What `clip_score` needs; `ClipFlow` has it."""
+
+  def embed_image(self, images: np.ndarray) -> np.ndarray: ...
+
+  def embed_text(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+# Fréchet distance.
+
+
+class Moments:
+  """Mean and covariance of a stream of features f[n,D], in float64: memory D², however many there are.
+
+  Source: Chan, Golub and LeVeque 1979, whose update loses no digits where the mean is far from zero.
+  """
+
+  def __init__(self) -> None:
+    self.count = 0
+    self.mean: np.ndarray = np.zeros(())
+    self.scatter: np.ndarray = np.zeros(())
+
+  def add(self, features: np.ndarray) -> Moments:
+    """Takes in features f[n,D]; returns itself."""
+    features = np.asarray(features, np.float64)
+    n = len(features)
+    if not n:
+      return self
+    mean = features.mean(axis=0)
+    centred = features - mean
+    move = mean - self.mean
+    total = self.count + n
+    self.scatter = self.scatter + centred.T @ centred + np.outer(move, move) * (self.count * n / total)
+    self.mean = self.mean + move * (n / total)
+    self.count = total
+    return self
+
+  @property
+  def covariance(self) -> np.ndarray:
+    """f64[D,D], unbiased. UserError for fewer than two features."""
+    if self.count < 2:
+      raise UserError(f"a covariance needs two pictures or more, got {self.count}")
+    return self.scatter / (self.count - 1)
+
+  def save(self, file: Path) -> None:
+    """As pytorch-fid writes them: an .npz of `mu` and `sigma`, and our `count` beside them."""
+    np.savez(file, mu=self.mean, sigma=self.covariance, count=self.count)
+
+  @classmethod
+  def load(cls, file: Path) -> Moments:
+    """Reads what `save` or pytorch-fid wrote. UserError for anything else."""
+    made = cls()
+    try:
+      with np.load(file, allow_pickle=False) as held:
+        made.count = int(held["count"]) if "count" in held else 2
+        made.mean = held["mu"].astype(np.float64)
+        made.scatter = held["sigma"].astype(np.float64) * (made.count - 1)
+    except (OSError, ValueError, KeyError) as error:
+      raise UserError(f"{file} holds no statistics: an .npz of mu and sigma is needed ({error})") from error
+    return made
+
+
+def moments(pictures: Pictures, features: Features) -> Moments:
+  """The moments of the features of all pictures."""
+  made = Moments()
+  for batch in pictures:
+    made.add(features(batch))
+  return made
+
+
+def fid(a: Pictures, b: Pictures, features: Features) -> float:
+  """Fréchet distance of two sets of pictures in a feature space; memory does not grow with their number.
+
+  With `inception.Extractor` it is FID as in print. Biased upwards for few pictures: compare at equal numbers only.
+  """
+  return _frechet_distance(moments(a, features), moments(b, features))
 
 
 def frechet_distance(
@@ -37,6 +130,141 @@ def frechet_distance_of(a: np.ndarray, b: np.ndarray) -> float:
   return frechet_distance(a.mean(0), _covariance(a), b.mean(0), _covariance(b))
 
 
+# Distances that need every feature.
+
+
+def kid(a: Pictures, b: Pictures, features: Features, *, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
+  """Kernel Inception Distance, (mean, deviation) over subsets, as `kid_of` says."""
+  return kid_of(_all(a, features), _all(b, features), subsets=subsets, size=size)
+
+
+def kid_of(
+  a: np.ndarray, b: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = SEED
+) -> tuple[float, float]:
+  """(mean, deviation) over `subsets` draws of `size` features of the unbiased MMD² under (x·y/D + 1)³.
+
+  a: f[N,D], b: f[M,D]. UserError where a set has fewer than `size`. Source: Bińkowski et al. 2018; torch-fidelity.
+  """
+  if min(len(a), len(b)) < size:
+    raise UserError(f"KID over subsets of {size} needs so many pictures in each set, got {len(a)} and {len(b)}")
+  random = np.random.RandomState(seed)  # torch-fidelity's, hence the old generator
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  found = []
+  for _ in range(subsets):
+    x = a[random.choice(len(a), size, replace=False)]
+    y = b[random.choice(len(b), size, replace=False)]
+    found.append(_polynomial_mmd(x, y))
+  return float(np.mean(found)), float(np.std(found))
+
+
+def _polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
+  def kernel(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (p @ q.T / p.shape[1] + 1) ** 3
+
+  n, xx, yy = len(x), kernel(x, x), kernel(y, y)
+  within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
+  return float(within - 2 * kernel(x, y).mean())
+
+
+def cmmd(a: Pictures, b: Pictures, features: Features) -> float:
+  """1000 x the biased MMD² under a Gaussian kernel of deviation 10; in print `features` are CLIP ViT-L/14@336's.
+
+  Features are brought to unit norm. Source: Jayasumana et al. 2024.
+  """
+  return cmmd_of(_all(a, features), _all(b, features))
+
+
+def cmmd_of(a: np.ndarray, b: np.ndarray) -> float:
+  """The same of features a: f[N,D], b: f[M,D]."""
+  x, y = (np.asarray(f, np.float64) / np.linalg.norm(f, axis=1, keepdims=True) for f in (a, b))
+
+  def similarity(p: np.ndarray, q: np.ndarray) -> float:
+    total = sum(np.exp(distances / (-2 * 10.0**2)).sum() for distances in _squared_distances(p, q))
+    return float(total) / (len(p) * len(q))
+
+  return 1000 * (similarity(x, x) + similarity(y, y) - 2 * similarity(x, y))
+
+
+def precision_recall(real: Pictures, fake: Pictures, features: Features, *, k: int = 3) -> tuple[float, float]:
+  """(precision, recall), as `precision_recall_of` says."""
+  return precision_recall_of(_all(real, features), _all(fake, features), k=k)
+
+
+def precision_recall_of(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple[float, float]:
+  """Share of fakes within the real manifold, and of reals within the fake one. f[N,D], f[M,D], N, M > k.
+
+  A manifold is the balls about its points that reach to the k-th nearest other. Source: Kynkäänniemi et al. 2019.
+  """
+  if min(len(real), len(fake)) <= k:
+    raise UserError(f"precision and recall need more than {k} pictures in each set, got {len(real)} and {len(fake)}")
+  real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+  return _inside(fake, real, k), _inside(real, fake, k)
+
+
+def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
+  own = [np.partition(rows, k, axis=1)[:, k] for rows in _squared_distances(manifold, manifold)]  # itself is the 0th
+  radii = np.concatenate(own)
+  return float(np.concatenate([(rows <= radii).any(axis=1) for rows in _squared_distances(points, manifold)]).mean())
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
+  """f64[rows,M] of successive rows of a, so that N x M numbers are never there at once."""
+  lengths = np.square(b).sum(axis=1)
+  for start in range(0, len(a), _ROWS):
+    part = a[start : start + _ROWS]
+    yield np.maximum(np.square(part).sum(axis=1)[:, None] + lengths - 2 * part @ b.T, 0)
+
+
+# Scores of one set.
+
+
+def inception_score(pictures: Pictures, logits: Features, *, splits: int = 10) -> tuple[float, float]:
+  """Inception Score, (mean, deviation) over splits, as `inception_score_of` says."""
+  return inception_score_of(_all(pictures, logits), splits=splits)
+
+
+def inception_score_of(logits: np.ndarray, *, splits: int = 10, seed: int | None = SEED) -> tuple[float, float]:
+  """(mean, deviation) over splits of exp E KL(p(y|x) | p(y)). logits: f[N,K]; seed None: in the order given.
+
+  Source: Salimans et al. 2016; torch-fidelity.
+  """
+  n = len(logits)
+  if n < splits:
+    raise UserError(f"an Inception Score of {splits} splits needs as many pictures, got {n}")
+  if seed is not None:
+    logits = logits[np.random.RandomState(seed).permutation(n)]  # torch-fidelity's
+  scores = []
+  for i in range(splits):
+    part = np.asarray(logits[i * n // splits : (i + 1) * n // splits], np.float64)
+    part = part - part.max(axis=1, keepdims=True)
+    log_p = part - np.log(np.exp(part).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    scores.append(np.exp((p * (log_p - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
+  return float(np.mean(scores)), float(np.std(scores))
+
+
+def clip_score(pictures: Pictures, texts: Iterable[str], clip: Clip) -> float:
+  """100 x the mean of max(cosine, 0) of each picture and its text, in `clip`'s space. Fewer texts are an error."""
+  remaining, total, count = iter(texts), 0.0, 0
+  for batch in pictures:
+    own = [text for _, text in zip(batch, remaining, strict=False)]
+    if len(own) < len(batch):
+      raise UserError(f"there are only {count + len(own)} texts for the pictures; give one for each")
+    total += len(own) * clip_score_of(clip.embed_image(batch), clip.embed_text(own))
+    count += len(own)
+  if not count:
+    raise UserError("a CLIP score needs a picture or more, got none")
+  return total / count
+
+
+def clip_score_of(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> float:
+  """100 x the mean of max(cosine, 0) of pictures and their texts. Both f[N,E], unit norm, row i with row i.
+
+  Source: Hessel et al. 2021, with the factor 100 that is in common use.
+  """
+  return float(100 * np.mean(np.maximum(np.sum(image_embeddings * text_embeddings, axis=-1), 0)))
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
   """Peak signal-to-noise ratio in dB: the mean over pictures of each picture's own PSNR. a, b: u8[N,H,W,3].
 
@@ -49,12 +277,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
   return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, _ROUNDING_MSE))))
 
 
-def clip_score(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> float:
-  """100 x the mean of max(cosine, 0) of pictures and their texts. Both f[N,E], unit norm, row i with row i.
+def _frechet_distance(a: Moments, b: Moments) -> float:
+  return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
-  Source: Hessel et al. 2021, with the factor 100 that is in common use.
-  """
-  return float(100 * np.mean(np.maximum(np.sum(image_embeddings * text_embeddings, axis=-1), 0)))
+
+def _all(pictures: Pictures, features: Features) -> np.ndarray:
+  found = [features(batch) for batch in pictures]
+  if not found:
+    raise UserError("there are no pictures")
+  return np.concatenate(found)
 
 
 def _covariance(samples: np.ndarray) -> np.ndarray:

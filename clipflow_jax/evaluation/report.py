@@ -20,7 +20,7 @@ from PIL import Image
 import clipflow_jax
 from clipflow_jax.data import shapes_text
 from clipflow_jax.data.example import BadRecord, Example
-from clipflow_jax.data.pipeline import DESCRIBE
+from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
@@ -110,8 +110,8 @@ def evaluate_folder(
   metrics = {
     "retrieval_accuracy": classification.retrieval(image_embeddings[distinct], text_embeddings[distinct]),
     "retrieval_candidates": len(distinct),
-    "clip_score_drawn": images.clip_score(model.embed_image(drawn), text_embeddings),
-    "clip_score_real": images.clip_score(image_embeddings, text_embeddings),
+    "clip_score_drawn": images.clip_score_of(model.embed_image(drawn), text_embeddings),
+    "clip_score_real": images.clip_score_of(image_embeddings, text_embeddings),
     "caption_exact": captioning.exact(written, descriptions),
     **_distances(model, real, drawn, decoded, others),
     "decoder_psnr": images.psnr(real, decoded),

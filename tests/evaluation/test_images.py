@@ -7,6 +7,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import images
 
 
@@ -85,6 +86,129 @@ def test_psnr_refuses_pictures_that_would_broadcast():
 
 def test_clip_score_counts_opposite_pairs_as_zero():
   one = np.eye(3)
-  assert images.clip_score(one, one) == pytest.approx(100)
-  assert images.clip_score(one, -one) == 0
-  assert images.clip_score(one, np.array([[1, 0, 0], [0, 1, 0], [0, 0, -1.0]])) == pytest.approx(200 / 3)
+  assert images.clip_score_of(one, one) == pytest.approx(100)
+  assert images.clip_score_of(one, -one) == 0
+  assert images.clip_score_of(one, np.array([[1, 0, 0], [0, 1, 0], [0, 0, -1.0]])) == pytest.approx(200 / 3)
+
+
+# Sets of pictures, in arrays of uneven length. The features are their pixels.
+
+
+def flat(pictures):
+  return pictures.reshape(len(pictures), -1) / 64
+
+
+def stream(seed, n, parts=(1, 5, 30)):
+  pictures = np.random.default_rng(seed).integers(0, 200 + seed, (n, 2, 2, 3), dtype=np.uint8)
+  return np.split(pictures, [part for part in parts if part < n])
+
+
+def test_moments_of_a_stream_are_those_of_all_of_it_however_it_is_cut():
+  features = np.random.default_rng(0).normal(1e6, 1, size=(100, 5))  # far from zero, where sums of squares fail
+  found = images.Moments()
+  for part in np.split(features, [1, 2, 50, 50, 93]):
+    found.add(part)
+  assert found.count == 100
+  np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-14)
+  np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-8)
+
+
+def test_moments_are_saved_as_pytorch_fid_does_and_read_back(tmp_path):
+  features = np.random.default_rng(0).normal(size=(9, 4))
+  images.Moments().add(features).save(tmp_path / "a.npz")
+  np.savez(tmp_path / "b.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))  # without our count
+  for name in ("a.npz", "b.npz"):
+    found = images.Moments.load(tmp_path / name)
+    np.testing.assert_allclose(found.mean, features.mean(0))
+    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False))
+  np.savez(tmp_path / "c.npz", mean=features)
+  with pytest.raises(UserError, match=r"c.npz holds no statistics: .* mu and sigma"):
+    images.Moments.load(tmp_path / "c.npz")
+
+
+def test_fid_is_the_frechet_distance_of_all_features_and_reads_each_picture_once():
+  a, b = stream(0, 40), stream(9, 45)
+  expected = images.frechet_distance_of(flat(np.concatenate(a)), flat(np.concatenate(b)))
+  assert images.fid(iter(a), iter(b), flat) == pytest.approx(expected, rel=1e-9)
+
+
+def test_too_few_pictures_for_a_metric_are_told():
+  one, many = stream(0, 1), stream(0, 20)
+  with pytest.raises(UserError, match="two pictures or more, got 1"):
+    images.fid(one, many, flat)
+  with pytest.raises(UserError, match="subsets of 1000 needs .* got 20 and 20"):
+    images.kid(many, many, flat)
+  with pytest.raises(UserError, match="10 splits needs as many pictures, got 1"):
+    images.inception_score(one, flat)
+  with pytest.raises(UserError, match="more than 3 pictures in each set, got 20 and 1"):
+    images.precision_recall(many, one, flat)
+  with pytest.raises(UserError, match="there are no pictures"):
+    images.cmmd([], many, flat)
+
+
+@pytest.fixture(scope="module")
+def two_sets():
+  """What torch-fidelity 0.4.0 was given for the numbers below."""
+  rng = np.random.default_rng(0)
+  return rng.normal(size=(60, 8)), rng.normal(size=(50, 8)) * 1.5 + 0.3
+
+
+def test_kid_and_inception_score_and_fid_are_torch_fidelitys(two_sets):
+  a, b = two_sets
+  assert images.kid_of(a, b, subsets=10, size=30) == pytest.approx((0.6052088732482661, 0.23106709394804437))
+  assert images.inception_score_of(a) == pytest.approx((1.341505349247074, 0.09015620277933054))
+  assert images.frechet_distance_of(a, b) == pytest.approx(2.9126887808957562)
+
+
+def test_precision_and_recall_are_torch_fidelitys(two_sets):
+  a, b = two_sets
+  assert images.precision_recall_of(b, a) == pytest.approx((0.95, 0.5))
+
+
+def test_precision_falls_for_fakes_off_the_manifold_and_recall_for_modes_that_are_missing():
+  rng = np.random.default_rng(1)
+  left, right, far = (rng.normal((place, 0), size=(50, 2)) for place in (-20, 20, 500))
+  both = np.concatenate([left, right])
+  precision, recall = images.precision_recall_of(both, rng.normal((-20, 0), size=(50, 2)))
+  assert precision > 0.8 and 0.3 < recall < 0.55
+  precision, recall = images.precision_recall_of(both, np.concatenate([both + 0.01, far, far + 0.01]))
+  assert precision == pytest.approx(0.5, abs=0.02) and recall > 0.9
+
+
+def test_distances_in_blocks_are_those_of_the_whole(two_sets, monkeypatch):
+  a, b = two_sets
+  whole = images.precision_recall_of(a, b), images.cmmd_of(a, b)
+  monkeypatch.setattr(images, "_ROWS", 7)
+  assert images.precision_recall_of(a, b) == whole[0]
+  assert images.cmmd_of(a, b) == pytest.approx(whole[1], rel=1e-12)
+
+
+def test_cmmd_is_the_definition_on_unit_features(two_sets):
+  x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in two_sets)
+
+  def kernel(p, q):
+    return np.exp(-np.square(p[:, None] - q[None]).sum(-1) / 200).mean()
+
+  expected = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+  assert images.cmmd_of(*two_sets) == pytest.approx(expected, rel=1e-9)
+  assert images.cmmd(stream(0, 20), stream(0, 20), flat) == pytest.approx(0, abs=1e-9)
+
+
+class Colours:
+  """Embeds a picture as its mean colour, and a text by the colour it names."""
+
+  def embed_image(self, pictures):
+    mean = pictures.mean(axis=(1, 2))
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+  def embed_text(self, texts):
+    return np.stack([np.eye(3)[["red", "green", "blue"].index(text)] for text in texts])
+
+
+def test_clip_score_of_pictures_takes_each_with_its_text():
+  pictures = np.zeros((3, 2, 2, 3), np.uint8)
+  pictures[[0, 1, 2], ..., [0, 1, 1]] = 255  # red, green, green
+  cut = np.split(pictures, [1])
+  assert images.clip_score(cut, ["red", "green", "blue"], Colours()) == pytest.approx(200 / 3)
+  with pytest.raises(UserError, match="only 2 texts"):
+    images.clip_score(cut, ["red", "green"], Colours())

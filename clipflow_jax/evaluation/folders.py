@@ -1,0 +1,125 @@
+"""Two folders of pictures, compared: `clipflow evaluate --tasks=fid,kid --real=DIR --fake=DIR --inception=DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from clipflow_jax.data.images import FORMATS
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import images
+from clipflow_jax.evaluation.inception import Extractor
+
+TASKS = ("fid", "kid", "is", "precision_recall")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+_TOGETHER = 64  # pictures read before they are looked at
+_SUBSET = 1000  # features in each of KID's draws, as in print
+
+
+def pictures(folder: Path) -> Iterator[np.ndarray]:
+  """The pictures of a folder and those in it, by name, as u8[n,H,W,3]: n of one size one behind the other.
+
+  They keep their size: how it changes is part of a metric. UserError for a folder without pictures, and for a
+  picture that cannot be read: a metric of fewer pictures than one believes is worse than none.
+  """
+  files = list_pictures(folder)
+  held: list[np.ndarray] = []
+  for file in files:
+    image = _read(file)
+    if held and (image.shape != held[0].shape or len(held) == _TOGETHER):
+      yield np.stack(held)
+      held = []
+    held.append(image)
+  yield np.stack(held)
+
+
+def list_pictures(folder: Path) -> list[Path]:
+  """The files of `pictures`. UserError where there are none."""
+  if not folder.is_dir():
+    raise UserError(f"there is no folder {folder}: give one with pictures")
+  files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS)
+  if not files:
+    raise UserError(f"{folder} has no pictures: none of {', '.join(_ENDINGS)}")
+  return files
+
+
+def _read(file: Path) -> np.ndarray:
+  try:
+    with Image.open(file, formats=FORMATS) as image:
+      return np.asarray(image.convert("RGB"))
+  except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+    raise UserError(f"{file} cannot be read as a picture ({error}); mend or remove it") from error
+
+
+def check(tasks: Sequence[str], real: Path | None, fake: Path | None) -> None:
+  """UserError for what `compare` cannot do, before anything is loaded."""
+  unknown = [task for task in tasks if task not in TASKS]
+  if unknown:
+    raise UserError(f"no task {unknown[0]!r} of folders; choose of {', '.join(TASKS)}")
+  if fake is None or (real is None and tuple(tasks) != ("is",)):
+    raise UserError(f"the tasks {', '.join(tasks)} need --real=DIR and --fake=DIR")
+  if real is not None and real.suffix == ".npz":
+    if tuple(tasks) != ("fid",):
+      raise UserError(f"{real} holds statistics, of which only fid can be made; for other tasks give the folder")
+  elif real is not None:
+    list_pictures(real)
+  list_pictures(fake)
+
+
+def compare(tasks: Sequence[str], real: Path | None, fake: Path, extractor: Extractor) -> dict[str, Any]:
+  """{metric: value} of the tasks, each picture looked at once.
+
+  real: a folder, or an .npz of mu and sigma as pytorch-fid writes. For fid alone memory does not grow with the
+  number of pictures; the other tasks keep 8 to 12 KB of features for each.
+  """
+  check(tasks, real, fake)
+  keeps = set(tasks) != {"fid"}
+  ours = _Seen(extractor, keeps).add(fake)
+  metrics: dict[str, Any] = {"pictures_fake": ours.moments.count}
+  if real is not None:
+    theirs = _Seen(extractor, keeps)
+    if real.suffix == ".npz":
+      theirs.moments = images.Moments.load(real)
+    else:
+      metrics["pictures_real"] = theirs.add(real).moments.count
+  if "fid" in tasks:
+    a, b = ours.moments, theirs.moments
+    if a.mean.shape != b.mean.shape:
+      raise UserError(f"{real} holds statistics of {b.mean.size} features; Inception has {a.mean.size}")
+    metrics["fid"] = images.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+  if "kid" in tasks:
+    size = min(_SUBSET, ours.moments.count, theirs.moments.count)
+    metrics["kid"], metrics["kid_deviation"] = images.kid_of(theirs.all(), ours.all(), size=size)
+    metrics["kid_subset"] = size
+  if "is" in tasks:
+    score = images.inception_score_of(np.concatenate(ours.logits))
+    metrics["inception_score"], metrics["inception_score_deviation"] = score
+  if "precision_recall" in tasks:
+    metrics["precision"], metrics["recall"] = images.precision_recall_of(theirs.all(), ours.all())
+  return metrics
+
+
+class _Seen:
+  """Moments of a folder's features, and the features themselves where they are kept."""
+
+  def __init__(self, extractor: Extractor, keeps: bool):
+    self.extractor, self.keeps = extractor, keeps
+    self.moments = images.Moments()
+    self.features: list[np.ndarray] = []
+    self.logits: list[np.ndarray] = []
+
+  def add(self, folder: Path) -> _Seen:
+    for batch in pictures(folder):
+      features, logits = self.extractor.both(batch)
+      self.moments.add(features)
+      if self.keeps:
+        self.features.append(features)
+        self.logits.append(logits)
+    return self
+
+  def all(self) -> np.ndarray:
+    return np.concatenate(self.features)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import folders, images
+
+
+class MeanColours:
+  """In Inception's place: a picture's features are its mean colours in quarters; it counts what it is shown."""
+
+  def __init__(self):
+    self.seen = 0
+
+  def both(self, pictures):
+    self.seen += len(pictures)
+    n, height, width, _ = pictures.shape
+    quarters = pictures.reshape(n, 2, height // 2, 2, width // 2, 3).mean(axis=(2, 4)).reshape(n, -1)
+    return quarters, quarters[:, :5] / 50
+
+
+def write(folder, seed, n, top=256):
+  rng = np.random.default_rng(seed)
+  for i in range(n):
+    side = 4 + 2 * (i % 3 == 2)
+    path = folder / ("more" if i % 2 else "") / f"{i:03d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, top, (side, side, 3), dtype=np.uint8)).save(path)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("sets")
+  return write(folder / "real", 0, 30), write(folder / "fake", 1, 25, top=200)
+
+
+def test_pictures_of_a_folder_come_by_name_at_their_own_size(sets, monkeypatch):
+  monkeypatch.setattr(folders, "_TOGETHER", 2)
+  found = list(folders.pictures(sets[0]))
+  assert all(batch.dtype == np.uint8 and len(batch) <= 2 for batch in found)
+  files = folders.list_pictures(sets[0])
+  assert files == sorted(files) and len(files) == 30
+  singles = [image for batch in found for image in batch]
+  for file, image in zip(files, singles, strict=True):
+    np.testing.assert_array_equal(image, np.asarray(Image.open(file)))
+
+
+def test_every_task_looks_once_at_each_picture(sets):
+  extractor = MeanColours()
+  found = folders.compare(folders.TASKS, *sets, extractor)
+  assert extractor.seen == found["pictures_real"] + found["pictures_fake"] == 55
+  real, fake = (np.concatenate([MeanColours().both(batch)[0] for batch in folders.pictures(f)]) for f in sets)
+  assert found["fid"] == pytest.approx(images.frechet_distance_of(real, fake), rel=1e-9)
+  assert (found["kid"], found["kid_deviation"]) == pytest.approx(images.kid_of(real, fake, size=25))
+  assert (found["precision"], found["recall"]) == images.precision_recall_of(real, fake)
+  assert found["inception_score"] == images.inception_score_of(fake[:, :5] / 50)[0]
+  assert found["kid_subset"] == 25
+
+
+def test_saved_statistics_take_a_folders_place(sets, tmp_path):
+  real, fake = sets
+  extractor = MeanColours()
+  expected = folders.compare(["fid"], real, fake, extractor)["fid"]
+  images.moments(folders.pictures(real), lambda x: extractor.both(x)[0]).save(tmp_path / "real.npz")
+  found = folders.compare(["fid"], tmp_path / "real.npz", fake, extractor)
+  assert found == {"pictures_fake": 25, "fid": pytest.approx(expected, rel=1e-9)}
+  np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+  with pytest.raises(UserError, match="of 3 features; Inception has 12"):
+    folders.compare(["fid"], tmp_path / "other.npz", fake, extractor)
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_loaded(sets, tmp_path):
+  real, fake = sets
+  (tmp_path / "empty").mkdir()
+  for tasks, a, b, says in [
+    (["fids"], real, fake, "no task 'fids' of folders; choose of fid, kid"),
+    (["fid"], real, None, "need --real=DIR and --fake=DIR"),
+    (["fid"], None, fake, "need --real=DIR and --fake=DIR"),
+    (["fid"], tmp_path / "nowhere", fake, "there is no folder .*nowhere"),
+    (["fid"], tmp_path / "empty", fake, "has no pictures"),
+    (["kid"], tmp_path / "a.npz", fake, "only fid can be made"),
+  ]:
+    with pytest.raises(UserError, match=says):
+      folders.compare(tasks, a, b, None)
+
+
+def test_a_picture_that_cannot_be_read_ends_it_with_its_name(sets, tmp_path):
+  folder = write(tmp_path / "broken", 0, 3)
+  (folder / "002.png").write_bytes(b"no picture")
+  with pytest.raises(UserError, match=r"002.png cannot be read as a picture .* mend or remove it"):
+    folders.compare(["fid"], sets[0], folder, MeanColours())
