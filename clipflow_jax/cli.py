@@ -124,14 +124,23 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(
     _prepare,
-    "make a clean folder of captioned pictures from others",
+    "make shards of clean captioned pictures from any source; the same command resumes",
     "clipflow prepare --source=folder --input=photos,drawings --output=data --size=60",
   )
-  sub.add_argument("--source", choices=["folder"], default="folder")
-  sub.add_argument("--input", required=True, help="folders with captions.jsonl, separated by commas")
+  sub.add_argument("--source", default="folder", help="folder, parquet, webdataset, tfds:NAME or prepared")
+  sub.add_argument("--input", required=True, help="files or folders, separated by commas; of tfds, where its data lies")
   sub.add_argument("--output", type=Path, required=True)
   sub.add_argument("--size", type=int, default=60, help="pixels of the square pictures written")
   sub.add_argument("--fit", choices=["crop", "pad"], default="crop", help="how a picture becomes square")
+  sub.add_argument("--format", choices=["png", "jpeg", "webp"], default="png", help="how pictures are stored")
+  sub.add_argument("--min-side", type=int, default=1, help="leave out pictures whose shorter side has fewer pixels")
+  sub.add_argument("--max-aspect", type=float, default=float("inf"), help="and those that are so many times longer")
+  sub.add_argument("--min-caption", type=int, default=1, help="leave out captions of fewer characters")
+  sub.add_argument("--max-caption", type=int, default=2**31, help="and those of more")
+  sub.add_argument("--dedup", action="store_true", help="of pictures that look the same keep the first")
+  sub.add_argument("--max-bad-fraction", type=float, default=0.1, help="stop when more records cannot be read")
+  sub.add_argument("--option", action="append", default=[], help="KEY=VALUE, another setting of the source; repeatable")
+  sub.add_argument("--beam", action="append", default=[], help="use Apache Beam, with its option --runner=...; repeatable")
 
   sub = command(
     _plan,
@@ -242,9 +251,25 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+  from clipflow_jax.data import sources
   from clipflow_jax.data.prepare import prepare
+  from clipflow_jax.data.shard import Filters
 
-  prepare(options.input.split(","), options.output, size=options.size, fit=options.fit)
+  settings = dict(kind=options.source, path=options.input, size=options.size, fit=options.fit)
+  for option in options.option:
+    key, equals, value = option.partition("=")
+    if not equals:
+      raise UserError(f"--option={option} is not of the form KEY=VALUE")
+    settings[key] = value
+  prepare(
+    sources.make(settings, "all"),
+    options.output,
+    filters=Filters(options.min_side, options.max_aspect, options.min_caption, options.max_caption),
+    dedup=options.dedup,
+    format=options.format,
+    max_bad_fraction=options.max_bad_fraction,
+    runner=options.beam,
+  )
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = quickstart.get_config("fast=1" if options.fast else "")
   for name in config.order:
     stage = config.stages[name]
-    stage.data.source = dict(kind="folder", path=options.path, size=60)
+    stage.data.source = dict(kind="prepared", path=options.path, size=60)
     stage.data.length = LENGTH[name]
     stage.data.threads = 2
     stage.tokenizer = dict(vocabulary=4096, examples=20000)

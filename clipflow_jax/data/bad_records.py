@@ -6,7 +6,7 @@ import collections
 import functools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -55,9 +55,9 @@ class BadRecords:
       try:
         result = fn(*args, **kwargs)
       except BadRecord as error:
-        self._count(error)
+        self.add(1, {error.kind: 1}, [(error.name, error.why)])
         return None
-      self._count(None)
+      self.add(1, {}, ())
       return result
 
     return guarded
@@ -68,15 +68,18 @@ class BadRecords:
     names = "; ".join(f"{name} ({why})" for name, why in list(self.named.items())[:SHOWN])
     return f"{self.bad} of {self.seen} records are bad ({kinds}): {names}"
 
-  def _count(self, error: BadRecord | None) -> None:
+  def add(self, seen: int, kinds: Mapping[str, int], named: Iterable[tuple[str, str]]) -> None:
+    """Counts `seen` more records, of which so many of each kind were bad, the first of them (name, reason).
+
+    Raises UserError as a guarded function does.
+    """
     with self._lock:
-      self.seen += 1
-      if error is not None:
-        kind = error.why.partition(":")[0]
-        self.kinds[kind] += 1
-        if error.name not in self.named and len(self.named) < self.limit:
-          self.named[error.name] = error.why
-          self._write({"name": error.name, "kind": kind, "why": error.why})
+      self.seen += seen
+      self.kinds.update(kinds)
+      for name, why in named:
+        if name not in self.named and len(self.named) < self.limit:
+          self.named[name] = why
+          self._write({"name": name, "kind": BadRecord(name, why).kind, "why": why})
       if self.seen >= MIN_SEEN and self.bad > self.max_fraction * self.seen:
         more = "" if self.path is None else f"; more names are in {self.path}"
         raise UserError(f"{self.summary()}{more}; mend them or allow more than the fraction {self.max_fraction}")

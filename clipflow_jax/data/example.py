@@ -12,7 +12,7 @@ class Example:
   """One captioned picture."""
 
   id: str
-  image: np.ndarray  # u8[H,W,3]
+  image: np.ndarray  # u8[H,W,3], or its cached features bf16[T,C]
   captions: tuple[str, ...]  # texts it may be drawn from
   description: str  # the answer to "describe the picture."
   questions: tuple[tuple[str, str], ...]  # (question, answer)
@@ -25,6 +25,11 @@ class BadRecord(Exception):
     super().__init__(name, why)
     self.name = name
     self.why = why
+
+  @property
+  def kind(self) -> str:
+    """What stands before the colon of the reason: few distinct ones, to count by."""
+    return self.why.partition(":")[0]
 
   def __str__(self) -> str:
     return f"{self.name}: {self.why}"

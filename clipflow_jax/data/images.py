@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,18 @@ def decode(source: bytes | Path, size: int, *, fit: str = "crop", name: str | No
   with Pillow's antialiased bicubic filter. Raises BadRecord(name, why) for what cannot be read; the name is
   the path where none is given.
   """
-  name = name or (str(source) if isinstance(source, Path) else "bytes")
+  with opened(source, name or (str(source) if isinstance(source, Path) else "bytes")) as image:
+    return square(image, size, fit=fit)
+
+
+@contextlib.contextmanager
+def opened(source: bytes | Path, name: str) -> Iterator[Image.Image]:
+  """The picture, its pixels not yet unpacked. Raises BadRecord for it, also for what Pillow finds while it is open."""
   try:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise BadRecord(name, f"too large: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
-      return square(image, size, fit=fit)
+      yield image
   except BadRecord:
     raise
   except Image.DecompressionBombError as error:

@@ -1,7 +1,7 @@
-"""`clipflow prepare`: any folder of captioned pictures to a clean one, every picture decoded once.
+"""`clipflow prepare`: any source to shards of clean pictures of one size, every picture decoded once.
 
-The result is a folder as FolderSource reads it: images/NNNNNN.png, all of one size, and captions.jsonl;
-beside them statistics.json, contact_sheet.png and, where something was left out, data_errors.jsonl.
+The result is a folder as PreparedSource reads it: shards NNNNN.array_record, manifest.json and index.npy; beside them
+statistics.json, contact_sheet.png and, where records were bad, data_errors.jsonl.
 """
 
 from __future__ import annotations
@@ -10,166 +10,147 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from clipflow_jax.data import beam, duplicates
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import BadRecord, Example
-from clipflow_jax.data.sources import CAPTIONS, FolderSource, folder_paths
+from clipflow_jax.data.prepared import INDEX, MANIFEST, PreparedSource, read_manifest
+from clipflow_jax.data.shard import FORMATS, PARTS, Filters, Job
+from clipflow_jax.data.sources import Source
+from clipflow_jax.data.stored import StoredSource
 from clipflow_jax.errors import UserError
 
-STATISTICS = "statistics.json"
-CONTENTS = {"images", CAPTIONS, STATISTICS, "contact_sheet.png", "data_errors.jsonl"}
-CHUNK = 1024  # pictures between two lines of progress
+STATISTICS, REQUEST, ERRORS = "statistics.json", "request.json", "data_errors.jsonl"
 
 
 def prepare(
-  inputs: str | Path | Iterable[str | Path],
+  source: Source,
   output: str | Path,
   *,
-  size: int,
-  fit: str = "crop",
-  min_caption: int = 1,
+  filters: Filters = Filters(),  # noqa: B008 - frozen
+  dedup: bool = False,
+  format: str = "png",
+  max_bad_fraction: float = 0.1,
+  length: int = 4096,
   workers: int | None = None,
+  runner: Sequence[str] = (),
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Decodes the pictures of the folders `inputs` to `size` x `size` and writes the folder `output`.
+  """Writes the pictures of `source`, of split "all", as squares of its size, with their texts, to the folder `output`.
 
-  Captions with fewer than `min_caption` characters are dropped, and pictures with none left. Records keep
-  their ids, so the test split of the result is that of the inputs. The folder appears whole or not at all:
-  it is written as OUTPUT.partial and renamed. Where `output` already is the result of the same request
-  nothing is done. Returns the contents of statistics.json. Raises UserError for anything else at `output`
-  and for inputs without a single good record.
+  dedup: of pictures that look the same only the first is kept. length: records that go into a shard. runner: options of
+  an Apache Beam pipeline that writes the shards; without any, `workers` threads do.
+
+  The folder appears whole or not at all: it is written as OUTPUT.partial, shard by shard, and renamed. Killed at any
+  point, the same request goes on after the last complete shard, to the same bytes. Where `output` already is the result
+  of this request its checksums are compared, and nothing else is done. Records keep their ids and their splits.
+
+  Returns the contents of statistics.json. Raises UserError for anything else at `output`, for inputs that changed since
+  a killed run began, for more bad records than `max_bad_fraction` and for inputs without a single good one.
   """
+  if not isinstance(source, StoredSource) or source.split != "all":
+    raise UserError(f"{source!r} cannot be prepared: give a source on disk, of split 'all'")
+  if format not in FORMATS:
+    raise UserError(f"pictures are stored as one of {', '.join(FORMATS)}, not as {format!r}")
   output = Path(output)
-  folders = folder_paths(inputs)
-  source = FolderSource(folders, size, "all", fit=fit)
   request = {
-    "inputs": [_fingerprint(folder) for folder in folders],
-    "size": size,
-    "fit": fit,
-    "min_caption": min_caption,
+    "inputs": source.fingerprint(),
+    "source": {key: value for key, value in _settings(source).items() if key != "path"},
+    "filters": _settings(filters),
+    "dedup": dedup,
+    "format": format,
+    "length": length,
   }
-  done = _finished(output)
-  if done is not None and done["request"] == request:
-    say(f"{output} already holds these {done['written']} pictures")
-    return done
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    what = "was prepared from other inputs or settings" if done is not None else "exists"
-    raise UserError(f"{output} {what}: give another output, or remove it first")
-  partial = _start_afresh(output.with_name(output.name + ".partial"))
+  request = json.loads(json.dumps(request))  # as it is read again
+  if _is_finished(output, request):
+    _verify(output)
+    shutil.rmtree(output / PARTS, ignore_errors=True)  # killed before it was gone
+    say(f"{output} already holds these {read_manifest(output)['records']} pictures, and its checksums are right")
+    return json.loads((output / STATISTICS).read_text(encoding="utf-8"))
+  partial = _begin(output.with_name(output.name + ".partial"), request)
 
-  bad = BadRecords(partial / "data_errors.jsonl", max_fraction=1.0, limit=len(source))
-  result = bad.guard(Future.result)  # counted here, in order, not where the threads meet them
-  tally = _Tally()
-  with (
-    ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool,
-    (partial / CAPTIONS).open("w", encoding="utf-8") as captions,
-  ):
-    for start in range(0, len(source), CHUNK):
-      chunk = range(start, min(start + CHUNK, len(source)))
-      for future in [pool.submit(_write_picture, source, i, min_caption, partial) for i in chunk]:
-        written = result(future)
-        if written is not None:
-          captions.write(json.dumps(written.row, ensure_ascii=False) + "\n")
-          tally.add(written)
-      say(f"{chunk.stop} of {len(source)} records read, {bad.bad} bad")
-  if not tally.pictures:
+  job = Job(source, partial, filters, format, length, workers or min(8, os.cpu_count() or 1))
+  bad = BadRecords(partial / ERRORS, max_bad_fraction)
+  if runner:
+    beam.write(job, runner)
+  parts = []
+  for number in range(len(job)):
+    part = job.part(number) or job.write(number)
+    bad.add(part["seen"], part["bad"], part["named"])
+    parts.append(part)
+    say(f"{number + 1} of {len(job)} shards, {bad.seen} of {len(source)} records read, {bad.bad} bad")
+  if not any(part["shard"] for part in parts):
     shutil.rmtree(partial)
-    raise UserError(f"nothing to prepare: {bad.summary()}")
+    raise UserError(f"nothing to prepare: {bad.summary()}; {len(source) - bad.bad} are left out by filters")
 
-  statistics = {
-    "request": request,
-    "records": len(source),
-    "bad": dict(bad.kinds),
-    **tally.statistics(),
-  }
-  (partial / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
-  contact_sheet(FolderSource(partial, size, "all")).save(partial / "contact_sheet.png")
+  statistics = _finish(partial, parts, request)
   partial.rename(output)
-  say(f"{output}: {tally.pictures} pictures" + (f"; {bad.summary()}" if bad.bad else ""))
+  shutil.rmtree(output / PARTS)
+  say(f"{output}: {statistics['written']} pictures" + (f"; {bad.summary()}" if bad.bad else ""))
   return statistics
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-  """What is kept of one picture after its file is written."""
-
-  row: dict[str, Any]  # its line of captions.jsonl
-  mean: np.ndarray  # f64[3] of the pixels in [0, 1]
-  square: np.ndarray  # f64[3], mean of the squares
-
-
-def _write_picture(source: FolderSource, i: int, min_caption: int, directory: Path) -> _Written:
-  example = source[i]
-  captions = [caption for caption in example.captions if len(caption) >= min_caption]
-  if not captions:
-    raise BadRecord(example.id, f"short caption: fewer than {min_caption} characters")
-  file = f"images/{i:06d}.png"
-  Image.fromarray(example.image).save(directory / file)
-  unit = example.image / 255.0
-  return _Written(_row(example, captions, file), unit.mean((0, 1)), np.square(unit).mean((0, 1)))
-
-
-def _row(example: Example, captions: list[str], file: str) -> dict[str, Any]:
-  row: dict[str, Any] = {"file": file, "id": example.id, "captions": captions}
-  if example.questions:
-    row["conversations"] = [
-      turn
-      for question, answer in example.questions
-      for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
-    ]
-  return row
+def _finish(folder: Path, parts: list[dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
+  """What lies beside the shards, from what is known of each. Returns the statistics."""
+  rows: dict[str, list] = {name: [x for part in parts for x in part["rows"][name]] for name in parts[0]["rows"]}
+  shares = np.array(rows["share"])
+  same = duplicates.find(rows["hash"], rows["mean"]) if request["dedup"] else np.zeros(0, np.int64)
+  shares[same] = np.nan
+  kept = np.flatnonzero(shares >= 0)
+  np.save(folder / INDEX, shares)
+  manifest = {
+    "records": len(kept),
+    "shards": [part["shard"] for part in parts if part["shard"]],
+    "index_sha256": _sha256(folder / INDEX),
+    "request": request,
+  }
+  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+  left_out = sum((collections.Counter(part["left_out"]) for part in parts), collections.Counter())
+  statistics = {
+    "records": sum(part["seen"] for part in parts),
+    "bad": dict(sorted(sum((collections.Counter(part["bad"]) for part in parts), collections.Counter()).items())),
+    "left_out": dict(sorted(left_out.items())) | ({"duplicate": len(same)} if len(same) else {}),
+    **_statistics({name: [values[i] for i in kept] for name, values in rows.items()}),
+  }
+  (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+  contact_sheet(PreparedSource(folder, 128, "all")).save(folder / "contact_sheet.png")
+  return statistics
 
 
-class _Tally:
-  """Running statistics of the pictures and captions written."""
-
-  def __init__(self) -> None:
-    self.pictures = 0
-    self.questions = 0
-    self.lengths: collections.Counter[int] = collections.Counter()  # of captions, in words
-    self.words: set[str] = set()
-    self.mean, self.square = np.zeros(3), np.zeros(3)
-
-  def add(self, written: _Written) -> None:
-    self.pictures += 1
-    self.questions += len(written.row.get("conversations", ())) // 2
-    for caption in written.row["captions"]:
-      words = caption.lower().split()
-      self.lengths[len(words)] += 1
-      self.words.update(words)
-    self.mean += written.mean
-    self.square += written.square
-
-  def statistics(self) -> dict[str, Any]:
-    captions = self.lengths.total()
-    mean = self.mean / self.pictures
-    deviation = np.sqrt(np.maximum(self.square / self.pictures - mean**2, 0))
-    return {
-      "written": self.pictures,
-      "captions": captions,
-      "questions": self.questions,
-      "caption_words": {
-        "min": min(self.lengths),
-        "mean": round(sum(length * count for length, count in self.lengths.items()) / captions, 3),
-        "max": max(self.lengths),
-      },
-      "distinct_words": len(self.words),
-      "pixel_mean": mean.round(4).tolist(),
-      "pixel_std": deviation.round(4).tolist(),
-    }
+def _statistics(rows: dict[str, list]) -> dict[str, Any]:
+  words = [count for captions in rows["words"] for count in captions]
+  mean = np.mean(rows["mean"], 0)
+  deviation = np.sqrt(np.maximum(np.mean(rows["square"], 0) - mean**2, 0))
+  return {
+    "written": len(rows["words"]),
+    "captions": len(words),
+    "questions": sum(rows["questions"]),
+    "caption_words": _spread(words),
+    "shorter_side": _spread(rows["side"]),
+    "pixel_mean": mean.round(4).tolist(),
+    "pixel_std": deviation.round(4).tolist(),
+  }
 
 
-def contact_sheet(source: FolderSource, columns: int = 8, rows: int = 6) -> Image.Image:
+def _spread(values: list[int]) -> dict[str, float]:
+  return {
+    "min": min(values),
+    "median": float(np.median(values)),
+    "mean": round(float(np.mean(values)), 3),
+    "max": max(values),
+  }
+
+
+def contact_sheet(source: StoredSource, columns: int = 8, rows: int = 6) -> Image.Image:
   """Up to columns x rows evenly spaced examples, each with the start of its caption, for the eye to judge."""
   chosen = np.linspace(0, len(source) - 1, min(columns * rows, len(source))).astype(int)
   side, lines, line = 128, 3, 12
@@ -184,26 +165,50 @@ def contact_sheet(source: FolderSource, columns: int = 8, rows: int = 6) -> Imag
   return sheet
 
 
-def _fingerprint(folder: Path) -> dict[str, str]:
-  """What makes a folder the same input: its name and its captions."""
-  sha256 = hashlib.sha256((folder / CAPTIONS).read_bytes()).hexdigest()
-  return {"folder": folder.resolve().name, "captions_sha256": sha256}
+def _settings(of: Any) -> dict[str, Any]:
+  """The fields of a dataclass as JSON has them."""
+  values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of) if field.init}
+  return {name: None if value == math.inf else value for name, value in values.items()}
 
 
-def _finished(output: Path) -> dict[str, Any] | None:
-  """The statistics of an earlier prepare, or None."""
+def _is_finished(output: Path, request: dict[str, Any]) -> bool:
+  """Whether `output` is the result of `request`; UserError where it is anything else than that, or nothing."""
+  if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    return False
   try:
-    statistics = json.loads((output / STATISTICS).read_text())
-    return statistics if {"request", "written"} <= statistics.keys() else None
-  except (OSError, ValueError, AttributeError):
-    return None
+    if read_manifest(output)["request"] == request:
+      return True
+    what = "was prepared from other inputs or settings"
+  except UserError:
+    what = "exists"
+  raise UserError(f"{output} {what}: give another output, or remove it first")
 
 
-def _start_afresh(partial: Path) -> Path:
-  """An empty folder to write in; what an interrupted prepare left there is removed, and nothing else."""
-  if partial.exists():
-    if not partial.is_dir() or not {path.name for path in partial.iterdir()} <= CONTENTS:
-      raise UserError(f"{partial} is in the way and was not written by prepare: move it")
-    shutil.rmtree(partial)
-  (partial / "images").mkdir(parents=True)
+def _verify(folder: Path) -> None:
+  manifest = read_manifest(folder)
+  expected = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} | {INDEX: manifest["index_sha256"]}
+  for name, sha256 in expected.items():
+    if not (folder / name).is_file() or _sha256(folder / name) != sha256:
+      raise UserError(f"{folder / name} is damaged, its checksum is not that of {MANIFEST}: remove {folder}")
+
+
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _begin(partial: Path, request: dict[str, Any]) -> Path:
+  """The folder to write in: new, or that of a killed run of the same request; no other is touched."""
+  file = partial / PARTS / REQUEST
+  if file.is_file():
+    if json.loads(file.read_text(encoding="utf-8")) != request:
+      raise UserError(f"{partial} was begun from other inputs or settings, or the inputs changed since: remove it")
+    (partial / ERRORS).unlink(missing_ok=True)  # written anew from what is known of each shard
+    return partial
+  if partial.exists() and (not partial.is_dir() or {path.name for path in partial.iterdir()} - {PARTS}):
+    raise UserError(f"{partial} is in the way and was not written by prepare: move it")
+  (partial / PARTS).mkdir(parents=True, exist_ok=True)
+  new = file.with_suffix(".partial")
+  new.write_text(json.dumps(request), encoding="utf-8")
+  os.replace(new, file)
   return partial

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clipflow_jax.data import sources
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.data.prepare import prepare
-from clipflow_jax.data.sources import FolderSource
+from clipflow_jax.data.prepared import PreparedSource
+from clipflow_jax.data.shard import Filters, Job
 from clipflow_jax.errors import UserError
+from tests import tiny_data
 
 
 @pytest.fixture
@@ -42,10 +52,18 @@ def quiet(_: str) -> None:
   pass
 
 
+def run(path, output: Path, *, size: int = 16, **options):
+  return prepare(FolderSource(path, size, "all"), output, **{"length": 4, "say": quiet, **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_result_is_the_clean_part_of_the_input(pictures, tmp_path):
   output = tmp_path / "out"
-  statistics = prepare(pictures, output, size=16, min_caption=2, say=quiet)
-  source, prepared = FolderSource(pictures, 16, "all"), FolderSource(output, 16, "all")
+  statistics = run(pictures, output, filters=Filters(min_caption=2))
+  source, prepared = FolderSource(pictures, 16, "all"), PreparedSource(output, 16, "all")
   good = [i for i in range(len(source)) if i not in (5, 6, 7, 15)]
   assert len(prepared) == len(good) == 12
   for i, j in enumerate(good):
@@ -54,88 +72,223 @@ def test_the_result_is_the_clean_part_of_the_input(pictures, tmp_path):
     assert (a.id, a.description, a.questions) == (b.id, b.description, b.questions)
     assert a.captions == b.captions[:1]  # "x" is too short
   assert statistics["records"] == 16
-  assert statistics["bad"] == {
-    "cannot be decoded": 1,
-    "missing file": 1,
-    "short caption": 1,
-    "not JSON": 1,
-  }
+  assert statistics["bad"] == {"cannot be decoded": 1, "missing file": 1, "not JSON": 1}
+  assert statistics["left_out"] == {"short caption": 1}
   errors = [json.loads(line)["name"] for line in (output / "data_errors.jsonl").read_text().splitlines()]
-  expected = [f"{pictures}/damaged.png", f"{pictures}/missing.png", "pictures/short.png"]
-  assert sorted(errors) == sorted([*expected, f"{pictures}/captions.jsonl:16"])
+  assert errors == [f"{pictures}/damaged.png", f"{pictures}/missing.png", f"{pictures}/captions.jsonl:16"]
 
 
-def test_the_test_split_of_the_result_is_that_of_the_input(pictures, tmp_path):
-  prepare(pictures, tmp_path / "renamed", size=16, min_caption=2, say=quiet)
+def test_the_splits_of_the_result_are_those_of_the_input(pictures, tmp_path):
+  run(pictures, tmp_path / "renamed", filters=Filters(min_caption=2))
 
-  def ids(path: Path) -> set[str]:
-    source = FolderSource(path, split="test", test_fraction=0.5)
-    return {source.record(i).id for i in range(len(source)) if "broken" not in str(i)}
+  def ids(source) -> set[str]:
+    examples = (BadRecords(None, 1.0).guard(source.__getitem__)(i) for i in range(len(source)))
+    return {example.id for example in examples if example and example.captions != ("x",)}
 
-  prepared = ids(tmp_path / "renamed")
-  assert prepared
-  whole = FolderSource(pictures, split="all")
-  good = {whole.record(i).id for i in range(15) if i not in (5, 6, 7)}
-  source = FolderSource(pictures, split="train", test_fraction=0.5)
-  train = {source.record(i).id for i in range(len(source) - 1)}
-  assert prepared <= good and not prepared & train
+  for split in ("train", "test"):
+    options = dict(split=split, test_fraction=0.5)
+    found = ids(PreparedSource(tmp_path / "renamed", **options))
+    assert found and found == ids(FolderSource(pictures, **options))
 
 
 def test_statistics_are_those_of_what_was_written(pictures, tmp_path):
-  statistics = prepare(pictures, tmp_path / "out", size=16, min_caption=2, say=quiet)
-  pixels = np.stack([FolderSource(tmp_path / "out", 16, "all")[i].image for i in range(12)]) / 255
+  statistics = run(pictures, tmp_path / "out", filters=Filters(min_caption=2))
+  pixels = np.stack([PreparedSource(tmp_path / "out", 16, "all")[i].image for i in range(12)]) / 255
   np.testing.assert_allclose(statistics["pixel_mean"], pixels.mean((0, 1, 2)), atol=1e-4)
   np.testing.assert_allclose(statistics["pixel_std"], pixels.std((0, 1, 2)), atol=1e-4)
   assert (statistics["written"], statistics["captions"], statistics["questions"]) == (12, 12, 1)
-  assert statistics["caption_words"] == {"min": 3, "mean": 3.0, "max": 3}
-  assert statistics["distinct_words"] == 2 + 12
+  assert statistics["caption_words"] == {"min": 3, "median": 3.0, "mean": 3.0, "max": 3}
+  assert statistics["shorter_side"] == {"min": 20, "median": 20.0, "mean": 20.0, "max": 20}
   assert json.loads((tmp_path / "out" / "statistics.json").read_text()) == statistics
   with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
     assert sheet.width == 8 * 128 and sheet.height > 2 * 128
 
 
-def test_several_folders_become_one_in_the_same_bytes_each_time(pictures, tmp_path):
+def test_the_manifest_has_the_checksum_of_every_shard(pictures, tmp_path):
+  run(pictures, tmp_path / "out")
+  manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+  assert [shard["records"] for shard in manifest["shards"]] == [4, 2, 4, 3] and manifest["records"] == 13
+  for shard in manifest["shards"]:
+    data = (tmp_path / "out" / shard["file"]).read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+  assert not [name for name in contents(tmp_path / "out") if "part" in name]
+
+
+def test_several_folders_become_one_in_the_same_bytes_whatever_the_threads(pictures, tmp_path):
   other = tmp_path / "other"
   other.mkdir()
   Image.new("RGB", (9, 9), "red").save(other / "0.png")
   (other / "captions.jsonl").write_text('{"file": "0.png", "caption": "all réd"}\n', encoding="utf-8")
-  files = []
   for name, workers in (("one", 1), ("two", 4)):
-    prepare(f"{pictures},{other}", tmp_path / name, size=16, workers=workers, say=quiet)
-    files.append({path.relative_to(tmp_path / name): path for path in (tmp_path / name).rglob("*.*")})
-  assert files[0].keys() == files[1].keys()
-  for path, a in files[0].items():
-    assert a.read_bytes() == files[1][path].read_bytes()
-  source = FolderSource(tmp_path / "one", 16, "all")
+    run(f"{pictures},{other}", tmp_path / name, workers=workers)
+  assert contents(tmp_path / "one") == contents(tmp_path / "two")
+  source = PreparedSource(tmp_path / "one", 16, "all")
   assert source[len(source) - 1].captions == ("all réd",)
+
+
+FILTERED = {
+  "min_side": (Filters(min_side=20), "too small", {0, 2, 3}),
+  "max_aspect": (Filters(max_aspect=2), "too long", {0, 1, 3}),
+  "min_caption": (Filters(min_caption=3), "short caption", {0, 1, 2}),
+  "max_caption": (Filters(max_caption=6), "long caption", {1, 2, 3}),
+}
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_a_filter_leaves_out_what_does_not_fit_and_counts_it(tmp_path, name):
+  filters, kind, kept = FILTERED[name]
+  shapes = [((30, 30), "a square"), ((19, 30), "small"), ((61, 30), "wide"), ((20, 20), "x")]
+  data = [(f"{i}.png", tiny_data.picture(i, size), {"caption": text}) for i, (size, text) in enumerate(shapes)]
+  source = FolderSource(tiny_data.folder(tmp_path / "in", data), 16, "all")
+  statistics = prepare(source, tmp_path / "out", filters=filters, say=quiet)
+  result = PreparedSource(tmp_path / "out", 16, "all")
+  assert {int(result[i].id[-5]) for i in range(len(result))} == kept
+  assert statistics["left_out"] == {kind: 1} and statistics["bad"] == {}
+
+
+def test_of_pictures_that_look_the_same_the_first_is_kept(tmp_path):
+  data = [(f"{i}.png", tiny_data.noise(i), {"caption": f"{i}"}) for i in range(9)]
+  data[5] = ("5.jpg", tiny_data.noise(1, (48, 48), "JPEG"), {"caption": "1 again, larger and compressed"})
+  data[8] = ("8.png", tiny_data.noise(5), {"caption": "5, which is not in it"})
+  for colour in ("red", "blue"):  # flat: the same hash, another colour
+    Image.new("RGB", (24, 24), colour).save(tmp_path / f"{colour}.png")
+    data.append((f"{colour}.png", (tmp_path / f"{colour}.png").read_bytes(), {"caption": colour}))
+  folder = tiny_data.folder(tmp_path / "in", data)
+  statistics = run(folder, tmp_path / "out", dedup=True)
+  result = PreparedSource(tmp_path / "out", 16, "all")
+  assert [result[i].captions[0][0] for i in range(len(result))] == ["0", "1", "2", "3", "4", "6", "7", "5", "r", "b"]
+  assert statistics["left_out"] == {"duplicate": 1} and statistics["written"] == len(result) == 10
+  assert run(folder, tmp_path / "all")["written"] == 11
+
+
+def test_pictures_may_be_stored_as_jpeg_which_is_smaller_and_nearly_the_same(tmp_path):
+  folder = tiny_data.folder(
+    tmp_path / "in", [(f"{i}.png", tiny_data.noise(i, (64, 64)), {"caption": "x"}) for i in range(4)]
+  )
+  for format in ("png", "jpeg"):
+    run(folder, tmp_path / format, size=64, format=format)
+  png, jpeg = (PreparedSource(tmp_path / format, 64, "all") for format in ("png", "jpeg"))
+  assert np.abs(png[2].image.astype(int) - jpeg[2].image).mean() < 8
+  assert len(jpeg.record(2).picture) < len(png.record(2).picture) / 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset", "prepared"])
+def test_every_source_can_be_prepared(tmp_path, kind):
+  data = tiny_data.samples(6)
+  path = tmp_path / "in"
+  if kind == "parquet":
+    pytest.importorskip("pyarrow")
+    tiny_data.parquet(path / "a.parquet", data)
+  elif kind == "webdataset":
+    tiny_data.webdataset(path / "a.tar", data)
+  else:
+    tiny_data.folder(path, data)
+  if kind == "prepared":
+    run(path, tmp_path / "first", size=12)
+    path = tmp_path / "first"
+  source = sources.make({"kind": kind, "path": str(path), "size": 8}, "all")
+  prepare(source, tmp_path / "out", say=quiet, length=4)
+  result = sources.make({"kind": "prepared", "path": str(tmp_path / "out"), "size": 8}, "all")
+  for i in range(6):
+    np.testing.assert_array_equal(result[i].image, source[i].image)
+    assert (result[i].id, result[i].captions) == (source[i].id, (f"picture {i}",))
 
 
 def test_a_finished_output_of_the_same_request_is_kept_and_any_other_is_refused(pictures, tmp_path):
   said: list[str] = []
   output = tmp_path / "out"
-  first = prepare(pictures, output, size=16, say=said.append)
-  stamp = (output / "captions.jsonl").stat().st_mtime_ns
-  assert prepare([pictures], output, size=16, say=said.append) == first
-  assert "already holds" in said[-1]
-  assert (output / "captions.jsonl").stat().st_mtime_ns == stamp
+  first = run(pictures, output)
+  before = contents(output)
+  assert run([pictures], output, say=said.append) == first
+  assert "already holds these 13 pictures, and its checksums are right" in said[-1]
+  assert contents(output) == before
   with pytest.raises(UserError, match="prepared from other inputs or settings"):
-    prepare(pictures, output, size=24, say=quiet)
+    run(pictures, output, size=24)
   with pytest.raises(UserError, match="pictures exists: give another output"):
-    prepare(pictures, pictures, size=16, say=quiet)
+    run(pictures, pictures)
+  shard = output / "00001.array_record"
+  shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+  with pytest.raises(UserError, match="00001.array_record is damaged"):
+    run(pictures, output)
 
 
-def test_an_interrupted_run_leaves_no_output_and_is_begun_again(pictures, tmp_path):
-  output = tmp_path / "out"
+# Killed: at any point, the same request goes on to the same bytes.
 
+
+def _killed_in(pictures: Path, output: Path, place: str, count: int) -> None:
+  """In a process of its own: prepares, and is killed at the count-th call of os.replace, Path.rename or convert."""
+
+  def dying(fn):
+    def call(*args, **kwargs):
+      nonlocal count
+      count -= 1
+      if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+      return fn(*args, **kwargs)
+
+    return call
+
+  owner, name = {"replace": (os, "replace"), "convert": (Job, "convert"), "rename": (Path, "rename")}[place]
+  setattr(owner, name, dying(getattr(owner, name)))
+  run(pictures, output, dedup=True, workers=1)
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(pictures, tmp_path):
+  run(pictures, tmp_path / "whole", dedup=True)
+  expected = contents(tmp_path / "whole")
+  processes = multiprocessing.get_context("forkserver")  # clean processes, that import once for all
+  processes.set_forkserver_preload(["clipflow_jax.data.prepare", "array_record.python.array_record_data_source"])
+  rng = np.random.default_rng(0)
+  # Between shard and part, between parts and the end; and twice in a row wherever chance puts it.
+  points = [[("replace", 0)], [("rename", 0)], [("replace", 3)]]
+  points += [[("convert", int(n)), ("convert", int(m))] for n, m in rng.integers(0, 8, (1, 2))]
+  for number, kills in enumerate(points):
+    output = tmp_path / f"killed{number}"
+    for place, count in kills:
+      process = processes.Process(target=_killed_in, args=(pictures, output, place, count))
+      process.start()
+      process.join()
+      assert process.exitcode == -signal.SIGKILL and not output.exists()
+    run(pictures, output, dedup=True)
+    assert contents(output) == expected
+
+
+def test_killed_while_tidying_up_the_result_is_whole_and_tidied_later(pictures, tmp_path, monkeypatch):
+  def dies(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr("shutil.rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+      run(pictures, tmp_path / "out")
+  assert len(PreparedSource(tmp_path / "out", 16, "all")) == 13
+  run(pictures, tmp_path / "out")
+  run(pictures, tmp_path / "other")
+  assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+def test_shards_that_are_complete_are_not_made_again(pictures, tmp_path):
+  def interrupt(said: str) -> None:
+    if said.startswith("2 of 4 shards"):
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(pictures, tmp_path / "out", say=interrupt)
+  for picture in ("0.png", "4.png"):  # of the shards that are complete
+    (pictures / picture).unlink()
+  assert run(pictures, tmp_path / "out")["written"] == 13
+
+
+def test_inputs_that_changed_since_the_killed_run_are_refused(pictures, tmp_path):
   def interrupt(_: str) -> None:
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    prepare(pictures, output, size=16, say=interrupt)
-  assert not output.exists()
-  assert (tmp_path / "out.partial").exists()
-  assert prepare(pictures, output, size=16, say=quiet)["written"] == 13
-  assert not (tmp_path / "out.partial").exists()
+    run(pictures, tmp_path / "out", say=interrupt)
+  lines = (pictures / "captions.jsonl").read_text().splitlines(keepends=True)
+  (pictures / "captions.jsonl").write_text("".join(lines[:9]))
+  with pytest.raises(UserError, match="out.partial was begun from other inputs or settings, or the inputs changed"):
+    run(pictures, tmp_path / "out")
 
 
 def test_a_strange_folder_in_the_way_is_left_alone(pictures, tmp_path):
@@ -143,18 +296,80 @@ def test_a_strange_folder_in_the_way_is_left_alone(pictures, tmp_path):
   precious.parent.mkdir()
   precious.write_text("years of work")
   with pytest.raises(UserError, match="was not written by prepare"):
-    prepare(pictures, tmp_path / "out", size=16, say=quiet)
+    run(pictures, tmp_path / "out")
   assert precious.exists()
 
 
 def test_an_empty_output_folder_is_filled(pictures, tmp_path):
   (tmp_path / "out").mkdir()
-  assert prepare(pictures, tmp_path / "out", size=16, say=quiet)["written"] == 13
+  assert run(pictures, tmp_path / "out")["written"] == 13
 
 
 def test_inputs_without_a_good_picture_are_an_error_that_names_them(pictures, tmp_path):
   for picture in pictures.glob("*.png"):
     picture.unlink()
   with pytest.raises(UserError, match="nothing to prepare: 16 of 16 records are bad .*15 missing file.*0.png"):
-    prepare(pictures, tmp_path / "out", size=16, say=quiet)
+    run(pictures, tmp_path / "out")
   assert not list(tmp_path.glob("out*"))
+
+
+def test_too_many_bad_records_stop_it_and_more_patience_goes_on_from_there(tmp_path):
+  data = [(f"{i}.png", tiny_data.picture(i % 256) if i % 4 else b"", {"caption": "x"}) for i in range(160)]
+  folder = tiny_data.folder(tmp_path / "in", data)
+  with pytest.raises(UserError, match="of 100 records are bad .*more names are in .*data_errors.jsonl; mend them"):
+    run(folder, tmp_path / "out", max_bad_fraction=0.2, length=50)
+  assert len((tmp_path / "out.partial" / "data_errors.jsonl").read_text().splitlines()) == 25
+  assert run(folder, tmp_path / "out", max_bad_fraction=0.3, length=50)["bad"] == {"not a picture": 40}
+
+
+# Reading what was prepared.
+
+
+def test_an_incomplete_copy_is_told_before_anything_is_read(pictures, tmp_path):
+  run(pictures, tmp_path / "out")
+  shard = tmp_path / "out" / "00002.array_record"
+  size = shard.stat().st_size
+  shard.write_bytes(shard.read_bytes()[:-9])
+  with pytest.raises(UserError, match=f"00002.array_record has {size - 9} bytes, manifest.json says {size}"):
+    PreparedSource(tmp_path / "out")
+  shard.unlink()
+  with pytest.raises(UserError, match="00002.array_record has no bytes"):
+    PreparedSource(tmp_path / "out")
+
+
+def test_a_damaged_record_is_a_bad_record_and_the_others_are_read(pictures, tmp_path):
+  run(pictures, tmp_path / "out")
+  shard = tmp_path / "out" / "00000.array_record"
+  data = bytearray(shard.read_bytes())
+  data[len(data) // 2] ^= 255
+  shard.write_bytes(data)
+  source, good = PreparedSource(tmp_path / "out", 16, "all"), []
+  for i in range(len(source)):
+    try:
+      good.append(source[i].id)
+    except BadRecord as error:
+      assert error.name.startswith(str(shard)) and error.kind == "cannot be read"
+  assert 9 <= len(good) < 13
+
+
+def test_a_folder_that_is_not_prepared_is_told_how_to(pictures):
+  with pytest.raises(
+    UserError, match=r"is not a prepared folder .*clipflow prepare --source=folder --input=.*pictures"
+  ):
+    sources.make({"kind": "prepared", "path": str(pictures)}, "train")
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"format": "gif"}, "stored as one of png, jpeg, webp, not as 'gif'"),
+    ({"max_bad_fraction": 2.0}, "give one from 0 to 1"),
+  ],
+)
+def test_settings_that_make_no_sense_are_refused(pictures, tmp_path, options, message):
+  with pytest.raises(UserError, match=message):
+    run(pictures, tmp_path / "out", **options)
+  with pytest.raises(UserError, match="cannot be prepared: give a source on disk"):
+    prepare(sources.make({"kind": "shapes"}, "train"), tmp_path / "out")
+  with pytest.raises(UserError, match="the longer side by the shorter, give 1 or more"):
+    Filters(max_aspect=0.5)

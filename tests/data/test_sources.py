@@ -15,9 +15,9 @@ from PIL import Image
 
 from clipflow_jax.data import sources
 from clipflow_jax.data.example import BadRecord
-from clipflow_jax.data.records import parse
+from clipflow_jax.data.folder import FolderSource
+from clipflow_jax.data.records import parse, texts
 from clipflow_jax.data.shapes_source import ShapesSource
-from clipflow_jax.data.sources import FolderSource
 from clipflow_jax.errors import UserError
 
 
@@ -126,11 +126,12 @@ def test_lines_that_cannot_be_read_are_bad_records_with_their_number(tmp_path):
 )
 def test_any_line_is_a_record_or_a_bad_record(line):
   try:
-    record = parse(line, Path("folder"), 1)
-  except BadRecord:
+    captions, questions = texts(parse(line, "here"), "here")
+  except BadRecord as error:
+    assert error.name == "here" and error.why
     return
-  assert record.id and record.captions
-  json.dumps([*record.captions, *record.questions], ensure_ascii=False).encode("utf-8")
+  assert captions and all(captions)
+  json.dumps([*captions, *questions], ensure_ascii=False).encode("utf-8")
 
 
 def test_half_surrogates_are_dropped_from_texts(tmp_path):
@@ -181,7 +182,7 @@ def test_corrupt_pictures_are_bad_records(tmp_path):
 
 def test_the_split_is_a_partition_that_depends_on_the_id_alone(tmp_path):
   records = captioned(400)
-  folder = write_folder(tmp_path / "a", records, pictures=0)
+  folder = write_folder(tmp_path / "a", records)
 
   def ids(split: str, path=folder, **options) -> list[str]:
     source = FolderSource(path, split=split, **options)
@@ -192,8 +193,8 @@ def test_the_split_is_a_partition_that_depends_on_the_id_alone(tmp_path):
   assert 20 <= len(test) <= 60
   # Neither order, nor neighbours, nor other folders, nor further captions of a picture move an id.
   (tmp_path / "b").mkdir()
-  fewer = write_folder(tmp_path / "b" / "a", [*records[::-2], *records[::-2]], pictures=0)
-  other = write_folder(tmp_path / "other", captioned(30), pictures=0)
+  fewer = write_folder(tmp_path / "b" / "a", [*records[::-2], *records[::-2]])
+  other = write_folder(tmp_path / "other", captioned(30))
   again = ids("test", (fewer, other), test_fraction=0.1)
   assert set(again) & set(train) == set()
   assert {id for id in again if id.startswith("a/")} == {f"a/{r['file']}" for r in records[::-2]} & set(test)
@@ -263,6 +264,7 @@ def test_make_builds_the_source_that_the_config_names(tmp_path):
     ({}, "data.kind is None: choose one of shapes, folder"),
     ({"kind": "cloud"}, "data.kind is 'cloud'"),
     ({"kind": "folder"}, "data.path is missing"),
+    ({"kind": "folder", "path": "x", "test_fraction": "0.1"}, "data.test_fraction is '0.1': give a number"),
     ({"kind": "shapes", "colour": 1}, "data.colour is no setting of 'shapes' data; there are size, seed"),
     ({"kind": "folder", "path": "x", "split": "test"}, "data.split is no setting"),
     ({"kind": "folder", "path": "x", "_lines": 0}, "data._lines is no setting"),
@@ -283,3 +285,17 @@ def test_real_folders_are_read(shared_data, name, records):
       example = source[i]
       assert example.id.startswith(f"{name}/images/")
       assert example.captions and example.image.shape == (60, 60, 3)
+
+
+def test_a_jsonl_file_of_llava_conversations_is_read_beside_its_pictures(tmp_path):
+  folder = write_folder(tmp_path / "a", [], pictures=2)
+  turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Grey."}]
+  lines = [
+    {"id": "n1", "image": "1.png", "conversations": turns},
+    {"id": "n2", "image": "../b.png", "conversations": turns},
+  ]
+  (folder / "llava.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  Image.new("L", (8, 8)).save(tmp_path / "b.png")
+  examples, errors = read(FolderSource(folder / "llava.jsonl", size=8, split="all"))
+  assert [(one.id, one.captions, one.questions) for one in examples] == [("n1", ("Grey.",), (("What?", "Grey."),))]
+  assert [error.kind for error in errors] == ["outside its folder"]

@@ -1,0 +1,106 @@
+"""Parquet files with a column of encoded pictures, as the Hub's data sets keep them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipflow_jax.data import records
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.records import Record
+from clipflow_jax.data.stored import StoredSource, find_files
+from clipflow_jax.errors import UserError
+
+TEXTS = (*records.CAPTION_KEYS, "captions", "conversations")
+GROUPS = 4  # row groups kept decoded: enough for threads that read in order
+_LOCK = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetSource(StoredSource):
+  """Parquet files with columns `image` (bytes, or a struct with `bytes`) and those that `records.texts` reads.
+
+  Covers BLIP3o's image + txt and LLaVA's image + conversations. Ids are `file name/row`, or those of a column `id`.
+  Needs pyarrow, the [parquet] extra. Parquet has no access to one row: its whole row group is decoded, so train on what
+  `clipflow prepare`, which reads in order, makes of it.
+  """
+
+  image: str = "image"  # the column of pictures
+  # i64[G,4]: file, group in it, first row of all, first row of the file
+  _groups: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+
+  def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
+    files = find_files(paths, ".parquet")
+    groups, first = [], 0
+    for number, file in enumerate(files):
+      parquet, start = _parquet(file), first
+      _check_columns(parquet.schema_arrow.names, self.image, file)
+      for group in range(parquet.num_row_groups):
+        groups.append((number, group, first, start))
+        first += parquet.metadata.row_group(group).num_rows
+    if not first:
+      raise UserError(f"{files[0]} has no rows")
+    self._set(_groups=np.array(groups, np.int64))
+    return files
+
+  def _ids(self) -> Iterable[str]:
+    for file in self._files:
+      parquet = _parquet(file)
+      if "id" in parquet.schema_arrow.names:
+        yield from (records.clean(str(id)) for id in parquet.read(columns=["id"])["id"].to_pylist())
+      else:
+        yield from (f"{file.stem}/{row}" for row in range(parquet.metadata.num_rows))
+
+  def _read(self, row: int) -> Record:
+    group = int(np.searchsorted(self._groups[:, 2], row, side="right")) - 1
+    number, index, first, start = (int(x) for x in self._groups[group])
+    file = self._files[number]
+    where = f"{file}:{row - start}"
+    try:
+      with _LOCK:  # not one row group by every thread
+        fields = _read_group(file, index, self.image)[row - first]
+    except Exception as error:  # pyarrow's own kinds for damage, ours for a file that has become shorter
+      raise BadRecord(where, f"cannot be read: {error}") from error
+    captions, questions = records.texts(fields, where)
+    id = records.clean(str(fields["id"])) if "id" in fields else f"{file.stem}/{row - start}"
+    return Record(id, captions, questions, _picture(fields[self.image], where), where)
+
+
+def _picture(value: Any, where: str) -> bytes:
+  """The encoded picture. A path that stands where bytes could is never followed."""
+  value = value.get("bytes") if isinstance(value, dict) else value
+  if not isinstance(value, bytes):
+    raise BadRecord(where, "no file: the picture's bytes are not in the row")
+  return value
+
+
+def _check_columns(names: Sequence[str], image: str, file: Path) -> None:
+  if image not in names:
+    raise UserError(f"{file} has no column {image!r}: set data.image to one of {', '.join(names)}")
+  if not set(names) & set(TEXTS):
+    raise UserError(f"{file} has no column of texts ({', '.join(TEXTS)}); there are {', '.join(names)}")
+
+
+def _parquet(file: Path) -> Any:
+  try:
+    import pyarrow.parquet as pq
+  except ImportError as error:
+    raise UserError("parquet files need pyarrow: pip install 'clipflow_jax[parquet]'") from error
+  try:
+    return pq.ParquetFile(file)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{file} is not a parquet file: {error}") from error
+
+
+@functools.lru_cache(maxsize=GROUPS)
+def _read_group(file: Path, group: int, image: str) -> list[dict[str, Any]]:
+  """A row group as dicts of the columns that are asked for."""
+  parquet = _parquet(file)
+  columns = [name for name in parquet.schema_arrow.names if name in (image, "id", *TEXTS)]
+  return parquet.read_row_group(group, columns=columns).to_pylist()

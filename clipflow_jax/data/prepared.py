@@ -1,0 +1,89 @@
+"""What `clipflow prepare` writes: a folder of ArrayRecord shards with a manifest and an index of splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.records import Record
+from clipflow_jax.data.stored import StoredSource
+from clipflow_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource(StoredSource):
+  """Folders that `clipflow prepare` wrote.
+
+  manifest.json lists the shards, {"file", "records", "bytes", "sha256"}; index.npy is f64[M], the share of every
+  record, which decides its split: NaN for a duplicate, which is in none. Opening a million records reads these two
+  alone.
+  """
+
+  _shards: list[str] = dataclasses.field(
+    init=False, repr=False, compare=False
+  )  # "path[0:records]", as ArrayRecord asks
+  _records: Any = dataclasses.field(init=False, repr=False, compare=False)  # opens each shard at its first record
+
+  def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    shards = [(path / shard["file"], shard) for path in paths for shard in read_manifest(path)["shards"]]
+    for file, shard in shards:
+      size = file.stat().st_size if file.is_file() else "no"
+      if size != shard["bytes"]:
+        raise UserError(
+          f"{file} has {size} bytes, {MANIFEST} says {shard['bytes']}: copy the folder again, or prepare it anew"
+        )
+    self._set(_shards=[f"{file}[0:{shard['records']}]" for file, shard in shards])
+    self._set(_records=ArrayRecordDataSource(self._shards))
+    return [path / MANIFEST for path in paths]
+
+  def _find_shares(self) -> np.ndarray:
+    shares = np.concatenate([np.load(file.parent / INDEX, allow_pickle=False) for file in self._files])
+    if len(shares) != len(self._records):
+      raise UserError(
+        f"{INDEX} of {self._files[0].parent} is of {len(shares)} records, the shards have {len(self._records)}"
+      )
+    return shares
+
+  def _read(self, row: int) -> Record:
+    try:
+      return unpack(self._records[row])
+    except Exception as error:  # of the shard's own checksums, or what a damaged record unpacks to
+      file, _ = self._shards[self._records._reader_idx_and_position(row)[0]].rsplit("[", 1)
+      raise BadRecord(f"{file}:{row}", f"cannot be read: {error}") from error
+
+
+def pack(record: Record) -> bytes:
+  """A record with its picture in memory, as it lies in a shard: msgpack of {"id", "captions", "questions", "image"}."""
+  return msgpack.packb(
+    {"id": record.id, "captions": record.captions, "questions": record.questions, "image": record.picture}
+  )
+
+
+def unpack(data: bytes) -> Record:
+  """Inverse of `pack`."""
+  fields = msgpack.unpackb(data, use_list=False)
+  return Record(fields["id"], fields["captions"], fields["questions"], fields["image"], fields["id"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+  """manifest.json of a prepared folder. Raises UserError where there is none."""
+  try:
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest if {"shards", "records", "request"} <= manifest.keys() else manifest["shards"]
+  except (OSError, ValueError, AttributeError, KeyError) as error:
+    raise UserError(
+      f"{folder} is not a prepared folder (no {MANIFEST}): "
+      f"make one with clipflow prepare --source=folder --input={folder} --output=OUTPUT"
+    ) from error

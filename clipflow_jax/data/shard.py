@@ -1,0 +1,200 @@
+"""One shard of a prepared set: a range of a source's records, filtered, resized, written, without regard to others."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clipflow_jax.data import images, prepared
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.records import Record
+from clipflow_jax.data.stored import StoredSource
+from clipflow_jax.errors import UserError
+
+FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}
+PARTS = "parts"  # beside the shards, while they are written: what is known of each that is complete
+NAMED = 100  # bad records that a part names
+
+
+class LeftOut(BadRecord):
+  """A record that a filter leaves out. Nothing is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+  """What is left out. Sides are of the picture as it was, in pixels; lengths of captions are in characters."""
+
+  min_side: int = 1
+  max_aspect: float = float("inf")  # longer side by shorter
+  min_caption: int = 1
+  max_caption: int = 2**31
+
+  def __post_init__(self) -> None:
+    if self.max_aspect < 1:
+      raise UserError(f"max_aspect is {self.max_aspect}: it is the longer side by the shorter, give 1 or more")
+    if self.min_caption > self.max_caption:
+      raise UserError(f"no caption has {self.min_caption} or more and {self.max_caption} or fewer characters")
+
+  def check(self, record: Record, width: int, height: int) -> None:
+    """Raises LeftOut."""
+    if min(width, height) < self.min_side:
+      raise LeftOut(record.name, f"too small: {width} x {height} pixels, the shorter side is to have {self.min_side}")
+    if max(width, height) > self.max_aspect * min(width, height):
+      raise LeftOut(record.name, f"too long: {width} x {height} pixels, the limit is {self.max_aspect:g} times")
+
+  def captions(self, record: Record) -> tuple[str, ...]:
+    """Those of a fitting length. Raises LeftOut where none is."""
+    kept = tuple(caption for caption in record.captions if self.min_caption <= len(caption) <= self.max_caption)
+    if not kept:
+      kind = "short caption" if len(record.captions[0]) < self.min_caption else "long caption"
+      raise LeftOut(record.name, f"{kind}: not from {self.min_caption} to {self.max_caption} characters")
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """How a source becomes the shards of `folder`. Shard k is a function of records k*length to (k+1)*length alone."""
+
+  source: StoredSource  # of split "all"
+  folder: Path
+  filters: Filters = Filters()
+  format: str = "png"  # of FORMATS
+  length: int = 4096  # records that a shard is made of
+  workers: int = 1
+
+  def __len__(self) -> int:
+    return -(-len(self.source) // self.length)
+
+  def part(self, number: int) -> dict[str, Any] | None:
+    """What is known of shard `number`, or None where it is not complete."""
+    file = self._part_file(number)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+  def write(self, number: int) -> dict[str, Any]:
+    """Writes shard `number` and then its part: only what has one is complete. Returns the part.
+
+    A part is {"shard": its line of the manifest, or None without a record; "seen": records read; "bad": {kind: count};
+    "named": the first [name, reason] of them; "left_out": {kind: count}; "rows": {field of Row: [of every record]}}.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    indices = range(number * self.length, min((number + 1) * self.length, len(self.source)))
+    file = self.folder / f"{number:05d}.array_record"
+    partial = file.with_suffix(".partial")
+    bad: collections.Counter[str] = collections.Counter()
+    left_out: collections.Counter[str] = collections.Counter()
+    named, rows = [], []
+    writer = ArrayRecordWriter(str(partial), "group_size:1")  # random access is to one record
+    for found in self._converted(indices):
+      if isinstance(found, LeftOut):
+        left_out[found.kind] += 1
+      elif isinstance(found, BadRecord):
+        bad[found.kind] += 1
+        named.append([found.name, found.why])
+      else:
+        writer.write(found[0])
+        rows.append(found[1])
+    writer.close()
+    shard = _describe(partial, file.name, len(rows)) if rows else None
+    os.replace(partial, file)
+    part = {
+      "shard": shard,
+      "seen": len(indices),
+      "bad": dict(bad),
+      "named": named[:NAMED],
+      "left_out": dict(left_out),
+      "rows": {field.name: [getattr(row, field.name) for row in rows] for field in dataclasses.fields(Row)},
+    }
+    if not rows:
+      file.unlink()
+    partial = self._part_file(number).with_suffix(".partial")
+    partial.write_text(json.dumps(part), encoding="utf-8")
+    os.replace(partial, self._part_file(number))
+    return part
+
+  def convert(self, i: int) -> tuple[bytes, Row]:
+    """Item i of the source as it lies in a shard, and what is known of it. Raises BadRecord, also LeftOut."""
+    record = self.source.record(i)
+    captions = self.filters.captions(record)
+    with images.opened(record.picture, record.name) as image:
+      width, height = image.size
+      self.filters.check(record, width, height)
+      pixels = images.square(image, self.source.size, fit=self.source.fit)
+    picture, unit = _encode(pixels, self.format), pixels / 255.0
+    words = [len(caption.split()) for caption in captions]
+    row = Row(
+      share=self.source.share(i),
+      hash=difference_hash(pixels),
+      mean=unit.mean((0, 1)).tolist(),
+      square=np.square(unit).mean((0, 1)).tolist(),
+      side=min(width, height),
+      words=words,
+      questions=len(record.questions),
+    )
+    return prepared.pack(dataclasses.replace(record, captions=captions, picture=picture)), row
+
+  def _converted(self, indices: range) -> Iterator[tuple[bytes, Row] | BadRecord]:
+    """The results of `convert` in order, errors in their places; few are held at a time."""
+    with ThreadPoolExecutor(self.workers) as pool:  # Pillow lets other threads run
+      ahead: collections.deque = collections.deque()
+      for i in indices:
+        ahead.append(pool.submit(self._try, i))
+        if len(ahead) > 4 * self.workers:
+          yield ahead.popleft().result()
+      while ahead:
+        yield ahead.popleft().result()
+
+  def _try(self, i: int) -> tuple[bytes, Row] | BadRecord:
+    try:
+      return self.convert(i)
+    except BadRecord as error:
+      return error
+
+  def _part_file(self, number: int) -> Path:
+    return self.folder / PARTS / f"{number:05d}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What is known of one record that was written."""
+
+  share: float  # decides its split
+  hash: int  # of 64 bits
+  mean: list[float]  # of the pixels in [0, 1], per channel
+  square: list[float]  # mean of the squares
+  side: int  # the shorter one, of the picture as it was
+  words: list[int]  # of each caption
+  questions: int
+
+
+def difference_hash(pixels: np.ndarray) -> int:
+  """u8[H,W,3] -> 64 bits: whether brightness rises from each cell of an 8 x 9 grid to its right neighbour.
+
+  What is resized or compressed anew keeps nearly all bits. Source: Neal Krawetz, "Kind of Like That", 2013 (dHash).
+  """
+  grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+  return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def _encode(pixels: np.ndarray, format: str) -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, format, **FORMATS[format])
+  return file.getvalue()
+
+
+def _describe(path: Path, name: str, records: int) -> dict[str, Any]:
+  with path.open("rb") as file:
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    os.fsync(file.fileno())
+  return {"file": name, "records": records, "bytes": path.stat().st_size, "sha256": sha256}

@@ -1,0 +1,146 @@
+"""What all sources on disk share: which records are of a split, and how one becomes an Example."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipflow_jax.data import images
+from clipflow_jax.data.example import Example
+from clipflow_jax.data.records import Record
+from clipflow_jax.errors import UserError
+
+SPLITS = ("train", "test", "all")
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSource:
+  """Captioned pictures on disk, in any order; each format says where its records lie and reads one of them.
+
+  An example belongs to the test split when the hash of its id says so: the split depends on no order and no other
+  record, and every caption of a picture falls on the same side. A record that cannot be read keeps its place and raises
+  BadRecord when it is asked for. Pictures and texts stay on disk, and no file stays open unless it may be shared among
+  threads: a source travels to worker processes.
+  """
+
+  path: Paths  # a file or folder, several with commas between, or a sequence of them
+  size: int = 60  # height and width in pixels
+  split: str = "train"  # or "test", or "all"
+  test_fraction: float = 0.05
+  fit: str = "crop"  # how a picture becomes square: "crop" or "pad"
+  _files: tuple[Path, ...] = dataclasses.field(init=False, repr=False)  # what the records were found in
+  _shares: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)  # f64[M] of every record
+  _rows: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)  # i64[N]: the records of this split
+
+  def __post_init__(self) -> None:
+    if self.split not in SPLITS:
+      raise UserError(f"data.split is {self.split!r}: choose one of {', '.join(SPLITS)}")
+    if self.fit not in images.FITS:
+      raise UserError(f"data.fit is {self.fit!r}: choose one of {', '.join(images.FITS)}")
+    if not 0 <= self.test_fraction < 1:
+      raise UserError(f"data.test_fraction is {self.test_fraction}: give a fraction from 0 to less than 1")
+    if self.size < 1:
+      raise UserError(f"data.size is {self.size}: give the height and width in pixels")
+    paths = tuple(split_paths(self.path))
+    self._set(path=tuple(map(str, paths)))
+    self._set(_files=tuple(self._open(paths)))
+    shares = self._find_shares()
+    wanted = {"train": shares >= self.test_fraction, "test": shares < self.test_fraction, "all": shares >= 0}
+    self._set(_shares=shares, _rows=np.flatnonzero(wanted[self.split]))
+    if not len(self._rows):
+      raise UserError(
+        f"the {self.split} split of {', '.join(map(str, paths))} has no record at "
+        f"test_fraction {self.test_fraction}: give more data or another data.test_fraction"
+      )
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, i: int) -> Example:
+    record = self.record(i)
+    image = images.decode(record.picture, self.size, fit=self.fit, name=record.name)
+    return Example(record.id, image, record.captions, record.captions[0], record.questions)
+
+  def record(self, i: int) -> Record:
+    """Item i as it is stored, its picture not decoded. Raises BadRecord."""
+    return self._read(int(self._rows[i]))
+
+  def share(self, i: int) -> float:
+    """The number in [0, 1) that decides the split of item i: test where it is less than test_fraction."""
+    return float(self._shares[self._rows[i]])
+
+  def fingerprint(self) -> list[dict[str, Any]]:
+    """What makes files the same input: name, size, and a hash of both ends (the whole, up to two MiB)."""
+    return [{"file": path.name, "bytes": path.stat().st_size, "sha256": _hash_ends(path)} for path in self._files]
+
+  # What a format adds.
+
+  def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
+    """Finds every record; the files that they are in. Raises UserError for what is not such data."""
+    raise NotImplementedError
+
+  def _ids(self) -> Iterable[str]:
+    """Of every record, in order, without reading it."""
+    raise NotImplementedError
+
+  def _read(self, row: int) -> Record:
+    """Record `row` of all. Raises BadRecord."""
+    raise NotImplementedError
+
+  def _find_shares(self) -> np.ndarray:
+    return np.array([share(id) for id in self._ids()], np.float64)
+
+  def _set(self, **values: Any) -> None:
+    """Sets fields, of a frozen class that is still being made."""
+    for name, value in values.items():
+      object.__setattr__(self, name, value)
+
+
+def share(id: str) -> float:
+  """A number in [0, 1) that depends on the id alone."""
+  return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def split_paths(path: Paths) -> list[Path]:
+  """The paths of "a,b", of Path("a") or of ("a", "b")."""
+  parts = path.split(",") if isinstance(path, str) else [path] if isinstance(path, Path) else path
+  paths = [Path(str(part).strip()).expanduser() for part in parts if str(part).strip()]
+  if not paths:
+    raise UserError("data.path is empty: give a file or folder of captioned pictures")
+  return paths
+
+
+def find_files(paths: Iterable[Path], suffix: str) -> list[Path]:
+  """The paths that are files, and the files named *`suffix` in those that are folders, sorted. UserError where none is.
+
+  A link inside a folder that leads out of it is not followed.
+  """
+  found: list[Path] = []
+  for path in paths:
+    if not path.exists():
+      raise UserError(
+        f"there is no {path}: give {suffix} files or a folder of them "
+        "(from the Hub: hf download OWNER/NAME --repo-type=dataset --local-dir=FOLDER)"
+      )
+    root = path.resolve()
+    inside = [file for file in sorted(path.rglob(f"*{suffix}")) if file.resolve().is_relative_to(root)]
+    files = [path] if path.is_file() else [file for file in inside if file.is_file()]
+    if not files:
+      raise UserError(f"the folder {path} has no {suffix} file")
+    found += files
+  return found
+
+
+def _hash_ends(path: Path, length: int = 2**20) -> str:
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    sha256 = hashlib.sha256(file.read(length))
+    file.seek(max(length, size - length))
+    sha256.update(file.read(length))
+  return sha256.hexdigest()

@@ -1,0 +1,106 @@
+"""WebDataset: samples as neighbouring members of tar files, read where they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clipflow_jax.data import records
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.records import Record
+from clipflow_jax.data.stored import StoredSource, find_files
+from clipflow_jax.errors import UserError
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+TEXTS = ("txt", "json")
+
+NONE = (-1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WebDatasetSource(StoredSource):
+  """Tar files of NAME.jpg (.jpeg, .png, .webp) beside NAME.txt, a caption, or NAME.json, fields for `records.texts`.
+
+  Nothing is unpacked: the headers are walked through once per process, and a record is two reads at known offsets.
+  Member names are ids, `tar name/NAME`, and never paths; links and devices are passed over. A sample whose picture or
+  text is missing is a bad record.
+  """
+
+  _names: list[str] = dataclasses.field(init=False, repr=False, compare=False)
+  _tars: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)  # i64[M]: which of the files
+  # i64[M,3,2]: (offset, length) in bytes of picture, .txt and .json
+  _places: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+
+  def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
+    files = find_files(paths, ".tar")
+    stamps = [file.stat() for file in files]
+    found = [_index(file, stamp.st_size, stamp.st_mtime_ns) for file, stamp in zip(files, stamps, strict=True)]
+    self._set(
+      _names=[name for names, _ in found for name in names],
+      _tars=np.repeat(np.arange(len(files)), [len(names) for names, _ in found]),
+      _places=np.concatenate([places for _, places in found]),
+    )
+    if not self._names:
+      raise UserError(f"{files[0]} has no picture: a sample is NAME.jpg, .png or .webp beside NAME.txt or NAME.json")
+    return files
+
+  def _ids(self) -> Iterable[str]:
+    return (self._id(row) for row in range(len(self._names)))
+
+  def _id(self, row: int) -> str:
+    return records.encodable(f"{self._files[self._tars[row]].stem}/{self._names[row]}")
+
+  def _read(self, row: int) -> Record:
+    file = self._files[self._tars[row]]
+    where = records.encodable(f"{file}/{self._names[row]}")
+    picture, caption, rest = (_bytes(file, start, length, where) for start, length in self._places[row].tolist())
+    if picture is None:
+      raise BadRecord(where, f"no file: none of .{', .'.join(PICTURES)} is beside its text")
+    fields = {} if rest is None else records.parse(rest, where)
+    if caption is not None:  # both may be there: then the JSON tells where the picture is from
+      fields = {"caption": records.decode_text(caption, where), "conversations": fields.get("conversations")}
+    captions, questions = records.texts(fields, where)
+    return Record(self._id(row), captions, questions, picture, where)
+
+
+def _bytes(path: Path, start: int, length: int, where: str) -> bytes | None:
+  if start < 0:
+    return None
+  try:
+    with path.open("rb") as file:
+      file.seek(start)
+      data = file.read(length)
+  except OSError as error:
+    raise BadRecord(where, f"missing file: {error}") from error
+  if len(data) < length:
+    raise BadRecord(where, "cut short: the tar ends inside it")
+  return data
+
+
+@functools.lru_cache(maxsize=4096)
+def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
+  """(names, places) of a tar's samples, in order; of the file as it is now: its size and time are of the key."""
+  samples: dict[str, list[tuple[int, int]]] = {}
+  try:
+    with tarfile.open(path, "r:") as tar:
+      for member in tar:
+        folder, _, file = member.name.rpartition("/")
+        name, _, ending = file.partition(".")
+        if member.isreg() and name and ending.lower() in (*PICTURES, *TEXTS):
+          places = samples.setdefault(f"{folder}/{name}" if folder else name, [NONE] * 3)
+          places[0 if ending.lower() in PICTURES else 1 + TEXTS.index(ending.lower())] = (
+            member.offset_data,
+            member.size,
+          )
+        tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep, all of them
+  except tarfile.ReadError as error:
+    if not samples:
+      raise UserError(
+        f"{path} is not a tar file: {error}; a compressed one cannot be read at random, gunzip it"
+      ) from error
+  return list(samples), np.array(list(samples.values()), np.int64).reshape(-1, 3, 2)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from clipflow_jax.data import sources
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.parquet import ParquetSource
+from clipflow_jax.errors import UserError
+from tests import tiny_data
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def test_pictures_with_txt_are_read_across_row_groups_and_files(tmp_path):
+  data = [(name, encoded, {"txt": fields["caption"]}) for name, encoded, fields in tiny_data.samples(10)]
+  tiny_data.parquet(tmp_path / "set" / "00.parquet", data[:7], rows=3)
+  tiny_data.parquet(tmp_path / "set" / "01.parquet", data[7:], rows=3)
+  source = sources.make({"kind": "parquet", "path": str(tmp_path / "set"), "size": 8, "test_fraction": 0.0}, "train")
+  source = pickle.loads(pickle.dumps(source))
+  for i in (9, 0, 6, 7, 2, 3, 8, 1, 5, 4):
+    example = source[i]
+    assert example.captions == (f"picture {i}",)
+    assert example.id == (f"00/{i}" if i < 7 else f"01/{i - 7}")
+    np.testing.assert_array_equal(example.image, i)
+
+
+def test_conversations_and_ids_are_read_and_other_columns_left_alone(tmp_path):
+  turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Grey."}]
+  rows = [{"id": f"n{i}", "picture": tiny_data.picture(i), "conversations": turns, "extra": i} for i in range(40)]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+  source = ParquetSource(tmp_path / "a.parquet", size=8, split="all", image="picture")
+  assert (source[7].id, source[7].captions, source[7].questions) == ("n7", ("Grey.",), (("What?", "Grey."),))
+  test = ParquetSource(tmp_path / "a.parquet", split="test", image="picture", test_fraction=0.3)
+  assert 0 < len(test) < 40 and all(test.share(i) < 0.3 for i in range(len(test)))
+
+
+def test_a_path_in_the_place_of_bytes_is_never_followed(tmp_path):
+  secret = tmp_path / "secret.png"
+  secret.write_bytes(tiny_data.picture(99))
+  rows = [{"image": {"bytes": None, "path": str(secret)}, "text": "x"}]
+  schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("text", pa.string())])
+  pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
+  with pytest.raises(BadRecord, match="no file: the picture's bytes"):
+    ParquetSource(tmp_path / "a.parquet", split="all")[0]
+
+
+def test_a_file_that_was_cut_while_it_is_read_is_bad_records(tmp_path):
+  path = tiny_data.parquet(tmp_path / "a.parquet", tiny_data.samples(4))
+  source = ParquetSource(path, split="all")
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(BadRecord, match="cannot be read"):
+    source[0]
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    (None, "is not a parquet file"),
+    ([], "has no column 'image'|has no rows"),
+    ([{"pixels": b"", "text": "x"}], "has no column 'image': set data.image to one of pixels, text"),
+    ([{"image": b"", "label": 3}], "has no column of texts .*there are image, label"),
+  ],
+)
+def test_what_does_not_fit_is_told_in_one_line(tmp_path, rows, message):
+  path = tmp_path / "a.parquet"
+  if rows is None:
+    path.write_bytes(b"PAR1")
+  else:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+  with pytest.raises(UserError, match=message):
+    ParquetSource(path)
