@@ -64,6 +64,7 @@ setup(
   python_requires=">=3.11",
   # configs/ is installed beside clipflow_jax/, as it lies in the checkout: one rule finds it in both.
   packages=find_packages(include=["clipflow_jax*", "configs*"]),
+  package_data={"clipflow_jax.evaluation": ["zero_shot/*"]},
   install_requires=BASE,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["clipflow = clipflow_jax.cli:main"]},

@@ -1,13 +1,22 @@
-"""Does CLIP know what it sees? Zero-shot classification and retrieval."""
+"""Does it know what it sees? Zero-shot by CLIP or by words, a linear probe, nearest class means, retrieval."""
 
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.optimize
+import scipy.special
 
 from clipflow_jax.data import shapes
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import tasks
+from clipflow_jax.evaluation.items import Item
+from clipflow_jax.evaluation.tasks import Answer, Scores
 
 if TYPE_CHECKING:
   from clipflow_jax.inference.pipeline import ClipFlow
@@ -18,6 +27,145 @@ PAIRS = tuple(itertools.product(shapes.COLOURS, shapes.SHAPES))
 NAMES = tuple(f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in PAIRS)
 """What CLIP is asked to choose from, in the order of PAIRS."""
 
+NAMED = ("shapes", "imagenet1k", "cifar10", "cifar100", "flowers102", "oxfordpets", "food101")
+"""Data sets whose class names and prompt templates are known (zero_shot/, from OpenAI's CLIP)."""
+
+
+def names_of(dataset: str) -> tuple[list[str], list[str]]:
+  """(class names in the order of labels, prompt templates with {} for the name) of a data set of NAMED."""
+  if dataset not in NAMED:
+    raise UserError(f"no class names of {dataset!r} are known; there are {', '.join(NAMED)}")
+  if dataset == "shapes":
+    return list(NAMES), ["{}"]
+  file = resources.files("clipflow_jax.evaluation").joinpath("zero_shot", f"{dataset}.json")
+  found = json.loads(file.read_text(encoding="utf-8"))
+  return found["classes"], found["templates"]
+
+
+def ensemble(model: ClipFlow, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+  """Each class's direction f32[K,E] of unit norm: the mean over templates of what CLIP makes of its prompts.
+
+  Source: Radford et al. 2021, section 3.1.4; open_clip's build_zero_shot_classifier.
+  """
+  prompts = [template.replace("{}", name) for name in names for template in templates]
+  each = model.embed_text(prompts).reshape(len(names), len(templates), -1)
+  return _unit(_unit(each).mean(axis=1))
+
+
+def per_class(scores: Scores, weights: np.ndarray, categories: np.ndarray) -> dict[str, float]:
+  """The means, and of `top1` the mean over classes, each class counting once (Oxford Flowers is reported so)."""
+  _, number = np.unique(categories, return_inverse=True)
+  total, right = (np.bincount(number, weights * x) for x in (np.ones(len(weights)), scores["top1"]))
+  there = total > 0
+  return tasks.means(scores, weights, categories) | {"mean_per_class": float((right[there] / total[there]).mean())}
+
+
+class Classifier:
+  """A picture's class by whatever ranks the classes: `similar` takes u8[n,H,W,3], gives f[n,K], higher is likelier."""
+
+  summary = staticmethod(per_class)
+
+  def __init__(self, similar: Callable[[np.ndarray], np.ndarray], names: Sequence[str], size: int):
+    self.similar, self.names, self.size = similar, list(names), size
+
+  def score(self, items: Sequence[Item]) -> list[Answer]:
+    similar = self.similar(np.stack([item.look(self.size) for item in items]))
+    labels = [label_of(item, self.names) for item in items]
+    # Of classes that are equally likely, such as two of one name, the first is the answer.
+    ahead = [
+      int((row > row[label]).sum() + (row[:label] == row[label]).sum())
+      for row, label in zip(similar, labels, strict=True)
+    ]
+    return [
+      Answer({"top1": float(rank < 1), "top5": float(rank < 5)}, self.names[int(row.argmax())], self.names[label])
+      for row, label, rank in zip(similar, labels, ahead, strict=True)
+    ]
+
+
+def label_of(item: Item, names: Sequence[str]) -> int:
+  """The number of an item's class. UserError for a name that is no class."""
+  if item.label is not None:
+    return item.label
+  if not item.answers or item.answers[0] not in names:
+    raise UserError(f"item {item.id} is answered by {item.answers}, which is none of the {len(names)} classes")
+  return list(names).index(item.answers[0])
+
+
+def by_clip(model: ClipFlow, names: Sequence[str], templates: Sequence[str]) -> Classifier:
+  """Zero-shot: the class whose prompts CLIP puts nearest to the picture."""
+  directions = ensemble(model, names, templates).T
+  return Classifier(lambda images: model.embed_image(images) @ directions, names, model.image_size)
+
+
+def by_words(model: ClipFlow, names: Sequence[str], question: str) -> Classifier:
+  """Zero-shot: the class whose name the language model most likely answers to the question. A pass for each name."""
+
+  def similar(images: np.ndarray) -> np.ndarray:
+    repeated = np.repeat(images, len(names), axis=0)
+    found = model.likelihood([question] * len(repeated), list(names) * len(images), repeated)
+    return np.asarray(found.log_p).reshape(len(images), -1)
+
+  return Classifier(similar, names, model.image_size)
+
+
+def by_examples(
+  model: ClipFlow, names: Sequence[str], train: Sequence[Item], *, shots: int = 0, l2: float = 1.0, probe: bool = True
+) -> Classifier:
+  """Few-shot on CLIP's embeddings: `probe` a logistic regression of strength l2, else the nearest class mean.
+
+  shots: the first so many examples of every class, 0 for all of them. UserError for a class without an example.
+  """
+  labels = np.array([label_of(item, names) for item in train])
+  if shots:
+    rows = np.concatenate([np.flatnonzero(labels == label)[:shots] for label in range(len(names))])
+    train, labels = [train[row] for row in rows], labels[rows]
+  lacking = sorted(set(range(len(names))) - set(labels.tolist()))
+  if lacking:
+    raise UserError(f"class {names[lacking[0]]!r} has no example to learn from")
+  parts = [train[start : start + model.batch_size] for start in range(0, len(train), model.batch_size)]
+  x = np.concatenate([model.embed_image(np.stack([item.look(model.image_size) for item in part])) for part in parts])
+  if probe:
+    matrix, bias = logistic_regression(x, labels, len(names), l2)
+  else:
+    matrix = _unit(np.stack([_unit(x[labels == label].mean(axis=0)) for label in range(len(names))])).T
+    bias = np.zeros(len(names))
+  return Classifier(lambda images: model.embed_image(images) @ matrix + bias, names, model.image_size)
+
+
+def logistic_regression(x: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
+  """(matrix f64[D,K], bias f64[K]) of the least summed cross-entropy of x f[N,D], labels i[N], plus l2 / 2 |matrix|².
+
+  It is scikit-learn's LogisticRegression(C=1 / l2). UserError where it does not converge.
+  """
+  x = np.asarray(x, np.float64)
+  truth = np.eye(classes)[labels]
+  n, d = x.shape
+
+  def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    matrix, bias = flat[: d * classes].reshape(d, classes), flat[d * classes :]
+    logits = x @ matrix + bias
+    log_p = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+    error = np.exp(log_p) - truth
+    gradient = np.concatenate([(x.T @ error + l2 * matrix).ravel(), error.sum(axis=0)])
+    return float(-(log_p * truth).sum() + l2 / 2 * np.square(matrix).sum()), gradient
+
+  start = np.zeros((d + 1) * classes)
+  options = dict(maxiter=10000, maxfun=20000, ftol=1e-14, gtol=1e-8 * n)
+  found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+  if not found.success:
+    raise UserError(f"the linear probe did not converge ({found.message}); raise l2")
+  return found.x[: d * classes].reshape(d, classes), found.x[d * classes :]
+
+
+def shapes_items(n: int, seed: int, size: int) -> list[Item]:
+  """n pictures u8[size,size,3] of one filled object, every colour and shape equally often; the class is the answer."""
+  rng = np.random.default_rng([seed, n])
+  labels = np.arange(n) % len(PAIRS)
+  return [
+    Item(str(i), shapes.render(_alone(PAIRS[label], rng), size), "", (NAMES[label],), (), NAMES[label], int(label))
+    for i, label in enumerate(labels)
+  ]
+
 
 def zero_shot(model: ClipFlow, *, n: int, seed: int, size: int) -> dict[str, float]:
   """Zero-shot accuracy over shape x colour on n pictures of one filled object, every pair equally often.
@@ -25,11 +173,10 @@ def zero_shot(model: ClipFlow, *, n: int, seed: int, size: int) -> dict[str, flo
   size: height and width of the pictures. zero_shot_accuracy counts all 48 pairs; zero_shot_seen and
   zero_shot_unseen split them by whether training showed the pair.
   """
-  rng = np.random.default_rng([seed, n])
-  labels = np.arange(n) % len(PAIRS)
-  images = np.stack([shapes.render(_alone(PAIRS[label], rng), size) for label in labels])
-  right = np.asarray(model.classify(images, list(NAMES))) == labels
-  unseen = np.array([pair in shapes.UNSEEN for pair in PAIRS])[labels]
+  items = shapes_items(n, seed, size)
+  images = np.stack([item.look(size) for item in items])
+  right = np.asarray(model.classify(images, list(NAMES))) == [item.label for item in items]
+  unseen = np.array([pair in shapes.UNSEEN for pair in PAIRS])[[item.label for item in items]]
   parts = {"zero_shot_accuracy": right, "zero_shot_seen": right[~unseen], "zero_shot_unseen": right[unseen]}
   return {name: float(part.mean()) for name, part in parts.items() if len(part)}
 
@@ -38,6 +185,10 @@ def retrieval(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> floa
   """Share of pictures whose nearest text is their own. Both f[N,E], unit norm; the texts must be distinct."""
   nearest = np.argmax(image_embeddings @ text_embeddings.T, axis=1)
   return float(np.mean(nearest == np.arange(len(nearest))))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _alone(pair: tuple[str, str], rng: np.random.Generator) -> shapes.Scene:

@@ -21,8 +21,9 @@ from clipflow_jax.data.pipeline import DESCRIBE
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference import image, text
+from clipflow_jax.inference import image, likelihood, text
 from clipflow_jax.inference.image import Sampling
+from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.training import checkpoint, stages
 from clipflow_jax.training.state import Params, merge
@@ -138,6 +139,40 @@ class ClipFlow:
     images = np.stack(pictures) if pictures else empty
     return self._write([Conversation(tuple(turns), images, (1,) * len(pictures))])[0]
 
+  def likelihood(
+    self,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    images: np.ndarray | None = None,
+    *,
+    features: np.ndarray | None = None,
+    end: bool = True,
+  ) -> Likelihood:
+    """How likely each answer is after its question, about pictures u8[N,H,W,3] or standardised features f32[N,T,C].
+
+    With neither it is about words alone. end: the end of the answer counts as one more of its tokens.
+    """
+    self._need("transformer", "tell how likely words are")
+    if not questions:
+      raise UserError("nothing to compare: there are no questions")
+    looked = [self._blank()] * len(questions) if images is None else self._images(images)
+    pairs = zip(looked, questions, answers, strict=True)
+    if images is None and features is None:
+      rows = self._rows([Conversation((("user", q), ("assistant", a)), x[None][:0], ()) for x, q, a in pairs])
+    else:
+      rows = self._rows([sequence.read(x, ((q, a),)) for x, q, a in pairs])
+    if features is not None:
+      rows = dataclasses.replace(rows, images=None, features=np.asarray(features, np.float32)[:, None])
+    not_counted = None if end else self.tokenizer.end
+
+    def run(params, rows):
+      seen = self.model.apply({"params": params}, rows, method="features") if rows.image_roles.shape[1] else None
+      found = likelihood.likelihood(self.model, params, rows, seen, end=not_counted)
+      return jax.numpy.stack([found.log_p, found.tokens, found.greedy], axis=1)
+
+    log_p, tokens, greedy = self._batched(("likelihood", end), run, (rows,)).T
+    return Likelihood(log_p, tokens.astype(np.int32), greedy > 0)
+
   # Comparing.
 
   def embed_image(self, images: np.ndarray) -> np.ndarray:
@@ -180,6 +215,9 @@ class ClipFlow:
       return text.generate(self.model, params, rows, features, new=new, end=self.tokenizer.end)
 
     return [self.tokenizer.decode(ids.tolist()) for ids in self._batched(("write", new), run, (rows,))]
+
+  def _blank(self) -> np.ndarray:
+    return np.zeros((self.image_size, self.image_size, 3), np.uint8)
 
   def _drawn(self, prompt: str) -> Conversation:
     return sequence.drawn(prompt, np.zeros((self.image_size, self.image_size, 3), np.uint8))

@@ -1,0 +1,139 @@
+"""What tasks ask: pictures with questions, answers, choices or class names, from a folder or a model's own test split.
+
+A folder holds pictures and items.jsonl, one JSON object a line: {"file": "a.png", "question": "...", "answers":
+["..."], "choices": ["..."], "category": "..."}, each key left out where a task has no use for it. Without items.jsonl
+its folders are classes, and the pictures in one are answered by its name, or by the classes' names in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipflow_jax.data import images
+from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import folders
+
+ITEMS = "items.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+  """One question to a model. picture: a file, or u8[H,W,3]; None where there is none to look at."""
+
+  id: str
+  picture: Path | np.ndarray | None = None
+  question: str = ""  # or what is to be drawn
+  answers: tuple[str, ...] = ()  # what is right, or what people wrote; of a classification its class name
+  choices: tuple[str, ...] = ()
+  category: str = ""
+  label: int | None = None  # the number of its class, where folders are classes: two of ImageNet's have one name
+
+  def look(self, size: int) -> np.ndarray:
+    """The picture as u8[size,size,3]. UserError with its name where it cannot be read."""
+    if isinstance(self.picture, np.ndarray):
+      return self.picture
+    if self.picture is None:
+      raise UserError(f"item {self.id} has no picture, and this task looks at one")
+    try:
+      return images.decode(self.picture, size)
+    except BadRecord as error:
+      raise UserError(f"cannot read the picture {error}; mend it or take its line away") from error
+
+
+def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
+  """The items of a folder, in the order of items.jsonl or of the files' names. UserError names what is wrong where."""
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise UserError(f"there is no folder {folder}: give one with pictures and {ITEMS}, or with a folder for each class")
+  file = folder / ITEMS
+  if file.is_file():
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [_parse(line, folder, number) for number, line in enumerate(lines, start=1) if line.strip()]
+  named = sorted(path.name for path in folder.iterdir() if path.is_dir())
+  if classes and named and len(named) != len(classes):
+    raise UserError(f"{folder} has {len(named)} folders for {len(classes)} classes: one for each is needed, in order")
+  return [
+    Item(f"{name}/{path.name}", path, answers=((classes or named)[label],), category=name, label=label)
+    for label, name in enumerate(named)
+    for path in folders.list_pictures(folder / name)
+  ]
+
+
+def read_prompts(file: Path | str) -> list[Item]:
+  """Prompts to draw: one a line, or in a .jsonl file objects {"question": prompt, "category": ..., "answers": ...}."""
+  file = Path(file)
+  try:
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read the prompts {file}: {error}") from error
+  if file.suffix == ".jsonl":
+    return [_parse(line, file.parent, number) for number, line in enumerate(lines, start=1)]
+  return [Item(str(number), question=line.strip()) for number, line in enumerate(lines)]
+
+
+def of_examples(examples: Iterable[Example], what: str) -> list[Item]:
+  """Items of captioned pictures. what: "captions" (to be written), "questions" (the first of each) or "prompts"."""
+  made = []
+  for example in examples:
+    if what == "questions" and example.questions:
+      question, answer = example.questions[0]
+      kind = " ".join(question.lower().split()[:2])
+      made.append(Item(example.id, example.image, question, (answer,), category=kind))
+    elif what == "captions":
+      made.append(Item(example.id, example.image, answers=(example.description,)))
+    elif what == "prompts":
+      made.append(Item(example.id, example.image, example.captions[0]))
+  return made
+
+
+def choose(items: Sequence[Item], n: int, seed: int) -> list[Item]:
+  """n of the items at random, in their order; all of them for n = 0 or where there are no more."""
+  if not n or n >= len(items):
+    return list(items)
+  return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:n])]
+
+
+def fingerprint(items: Iterable[Item]) -> str:
+  """A hash of everything that is asked, pictures in files by their place: what RESULT.json calls `prompts`."""
+  digest = hashlib.sha256()
+  for item in items:
+    words = [item.id, item.question, *item.answers, "", *item.choices, item.category]
+    digest.update(json.dumps(words, ensure_ascii=False).encode())
+    digest.update(item.picture.tobytes() if isinstance(item.picture, np.ndarray) else b"")
+  return digest.hexdigest()[:16]
+
+
+def _parse(line: str, folder: Path, number: int) -> Item:
+  where = f"line {number} of {ITEMS} in {folder}"
+  try:
+    found = json.loads(line)
+    known = {"file", "id", "question", "answers", "choices", "category"}
+    unknown = sorted(found.keys() - known)
+    if unknown:
+      raise UserError(f"{where} has the key {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    file = found.get("file")
+    return Item(
+      str(found.get("id", file or number)),
+      folder / file if file else None,
+      str(found.get("question", "")),
+      _texts(found, "answers"),
+      _texts(found, "choices"),
+      str(found.get("category", "")),
+    )
+  except (ValueError, TypeError, AttributeError) as error:
+    raise UserError(f"{where} is not an object of texts and lists of texts: {error}") from error
+
+
+def _texts(found: dict[str, Any], key: str) -> tuple[str, ...]:
+  values = found.get(key, [])
+  if not isinstance(values, list):
+    raise TypeError(f"{key} is not a list")
+  return tuple(map(str, values))
