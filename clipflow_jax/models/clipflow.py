@@ -70,7 +70,9 @@ class FlowHead(nn.Module):
 
   def enter(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
     """x_t f[B,M,T,C], t f32[B,M] -> f[B,M,time_tokens+T,F]."""
-    tokens = self.entry(x_t) + self.grid().astype(self.dtype)
+    # Said of what comes in too: else the partitioner gathers the rows of all chips, not this small matrix.
+    x_t, t = shard(x_t, "batch"), shard(t, "batch")
+    tokens = shard(self.entry(x_t), "batch") + self.grid().astype(self.dtype)
     return jnp.concatenate([self.time(t), tokens], axis=2)
 
   def leave(self, hidden: jax.Array, early: bool = False) -> jax.Array:

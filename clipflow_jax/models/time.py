@@ -22,6 +22,7 @@ class TimeTokens(nn.Module):
 
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
-    x = nn.silu(Linear(self.width, True, dtype=self.dtype, name="time_hidden")(fourier(t, self.width)))
+    x = shard(fourier(t, self.width), self.rows)  # at every step, or the partitioner gathers the rows of all chips
+    x = shard(nn.silu(Linear(self.width, True, dtype=self.dtype, name="time_hidden")(x)), self.rows)
     x = shard(Linear(self.tokens * self.width, True, dtype=self.dtype, name="time_out")(x), self.rows)
     return x.reshape(*t.shape, self.tokens, self.width)
