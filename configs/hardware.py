@@ -88,17 +88,15 @@ class Hardware:
 
 # What a device of each kind takes; PRESETS say how many there are and how they share. Tokens: enough that a layer's
 # products outlast the gather of the next one's weights (scaling book: some 850 on a v5p with three axes), and that the
-# 8b model fits. Where there is memory to spare, attention's products are kept instead of made twice.
+# 8b model fits. Where there is memory to spare, products with weights are kept instead of made twice.
 CHIPS = {
   "cpu": Hardware("cpu", (1,), dict(fsdp=-1), tokens=2048),
   "h100": Hardware("h100", (1,), dict(fsdp=-1), tokens=8192, kernel="cudnn", flags=GPU, variables=GPU_VARIABLES),
   "v4": Hardware("v4", (2, 2, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
   "v5e": Hardware("v5e", (1, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
-  "v5p": Hardware("v5p", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="minimal", kernel="splash", flags=V5P),
+  "v5p": Hardware("v5p", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="dots", kernel="splash", flags=V5P),
   "v6e": Hardware("v6e", (1, 1), dict(fsdp=-1), tokens=16384, kernel="splash", flags=V6E),
-  "tpu7x": Hardware(
-    "tpu7x", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="minimal", kernel="splash", flags=TPU, cores=2
-  ),
+  "tpu7x": Hardware("tpu7x", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="dots", kernel="splash", flags=TPU, cores=2),
 }
 
 

@@ -16,7 +16,9 @@ KEPT = ("query", "key", "value", "attention")
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
   "none": None,  # everything is kept
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # every product with weights
+  "dots": jax.checkpoint_policies.save_from_both_policies(  # every product with weights, and attention's result
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(*KEPT)
+  ),
   "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as minimal, but in the host's memory
     names_which_can_be_saved=[],
