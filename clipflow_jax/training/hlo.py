@@ -232,16 +232,37 @@ class Program:
     read = [_hbm(scope[name].arrays) if name in scope else 0.0 for name in instruction.operands]
     written = _hbm(instruction.arrays)
     if instruction.op == "fusion":
-      inner = self.computations[CALLED.search(instruction.attributes)[1]]
-      for i, one in _parameters(inner):
-        uses = [other for other in inner.values() if one.name in other.operands]
-        if i < len(read) and uses and all(use.op == "dynamic-slice" for use in uses):
-          read[i] = min(read[i], sum(use.arrays[0].bytes for use in uses))
-        elif i < len(read) and uses and all(use.op == "dynamic-update-slice" for use in uses):
-          part = sum(inner[use.operands[1]].arrays[0].bytes for use in uses)
-          written += min(0.0, part - read[i])
-          read[i] = 0.0
+      called = CALLED.search(instruction.attributes)[1]
+      for i, whole in enumerate(read):
+        part = self._part(called, i)
+        if part and whole:
+          read[i], updated = min(whole, part[0]), part[1]
+          written += min(0.0, updated - whole) if updated else 0.0
     return sum(read) + max(written, 0.0)
+
+  def _part(self, computation: str, number: int) -> tuple[float, float] | None:
+    """Of a fusion's operand that is only sliced or updated in place, also by fusions inside: bytes (read, updated)."""
+    inner = self.computations[computation]
+    same = {one.name for one in inner.values() if one.op == "parameter" and int(one.attributes) == number}
+    read = updated = 0.0
+    for one in inner.values():
+      at = [i for i, name in enumerate(one.operands) if name in same]
+      if not at:
+        continue
+      if one.op == "bitcast" and not one.is_root:
+        same.add(one.name)
+      elif one.op == "dynamic-slice":
+        read += one.arrays[0].bytes
+      elif one.op == "dynamic-update-slice" and at == [0]:
+        updated += inner[one.operands[1]].arrays[0].bytes
+      elif one.op == "fusion":
+        parts = [self._part(CALLED.search(one.attributes)[1], i) for i in at]
+        if None in parts:
+          return None
+        read, updated = read + sum(part[0] for part in parts), updated + sum(part[1] for part in parts)
+      else:
+        return None
+    return (read, updated) if read or updated else None
 
 
 def _computations(text: str) -> Iterator[tuple[str, bool, list[str]]]:
@@ -305,10 +326,6 @@ def _kind(op: str) -> str | None:
 
 def _hbm(arrays: tuple[Array, ...]) -> float:
   return sum(array.bytes for array in arrays if array.in_hbm)
-
-
-def _parameters(computation: dict[str, Instruction]) -> list[tuple[int, Instruction]]:
-  return [(int(one.attributes), one) for one in computation.values() if one.op == "parameter"]
 
 
 def _received(kind: str, instruction: Instruction, scope: dict[str, Instruction], members: int) -> float:

@@ -78,6 +78,42 @@ def test_traffic_counts_the_slice_that_is_read_and_nothing_in_fast_memory():
   assert cost().hbm_bytes == 7 * (ROWS + WEIGHTS + 4 + PRODUCT / 2)
 
 
+def test_traffic_counts_the_slice_that_a_fusion_inside_a_fusion_reads():
+  inner = """%inner (all: bf16[7,256,512], n: s32[]) -> bf16[256,512] {
+  %all = bf16[7,256,512]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %none = s32[] constant(0)
+  %seen = bf16[7,256,512]{2,1,0} bitcast(%all)
+  %one = bf16[1,256,512]{2,1,0} dynamic-slice(%seen, %n, %none, %none), dynamic_slice_sizes={1,256,512}
+  ROOT %squeezed = bf16[256,512]{1,0} bitcast(%one)
+}
+
+%fused ("""
+  begin, end = TEXT.index("  %slice = "), TEXT.index("  ROOT %convolution")
+  own = "  %flat = bf16[256,512]{1,0} fusion(%param_1, %param_2), kind=kLoop, calls=%inner\n"
+  assert cost((TEXT[:begin] + own + TEXT[end:]).replace("%fused (", inner, 1)).hbm_bytes == cost().hbm_bytes
+
+
+def test_traffic_counts_what_a_fusion_updates_in_place():
+  body = """%updated (kept: bf16[7,256,512], new: bf16[256,512], n: s32[]) -> bf16[7,256,512] {
+  %kept = bf16[7,256,512]{2,1,0} parameter(0)
+  %new = bf16[256,512]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %row = bf16[1,256,512]{2,1,0} bitcast(%new)
+  ROOT %update = bf16[7,256,512]{2,1,0} dynamic-update-slice(%kept, %row, %n, %none, %none)
+}
+
+ENTRY %main (kept.1: bf16[7,256,512], new.1: bf16[256,512], n.1: s32[]) -> bf16[7,256,512] {
+  %kept.1 = bf16[7,256,512]{2,1,0} parameter(0)
+  %new.1 = bf16[256,512]{1,0} parameter(1)
+  %n.1 = s32[] parameter(2)
+  ROOT %out = bf16[7,256,512]{2,1,0} fusion(%kept.1, %new.1, %n.1), kind=kLoop, calls=%updated
+}
+"""
+  assert cost(body).hbm_bytes == WEIGHTS + 4 + WEIGHTS  # the new row and its place are read, that row is written
+
+
 def test_an_instruction_takes_the_longer_of_its_roofs_and_collectives_that_are_not_hidden_come_on_top():
   product = 2 * 128 * 256 * 512 / 1e12
   found = cost()
