@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
   def command(run: Callable, summary: str, example: str, *, config: str | None = None) -> argparse.ArgumentParser:
-    name = run.__name__.strip("_")
+    name = run.__name__.strip("_").replace("_", "-")
     sub = commands.add_parser(
       name,
       help=summary,
@@ -141,6 +141,18 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--max-bad-fraction", type=float, default=0.1, help="stop when more records cannot be read")
   sub.add_argument("--option", action="append", default=[], help="KEY=VALUE, another setting of the source; repeatable")
   sub.add_argument("--beam", action="append", default=[], help="use Apache Beam, with its option --runner=...; repeatable")
+
+  sub = command(
+    _cache_features,
+    "let a run's tower see a config's pictures once, for training on what it saw: --config.data.features=OUTPUT",
+    "clipflow cache-features --config=configs/joint.py --workdir=runs/clip --output=features",
+    config="",
+  )
+  sub.add_argument("--workdir", type=Path, required=True, help="the run, or the imported weights, with the tower")
+  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument("--dtype", choices=["bfloat16", "int8"], default="bfloat16", help="what features are kept in")
+  sub.add_argument("--count", type=int, default=0, help="pictures of each source (default: all)")
+  sub.add_argument("--rows", type=int, default=64, help="pictures that a device sees at once (default %(default)d)")
 
   sub = command(
     _plan,
@@ -272,6 +284,21 @@ def _prepare(options: argparse.Namespace) -> None:
   )
 
 
+def _cache_features(options: argparse.Namespace) -> None:
+  config = load_config(options.config, options.overrides)
+  if "model" not in config:
+    raise UserError("clipflow cache-features takes the config of one stage, such as configs/joint.py")
+  _set_environment(config)
+  from clipflow_jax.parallel import distributed
+  from clipflow_jax.training import features
+
+  with distributed.joined():
+    found = features.cache(
+      config, options.workdir, options.output, dtype=options.dtype, count=options.count, rows=options.rows
+    )
+  print(f"cached the features of {found['pictures']} pictures: --config.data.features={options.output}")
+
+
 def _import(options: argparse.Namespace) -> None:
   import jax
   import numpy as np
@@ -379,7 +406,7 @@ def _read_text(path: Path) -> str:
 
 def _sampler() -> Callable:
   """What a stage writes while it trains: pictures of a few captions, captions of a few pictures, of the test split."""
-  from clipflow_jax.data import sources
+  from clipflow_jax.data import mixture
   from clipflow_jax.inference.pipeline import ClipFlow
 
   models: dict[str, ClipFlow] = {}
@@ -387,7 +414,7 @@ def _sampler() -> Callable:
   def sample(model, config, params, chat, step, writer):
     pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
     pipeline.params = params  # the same compiled functions with today's parameters
-    source = sources.make(config.data.source, "test")
+    source = mixture.shown(config.data.source)
     examples = [source[i] for i in range(16)]
     weights = config.objective.weights
     if weights.get("flow"):
@@ -406,13 +433,13 @@ def _sampler() -> Callable:
 
 
 def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> None:
-  from clipflow_jax.data import sources
+  from clipflow_jax.data import mixture, sources
   from clipflow_jax.evaluation import bars, report
   from clipflow_jax.training import stages
 
   model = _load(workdir)
   print(f"evaluating on {n} pictures")
-  source = sources.make(model.config.data.source, "test")
+  source = mixture.shown(model.config.data.source)
   shown: tuple[bars.Bar, ...] = ()
   if isinstance(source, sources.ShapesSource):
     shown = bars.QUICKSTART

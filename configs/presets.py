@@ -86,6 +86,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       tokenizer=dict(vocabulary=1024, examples=2000),  # trained where init_from gives none
       data=dict(
         source=dict(kind="shapes", size=60, counts=(0.46, 0.44, 0.06, 0.04), questions=0),
+        features="",  # a folder of `clipflow cache-features`, to train on in place of the source's pictures
         tasks=dict(),
         row=(),
         length=64,

@@ -16,7 +16,7 @@ from clipflow_jax.errors import UserError
 from configs import quickstart
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "plan", "import", "export", "info")
+COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "cache-features", "plan", "import", "export", "info")
 
 
 def fails(capsys, *argv: str) -> str:
@@ -50,7 +50,7 @@ def test_help_names_every_command(capsys):
     cli.main(["--help"])
   assert stop.value.code == 0
   out = capsys.readouterr().out
-  assert re.findall(r"\n    (\w+)", out) == list(COMMANDS)  # each with its summary beside or below it
+  assert re.findall(r"\n    ([\w-]+)", out) == list(COMMANDS)  # each with its summary beside or below it
 
 
 def test_no_command_shows_the_help(capsys):

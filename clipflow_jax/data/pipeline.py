@@ -1,6 +1,6 @@
 """One batch's way from a source to the step: Grain's MapDataset, packed, batched, prefetched.
 
-The stream of batches is a pure function of (source, settings, seed): it is cut into a fixed number of shards, each of
+The stream of batches is a pure function of (sources, settings, seed): it is cut into a fixed number of shards, each of
 which makes its own rows of every batch, and a process reads the shards that its rows belong to. Where each shard stands
 is a small dict in checkpoints.
 """
@@ -19,50 +19,66 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.mixture import CAPTION, Order, Part
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import Chat
 from clipflow_jax.errors import UserError
 
-DESCRIBE = "describe the picture."
+Rng = np.random.Generator
 
 
-def converse(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
+def converse(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """The picture's description, or as often its questions: what is said of it must be read from it, not from before."""
   if not example.questions or rng.random() < 0.5:
-    return sequence.read(example.image, ((DESCRIBE, example.description),))
+    return sequence.read(example.image, ((_phrasing(part.describe, rng), example.description),))
   return sequence.read(example.image, tuple(example.questions[i] for i in rng.permutation(len(example.questions))))
 
 
-def draw(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
+def draw(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """Draw one of the captions; with probability drop_text the text is empty, for guidance and unconditional drawing."""
-  text = "" if rng.random() < drop_text else str(rng.choice(example.captions))
-  return sequence.drawn(text, example.image)
+  if rng.random() < drop_text:
+    return sequence.drawn("", example.image)
+  text = str(rng.choice(example.captions))
+  return sequence.drawn(_phrasing(part.draw, rng).replace(CAPTION, text), example.image)
 
 
-def caption(example: Example, rng: np.random.Generator, drop_text: float) -> Conversation:
+def caption(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """A caption for CLIP."""
   return sequence.words(str(rng.choice(example.captions)), example.image)
 
 
-TASKS: dict[str, Callable[[Example, np.random.Generator, float], Conversation]] = {
+def talk(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
+  """Questions and answers without a picture; where there are none, the description as an answer to nothing."""
+  return sequence.talked(example.questions or (("", example.description),), example.image)
+
+
+TASKS: dict[str, Callable[[Example, Part, Rng, float], Conversation]] = {
   "caption": caption,
   "draw": draw,
   "converse": converse,
+  "talk": talk,
 }
+
+
+def _phrasing(phrasings: tuple[str, ...], rng: Rng) -> str:
+  return phrasings[int(rng.integers(len(phrasings)))] if len(phrasings) > 1 else phrasings[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
   """How examples become rows.
 
-  tasks: name -> weight, of TASKS; each example is put to one of them, and Grain packs them, `bins` rows at a time.
-  row: instead, names of TASKS in order: every row holds one example of each, as far as they fit. Each row then has the
-    same mixture and the same number of targets, so that no noisy block is computed in vain.
+  parts: the sources, each with its weight and role.
+  tasks: name -> weight, of TASKS; each example is put to one of those that its part's role allows (words alone always
+    to talk), and Grain packs them, `bins` rows at a time.
+  row: instead, names of TASKS in order: every row holds one example of each, as far as they fit, of the parts whose
+    role allows it. Each row then has the same mixture and the same number of targets, so that no noisy block is
+    computed in vain.
   shards: how many parts the stream is cut into. It is a setting of the stream, not of who reads it: every shard fills
     batch_size / shards rows. A run whose shards are a multiple of its hosts reads nothing twice.
   """
 
-  source: Any
+  parts: tuple[Part, ...]
   chat: Chat
   layout: Layout
   batch_size: int
@@ -82,14 +98,46 @@ class Pipeline:
       raise UserError(
         f"data.tasks {dict(self.tasks)} must weigh, or data.row name, some of {', '.join(TASKS)}, and no other"
       )
+    for part in self.parts:
+      if not (set(self.row) & set(part.tasks) if self.row else self._tasks_of(part)):
+        raise UserError(
+          f"{part.name}: its role {part.role} is for {', '.join(part.tasks)}, of which data.tasks and data.row want "
+          "none: give it another role or leave it out"
+        )
+    for task in self.row:
+      if not any(task in part.tasks for part in self.parts):
+        raise UserError(f"data.row wants {task}, for which no source has a role: change one's role, or data.row")
 
-  def example(self, i: int, task: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Record i put to a task -> the arrays of one example. Raises BadRecord."""
-    record = self.source[i]
+  def _tasks_of(self, part: Part) -> dict[str, float]:
+    """{task: weight} of what examples of a part are put to, by name."""
+    if part.role == "text":
+      return {"talk": 1.0}
+    return {task: weight for task, weight in sorted(self.tasks.items()) if task in part.tasks and weight}
+
+  def example(self, item: tuple[int, int], task: str | None, rng: Rng) -> dict[str, np.ndarray]:
+    """(part, number of the record in it), put to a task or to one of its part's -> the arrays of one example.
+
+    Raises BadRecord.
+    """
+    part = self.parts[item[0]]
+    record = part.source[item[1]]
+    if task is None:
+      names, weights = zip(*self._tasks_of(part).items(), strict=True)
+      task = names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
     try:
-      return sequence.encode(TASKS[task](record, rng, self.drop_text), self.chat, self.layout)
+      return sequence.encode(TASKS[task](record, part, rng, self.drop_text), self.chat, self.layout)
     except UserError as error:
       raise BadRecord(record.id, f"too long: {error}") from error
+
+  def items(self) -> grain.MapDataset:
+    """The endless stream of (part, number of the record in it); with `row`, as many in turn as it has tasks."""
+    every = range(len(self.parts))
+    slots = [[p for p in every if task in self.parts[p].tasks] for task in self.row] or [list(every)]
+    records = [
+      grain.MapDataset.range(len(part.source)).shuffle(seed=self.seed + p).repeat().map(lambda i, p=p: (p, i))
+      for p, part in enumerate(self.parts)
+    ]
+    return grain.MapDataset.select_from_datasets(records, Order(self.parts, slots, self.seed))
 
   def shards_of(self, rows: np.ndarray) -> list[int]:
     """The shards that fill the given rows of a batch, ascending."""
@@ -103,31 +151,27 @@ class Pipeline:
     """The endless stream, of which only the rows of `shards` (by default of all) are made. `bad` gets bad records."""
     shards = range(self.shards) if shards is None else shards
     example = bad.guard(self.example)
-    records = grain.MapDataset.range(len(self.source)).shuffle(seed=self.seed).repeat().seed(self.seed)
+    stream = self.items().seed(self.seed)
     share = -(-self.threads // len(shards))
     options = grain.ReadOptions(num_threads=share, prefetch_buffer_size=max(1, 64 // len(shards)))
 
-    def at_random(i, rng):
-      names, weights = zip(*sorted(self.tasks.items()), strict=True)
-      return example(i, names[rng.choice(len(names), p=np.array(weights) / sum(weights))], rng)
-
-    def in_order(indices, rng):
-      found = [e for i, task in zip(indices, self.row, strict=True) if (e := example(i, task, rng))]
+    def in_order(items, rng):
+      found = [e for item, task in zip(items, self.row, strict=True) if (e := example(item, task, rng))]
       return sequence.pack(found, self.layout) if found else None
 
     if self.row:
-      items = records.batch(len(self.row), drop_remainder=True).random_map(in_order)
+      stream = stream.batch(len(self.row), drop_remainder=True, batch_fn=list).random_map(in_order)
     else:
-      items = records.random_map(at_random)
+      stream = stream.random_map(lambda item, rng: example(item, None, rng))
 
     def rows(shard):
-      stream = items[shard :: self.shards].to_iter_dataset(options)
+      own = stream[shard :: self.shards].to_iter_dataset(options)
       if self.row:
-        return stream
+        return own
       if self.layout.images == 1:  # a picture fills the row: there is nothing to pack
-        return stream.map(lambda one: sequence.pack([one], self.layout))
+        return own.map(lambda one: sequence.pack([one], self.layout))
       packed = grain.experimental.FirstFitPackIterDataset(
-        stream,
+        own,
         length_struct=sequence.lengths(self.layout),
         num_packing_bins=self.bins,
         seed=self.seed,

@@ -13,7 +13,8 @@ from clipflow_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversation:
-  """turns: (role, text), IMAGE in a text standing for the next picture. images u8[n,H,W,3], roles i32[n].
+  """turns: (role, text), IMAGE in a text standing for the next picture. images: u8[n,H,W,3], or their cached
+  features bf16[n,T,C]; roles i32[n].
 
   words_only: the turns are one plain text without a template, for CLIP; its pictures are not in the stream.
   """
@@ -140,7 +141,7 @@ def finish(row: dict[str, np.ndarray], layout: Layout) -> Batch:
     image_segments=image_segments.astype(np.int32),
     image_order=row["image_order"],
     image_positions=row["image_positions"],
-    images=row["images"],
+    **{"images" if row["images"].dtype == np.uint8 else "features": row["images"]},
   )
 
 
@@ -170,7 +171,7 @@ def stack(rows: list[Batch]) -> Batch:
 
 
 def drawn(text: str, image: np.ndarray) -> Conversation:
-  """Draw `text`, whose truth is image u8[H,W,3]; the empty text is the unconditional case."""
+  """Draw `text`, whose truth is the image (as in Example); the empty text is the unconditional case."""
   return Conversation((("user", text), ("assistant", IMAGE)), image[None], (TARGET,))
 
 
@@ -185,6 +186,12 @@ def read(image: np.ndarray, exchanges: tuple[tuple[str, str], ...]) -> Conversat
   for i, (question, answer) in enumerate(exchanges):
     turns += [("user", (IMAGE if i == 0 else "") + question), ("assistant", answer)]
   return Conversation(tuple(turns), image[None], (INPUT,))
+
+
+def talked(exchanges: tuple[tuple[str, str], ...], image: np.ndarray) -> Conversation:
+  """Questions and answers alone; of image u8[H,W,3] only the shape is taken, which all of a row's pictures share."""
+  turns = tuple(turn for question, answer in exchanges for turn in (("user", question), ("assistant", answer)))
+  return Conversation(turns, image[None][:0], ())
 
 
 def words(text: str, image: np.ndarray) -> Conversation:

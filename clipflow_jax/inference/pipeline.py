@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
 from clipflow_jax.data.images import square
-from clipflow_jax.data.pipeline import DESCRIBE
+from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError

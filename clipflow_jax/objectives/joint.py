@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives import contrastive, flow, language, pixels
 
@@ -48,6 +49,8 @@ class Objective:
   def sums(self, model: ClipFlow, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
     """Each objective's sum over the batch, and its metrics' (objective_metric). model: bound; keys key[B]."""
     on = {name for name, weight in self.weights.items() if weight}
+    if batch.images is None and (blind := sorted(on - {"language", "flow"})):
+      raise UserError(f"objective.weights: {', '.join(blind)} need pictures, and data.features has none; unset one")
     sums: dict[str, jax.Array] = {}
     if on & {"contrastive", "caption", "readout"}:
       sums |= contrastive.losses(

@@ -203,6 +203,11 @@ def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
   return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
+def fetch(tree: PyTree) -> PyTree:
+  """Global arrays, in the host memory of every process, whole."""
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def gather(own: Mapping[str, Any]) -> dict[str, Any]:
   """The union of a small JSON dict of every process; where they share a key they have the same value."""
   if jax.process_count() == 1:

@@ -18,8 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
-from clipflow_jax.data import sources, text
+from clipflow_jax.data import mixture, text
 from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.feature_cache import FeatureSource
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.errors import UserError
@@ -27,7 +28,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import checkpoint, flops, optimizer, state, step
+from clipflow_jax.training import checkpoint, features, flops, optimizer, state, step
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
 from clipflow_jax.training.state import Params, TrainState
@@ -59,10 +60,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   # Text, data, model: what a batch is.
   start = checkpoint.load(config.init_from, ("trained", "ema", "frozen")) if config.init_from else None
-  source = sources.make(config.data.source, "train")
-  chat = text.Chat(_tokenizer(config, workdir, start, source))
+  parts = mixture.make(config.data.source, "train", config.data.get("features", ""))
+  chat = text.Chat(_tokenizer(config, workdir, start, parts))
   model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
-  pipeline = _pipeline(config, source, chat, model)
+  pipeline = _pipeline(config, parts, chat, model)
   errors = f"data_errors.{jax.process_index()}.jsonl" if jax.process_index() else "data_errors.jsonl"
   bad = BadRecords(workdir / errors, config.data.max_bad_fraction)
   rows, part = pipeline.batch_size, next(pipeline.batches(bad, [0]))
@@ -105,9 +106,23 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       taken = _take(abstract, start, shardings.params) if start else {}
       now = jax.jit(fresh, out_shardings=shardings)(taken)
       del taken
-      if config.measure_features:
+      if config.measure_features and not config.data.get("features"):
         pictures = map(put, pipeline.batches(BadRecords(None, 1.0), shards))
         now = measure_features(model, now, pictures, config.measure_features)
+
+    # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
+    cached = parts[0].source if isinstance(parts[0].source, FeatureSource) else None
+    unused = ("clip_model",) if cached else ()
+    shardings, shardings_aside = state.set_aside(shardings, unused)
+    target, _ = state.set_aside(target, unused)
+    now, aside = state.set_aside(now, unused)
+    aside = distributed.fetch(aside) if aside else {}
+    if cached:
+      features.check(cached, aside, np.asarray(state.flatten(now.frozen).get("statistics/mean", 0)))
+      now = _with_statistics(now, cached.statistics.mean, cached.statistics.std)
+
+    def whole(now):
+      return state.taken_back(now, jax.tree.map(distributed.place, aside, shardings_aside))
 
     # The step, compiled once.
     pure = step.make(model, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
@@ -150,12 +165,12 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           writer.scalars(number, means | throughput.compute(number))
         if number % config.checkpoint_every == 0 or last:
           watchdog.beat(f"the checkpoint of step {number}")
-          checkpoints.save(number, now, data_state=distributed.gather(batches.get_state()), meta=meta)
+          checkpoints.save(number, whole(now), data_state=distributed.gather(batches.get_state()), meta=meta)
           saved = number
         if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
           watchdog.beat(f"the samples of step {number}")
           with sharding.unconstrained():  # samples are as many as they are
-            sample(model, config, now.averaged, chat, number, writer)
+            sample(model, config, whole(now).averaged, chat, number, writer)
           throughput.start()
         if stopping:
           break
@@ -167,7 +182,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     if stop():
       log.info("stopped by SIGTERM at step %d; the same command goes on", saved)
       raise SystemExit(0)
-  return now
+    return whole(now)
 
 
 def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch], pictures: int) -> TrainState:
@@ -188,17 +203,25 @@ def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch],
     first, second, count = first + sums[0], second + sums[1], count + int(sums[2])
   mean = first / count
   std = np.sqrt(np.maximum(second / count - np.square(mean), 1e-4))
+  log.info("measured the features of %d pictures", count)
+  return _with_statistics(now, mean, std)
+
+
+def _with_statistics(now: TrainState, mean: np.ndarray, std: np.ndarray) -> TrainState:
   flat = state.flatten(now.frozen)
   for name, value in (("statistics/mean", mean), ("statistics/std", std)):
     if name not in flat:
       raise UserError(f"config.train must freeze {name}: it is measured, not learned")
     flat[name] = distributed.place(value.astype(flat[name].dtype), flat[name].sharding)
-  log.info("measured the features of %d pictures", count)
   return dataclasses.replace(now, frozen=state.nest(flat))
 
 
 def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
   # All of a batch's rows, which the mesh divides; what they would become is nobody's input, so is never computed.
+  if example.images is None:  # a model is whole whatever its features come from
+    side = model.clip["vision"]["image_size"]
+    images = jax.ShapeDtypeStruct((*example.image_roles.shape, side, side, 3), jnp.uint8)
+    example = example.replace(images=images, features=None)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
 
@@ -221,15 +244,14 @@ def _take(ours: Params, start: checkpoint.Restored, shardings: Params) -> dict[s
   return taken
 
 
-def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, source: sources.Source):
+def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, parts: tuple[mixture.Part, ...]):
   """The tokenizer of the run that this one starts from, else one trained on this run's own texts."""
   if start:
     with tempfile.TemporaryDirectory() as scratch:
       return text.from_files(start.meta["tokenizer"], Path(scratch))
-  count = min(config.tokenizer.examples, len(source))
-  examples = (BadRecords(None, 1.0).guard(source.__getitem__)(i) for i in range(count))
+  examples = mixture.first(parts, config.tokenizer.examples)
   return text.train_tokenizer(
-    (words for found in examples if found for words in (*found.captions, found.description, *sum(found.questions, ()))),
+    (words for found in examples for words in (*found.captions, found.description, *sum(found.questions, ()))),
     config.tokenizer.vocabulary,
   )
 
@@ -239,11 +261,12 @@ def _files(chat: text.Chat) -> dict[str, str]:
     return text.to_files(chat.tokenizer, Path(scratch))
 
 
-def _pipeline(config: ConfigDict, source: sources.Source, chat: text.Chat, model: ClipFlow) -> Pipeline:
+def _pipeline(config: ConfigDict, parts: tuple[mixture.Part, ...], chat: text.Chat, model: ClipFlow) -> Pipeline:
   fields = config.data.to_dict()
-  del fields["source"], fields["max_bad_fraction"]
+  for name in ("source", "features", "max_bad_fraction"):
+    fields.pop(name, None)
   layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid)
-  return Pipeline(source=source, chat=chat, layout=layout, seed=config.seed, **fields)
+  return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
 
 
 def _check(means: dict[str, float], number: int, config: ConfigDict) -> None:

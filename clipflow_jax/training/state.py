@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -88,6 +90,17 @@ def create(
   )
   copy = jax.tree.map(jnp.copy, trained) if ema else None  # its own buffers: both are donated
   return TrainState(jnp.zeros((), jnp.int32), trained, frozen, copy, tx.init(trained))
+
+
+def set_aside(state: TrainState, parts: Iterable[str]) -> tuple[TrainState, Params]:
+  """(the state without those frozen top-level parts, these): of arrays, of shapes or of shardings."""
+  kept = {name: part for name, part in state.frozen.items() if name not in parts}
+  return dataclasses.replace(state, frozen=kept), {k: v for k, v in state.frozen.items() if k not in kept}
+
+
+def taken_back(state: TrainState, aside: Params) -> TrainState:
+  """Inverse of `set_aside`."""
+  return dataclasses.replace(state, frozen=state.frozen | aside)
 
 
 def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:

@@ -15,7 +15,8 @@ from clipflow_jax.batch import INPUT, TARGET, Batch
 from clipflow_jax.data import text
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import Example
-from clipflow_jax.data.pipeline import DESCRIBE, Pipeline
+from clipflow_jax.data.mixture import DESCRIBE, Part
+from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.sources import FolderSource
@@ -44,8 +45,10 @@ def chat() -> Chat:
   return Chat(text.train_tokenizer([*texts, DESCRIBE, "one", "two", "all", "how?", "so"], 400))
 
 
-def make(chat: Chat, **fields) -> Pipeline:
-  defaults = dict(source=SHAPES, chat=chat, layout=ONE, batch_size=4, tasks={"draw": 1.0, "caption": 1.0}, seed=1)
+def make(chat: Chat, source=SHAPES, **fields) -> Pipeline:
+  defaults = dict(
+    parts=(Part(source),), chat=chat, layout=ONE, batch_size=4, tasks={"draw": 1.0, "caption": 1.0}, seed=1
+  )
   return Pipeline(**defaults | fields)
 
 
@@ -153,7 +156,7 @@ def test_only_drawings_lose_their_text(chat):
 def test_a_conversation_is_the_description_or_as_often_the_questions(chat):
   pipeline, found = make(chat, source=Constant()), collections.Counter()
   for i in range(100):
-    example = pipeline.example(i, "converse", np.random.default_rng(i))
+    example = pipeline.example((0, i), "converse", np.random.default_rng(i))
     found[chat.tokenizer.decode(example["tokens"][example["image_index"] < 0].tolist())] += 1
   describe, ask = f"{DESCRIBE}<|assistant|> all<|end|>", "how?<|assistant|> so<|end|>"
   assert found.keys() == {f"<|begin|><|user|>{IMAGE} {only}" for only in (describe, ask)}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipflow_jax.data import sources, text
+from clipflow_jax.data import mixture, text
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
@@ -204,7 +204,7 @@ def test_measured_features_have_mean_0_and_deviation_1(whole):
   chat = text.Chat(text.from_files(read.meta["tokenizer"], workdir / "scratch"))
   model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
   pipeline = Pipeline(
-    source=sources.make(config.data.source, "train"),
+    parts=mixture.make(config.data.source, "train"),
     chat=chat,
     layout=Layout(length=200, images=5, grid=model.grid),  # rows of one to five pictures
     batch_size=4,

@@ -1,0 +1,314 @@
+"""What the frozen tower sees, written once: `clipflow cache-features` writes it, `config.data.features` reads it.
+
+FOLDER/request.json says what of; statistics.npz holds mean and std f32[T,C], by which features are standardised;
+FOLDER/SOURCE/00000.array_record, ... hold examples with their features in place of their pictures, one a record; and
+manifest.json, written last, lists the shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import grain
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.example import Example
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.vision import VisionTower
+from clipflow_jax.parallel import distributed
+
+log = logging.getLogger(__name__)
+
+MANIFEST, REQUEST, STATISTICS = "manifest.json", "request.json", "statistics.npz"
+DTYPES = ("bfloat16", "int8")
+STEP = 1 / 16  # of int8, in deviations of a (token, channel): each has a scale of its own by being standardised
+LENGTH = 1024  # records of a source that a shard is made of
+MEASURED = 4096  # pictures behind the statistics
+ENDLESS = 2**31 - 1  # records of a source that makes them up
+
+Encode = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+  """What standardises raw features: (raw - mean) / std."""
+
+  mean: np.ndarray  # f32[T,C]
+  std: np.ndarray  # f32[T,C]
+
+
+class FeatureSource:
+  """The examples of one source in a folder of `write`; Example.image is the standardised features bf16[T,C].
+
+  Raises UserError when the folder is not there or not complete.
+  """
+
+  def __init__(self, folder: Path, source: str):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    self.folder, self.manifest = folder, manifest(folder)
+    if source not in self.manifest["shards"]:
+      there = ", ".join(self.manifest["shards"])
+      raise UserError(f"{folder} has features of {there}, but not of {source}: cache them with this config")
+    self.statistics = read_statistics(folder)
+    shards = self.manifest["shards"][source]
+    self._records = ArrayRecordDataSource([f"{folder / shard['file']}[0:{shard['records']}]" for shard in shards])
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, i: int) -> Example:
+    record = msgpack.unpackb(self._records[i], use_list=False)
+    shape = self.statistics.mean.shape
+    features = np.frombuffer(record["features"], jnp.dtype(self.manifest["request"]["dtype"])).reshape(shape)
+    if features.dtype == np.int8:
+      features = (features * np.float32(STEP)).astype(jnp.bfloat16)
+    return Example(record["id"], features, record["captions"], record["description"], record["questions"])
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+  """manifest.json: {"request", "pictures", "shards": {source: [{"file", "records", "bytes"}]}}.
+
+  UserError where it is not there, or a shard is not as it says.
+  """
+  try:
+    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    why = "is not complete: run the same clipflow cache-features again" if (folder / REQUEST).exists() else "is none"
+    raise UserError(
+      f"data.features: {folder} {why} (a folder that clipflow cache-features --output={folder} wrote)"
+    ) from error
+  for shard in (shard for shards in found["shards"].values() for shard in shards):
+    file = folder / shard["file"]
+    size = file.stat().st_size if file.is_file() else "no"
+    if size != shard["bytes"]:
+      raise UserError(
+        f"{file} has {size} bytes, {MANIFEST} says {shard['bytes']}: copy it again, or remove it and cache"
+      )
+  return found
+
+
+def read_statistics(folder: Path) -> Statistics:
+  """Those that the features in `folder` were standardised by."""
+  with np.load(folder / STATISTICS, allow_pickle=False) as found:
+    return Statistics(**found)
+
+
+# Writing.
+
+
+def write(
+  tower: VisionTower,
+  params: Mapping[str, Any],
+  statistics: Statistics | None,
+  sources: Mapping[str, Any],
+  folder: Path,
+  *,
+  of: Mapping[str, Any],
+  dtype: str = "bfloat16",
+  rows: int = 64,
+  count: int = 0,
+  length: int = LENGTH,
+  max_bad_fraction: float = 0.05,
+) -> dict[str, Any]:
+  """Runs the tower over `sources`, {name: Source}, into `folder`; returns the manifest.
+
+  Each process writes shards of its own, on its own devices, `rows` pictures a device at a time; a shard is renamed into
+  place when it is complete, and one that is there is not made again: a run that was killed goes on.
+
+  params: the tower's. statistics: what standardises, None to measure it on these pictures. of: JSON, said of the
+  features beside the tower. count: only the first so many of each source (0: all). UserError for another dtype than
+  DTYPES, for parameters or pictures that are not the tower's, for a folder with features of something else, and for an
+  endless source without a count.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"dtype {dtype!r} of cached features is unknown; choose one of {', '.join(DTYPES)}")
+  for name, source in sources.items():
+    if len(source) >= ENDLESS and not count:
+      raise UserError(f"{name} has no end: say how many of its pictures to take, --count=N")
+  _check_fit(tower, params)
+  sizes = {name: min(count or len(source), len(source)) for name, source in sources.items()}
+  asked = {"dtype": dtype, "count": count, "length": length, "tower": fingerprint(params)}
+  request = json.loads(json.dumps(asked | dict(of)))
+  lead = jax.process_index() == 0
+  if lead:
+    _claim(folder, request)
+    for partial in folder.rglob("*.partial"):
+      partial.unlink()
+  distributed.barrier("the folder of features")
+  bad = BadRecords(folder / f"data_errors.{jax.process_index()}.jsonl", max_bad_fraction)
+  encode, devices = _tower(tower, params)
+  rows *= devices
+  if lead and not (folder / STATISTICS).exists():
+    found = statistics or _measure(sources, sizes, tower, encode, rows)
+    partial = folder / "statistics.partial"
+    with partial.open("wb") as file:
+      np.savez(file, mean=found.mean, std=found.std)
+    os.replace(partial, folder / STATISTICS)
+  distributed.barrier("the statistics of features", 3600.0)
+  there, side = read_statistics(folder), tower.image_size
+
+  jobs = [
+    (name, number, range(start, min(start + length, size)))
+    for name, size in sizes.items()
+    for number, start in enumerate(range(0, size, length))
+  ]
+  for name, number, which in jobs[jax.process_index() :: jax.process_count()]:
+    file = folder / name / f"{number:05d}.array_record"
+    if not file.exists():
+      found = _encoded(sources[name], which, bad, lambda x: encode(x, there.mean, there.std), rows, side)
+      _write_shard(file, found, dtype)
+      log.info("%s: %d pictures", file, len(which))
+  if bad.bad:
+    log.warning("%s", bad.summary())
+  distributed.barrier("the shards of features", 24 * 3600.0)
+  if lead:
+    shards: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
+    for name, number, _ in jobs:
+      file = folder / name / f"{number:05d}.array_record"
+      if records := _records(file):
+        described = {"file": str(file.relative_to(folder)), "records": records, "bytes": file.stat().st_size}
+        shards[name].append(described)
+    pictures = sum(shard["records"] for every in shards.values() for shard in every)
+    _replace(folder / MANIFEST, json.dumps({"request": request, "pictures": pictures, "shards": shards}, indent=1))
+  distributed.barrier("the manifest of features")
+  return manifest(folder)
+
+
+def _claim(folder: Path, request: dict[str, Any]) -> None:
+  """Takes the folder for this request. UserError when it holds another's features, or anything else."""
+  file = folder / REQUEST
+  if file.exists():
+    there = json.loads(file.read_text(encoding="utf-8"))
+    other = [key for key in sorted(there.keys() | request.keys()) if there.get(key) != request.get(key)]
+    if other:
+      raise UserError(f"{folder} holds features of another {', '.join(other)}: give another --output, or remove it")
+    return
+  if folder.exists() and any(folder.iterdir()):
+    raise UserError(f"{folder} is not empty and was not written by clipflow cache-features: give another --output")
+  folder.mkdir(parents=True, exist_ok=True)
+  _replace(file, json.dumps(request, indent=1))
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+  """What tells a tower from others: of its parameters as bfloat16, which is how a frozen one may be kept."""
+  sha256 = hashlib.sha256()
+  for path, leaf in sorted(flax.traverse_util.flatten_dict(dict(params), sep="/").items()):
+    sha256.update(path.encode() + np.asarray(leaf, jnp.bfloat16).tobytes())
+  return sha256.hexdigest()
+
+
+def _check_fit(tower: VisionTower, params: Mapping[str, Any]) -> None:
+  """UserError unless these are parameters of the tower."""
+  picture = jax.ShapeDtypeStruct((1, tower.image_size, tower.image_size, 3), np.uint8)
+  expected = jax.eval_shape(tower.init, jax.random.key(0), picture)["params"]
+  here, there = (
+    {k: v.shape for k, v in flax.traverse_util.flatten_dict(dict(t), sep="/").items()} for t in (expected, params)
+  )
+  for path in sorted(here.keys() | there.keys()):
+    if here.get(path) != there.get(path):
+      raise UserError(
+        f"the run's vision tower has {path} of shape {there.get(path)}, the config's {here.get(path)}: "
+        "use a config of the run's own model"
+      )
+
+
+def _tower(tower: VisionTower, params: Mapping[str, Any]) -> tuple[Encode, int]:
+  """(pictures u8[B,H,W,3], mean, std f32[T,C] -> features f32[B,T,C] standardised by them; number of devices, which
+  divides B).
+
+  Over the devices of this process, each with a copy of the tower: nothing is exchanged.
+  """
+  devices = jax.local_devices()
+  mesh = Mesh(np.array(devices), ("rows",))
+  by_rows, everywhere = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
+  placed = jax.device_put(jax.tree.map(np.asarray, dict(params)), everywhere)
+
+  @functools.partial(jax.jit, in_shardings=(everywhere, by_rows, everywhere, everywhere), out_shardings=by_rows)
+  def see(placed, images, mean, std):
+    return (tower.apply({"params": placed}, images).features - mean) / std
+
+  return functools.partial(see, placed), len(devices)
+
+
+def _encoded(
+  source: Any, which: Sequence[int], bad: BadRecords, encode: Callable[[np.ndarray], jax.Array], rows: int, side: int
+) -> Iterator[tuple[list[Example], np.ndarray]]:
+  """(good examples, their features [n,T,C]) of those records, in order. Pictures are read while others are encoded."""
+  records = grain.MapDataset.source(which).map(bad.guard(lambda i: source[int(i)])).to_iter_dataset()
+  waiting: tuple[list[Example], jax.Array] | None = None
+  for examples in records.batch(rows, batch_fn=list):
+    images = np.stack([example.image for example in examples])
+    if images.shape[1] != side:
+      raise UserError(f"pictures of {images.shape[1]} pixels are not the {side} of the tower: set data.source.size")
+    images = np.pad(images, [(0, rows - len(images)), (0, 0), (0, 0), (0, 0)])  # one compiled shape
+    running = examples, encode(images)
+    if waiting:
+      yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+    waiting = running
+  if waiting:
+    yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+
+
+def _measure(sources: Mapping[str, Any], sizes: Mapping[str, int], tower: VisionTower, encode: Encode, rows: int):
+  """The Statistics of MEASURED pictures from all over the sources."""
+  mean, std = np.zeros((tower.tokens, tower.width), np.float32), np.ones((tower.tokens, tower.width), np.float32)
+  first, second, pictures = np.zeros(mean.shape), np.zeros(mean.shape), 0
+  share = -(-MEASURED // len(sources))
+  for name, source in sources.items():
+    which = np.unique(np.linspace(0, sizes[name] - 1, min(share, sizes[name])).astype(np.int64))
+    raw = _encoded(source, which, BadRecords(None, 1.0), lambda x: encode(x, mean, std), rows, tower.image_size)
+    for _, features in raw:
+      wide = features.astype(np.float64)
+      first, second, pictures = first + wide.sum(0), second + np.square(wide).sum(0), pictures + len(wide)
+  mean = first / pictures
+  std = np.sqrt(np.maximum(second / pictures - np.square(mean), 1e-4))
+  log.info("measured the features of %d pictures", pictures)
+  return Statistics(mean.astype(np.float32), std.astype(np.float32))
+
+
+def _write_shard(file: Path, examples: Iterator[tuple[list[Example], np.ndarray]], dtype: str) -> None:
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  file.parent.mkdir(exist_ok=True)
+  partial = file.with_suffix(".partial")
+  writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # features have no redundancy to find
+  for some, features in examples:
+    kept = (
+      features.astype(jnp.bfloat16) if dtype == "bfloat16" else np.rint(features / STEP).clip(-127, 127).astype(np.int8)
+    )
+    for example, own in zip(some, kept, strict=True):
+      record = {name: getattr(example, name) for name in ("id", "captions", "description", "questions")}
+      writer.write(msgpack.packb(record | {"features": own.tobytes()}))
+  writer.close()
+  os.replace(partial, file)
+
+
+def _records(file: Path) -> int:
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  reader = ArrayRecordReader(str(file))
+  try:
+    return reader.num_records()
+  finally:
+    reader.close()
+
+
+def _replace(file: Path, content: str) -> None:
+  partial = file.with_suffix(".partial")
+  partial.write_text(content, encoding="utf-8")
+  os.replace(partial, file)

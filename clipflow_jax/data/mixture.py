@@ -1,0 +1,210 @@
+"""Which sources a run reads, and in which order their examples come: mixed by weight, a pure function of an index."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from clipflow_jax.data import sources
+from clipflow_jax.data.bad_records import BadRecords
+from clipflow_jax.data.example import Example
+from clipflow_jax.data.feature_cache import FeatureSource
+from clipflow_jax.data.sources import Source
+from clipflow_jax.errors import UserError
+
+DESCRIBE = "describe the picture."
+CAPTION = "{caption}"
+# What an example may be put to, by the role of its source: names of `pipeline.TASKS`.
+ROLES: dict[str, tuple[str, ...]] = {
+  "both": ("caption", "draw", "converse"),
+  "understand": ("caption", "converse"),
+  "generate": ("caption", "draw"),
+  "text": ("talk",),
+}
+BLOCK = 1000  # items in which every part has its share
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One source of a run, and how its examples are put.
+
+  weight: its share of the examples, beside the others'. role: what its examples are for, of ROLES; "text" takes their
+  words alone. epochs: after so many passes its share goes to the others (0: it never ends). describe: the question that
+  the description answers, in several phrasings. draw: what asks for a picture, CAPTION standing for its caption.
+  UserError for a value that makes no sense.
+  """
+
+  source: Source
+  name: str = "data.source"
+  weight: float = 1.0
+  role: str = "both"
+  epochs: int = 0
+  describe: tuple[str, ...] = (DESCRIBE,)
+  draw: tuple[str, ...] = (CAPTION,)
+
+  def __post_init__(self) -> None:
+    if not 0 < self.weight < float("inf"):
+      raise UserError(f"{self.name}: weight is {self.weight}: give a number above 0, or leave the source out")
+    if self.role not in ROLES:
+      raise UserError(f"{self.name}: role is {self.role!r}: choose one of {', '.join(ROLES)}")
+    if self.epochs < 0 or self.epochs != int(self.epochs):
+      raise UserError(f"{self.name}: epochs is {self.epochs}: give a whole number of passes, or 0 for no end")
+    for name, needed in (("describe", ""), ("draw", CAPTION)):
+      phrasings = getattr(self, name)
+      if (
+        isinstance(phrasings, str) or not phrasings or not all(str(one).strip() and needed in one for one in phrasings)
+      ):
+        raise UserError(
+          f"{self.name}: {name} is {phrasings!r}: give a list of phrasings{f', each with {needed}' if needed else ''}"
+        )
+
+  @property
+  def tasks(self) -> tuple[str, ...]:
+    """What its examples may be put to."""
+    return ROLES[self.role]
+
+
+def make(settings: Mapping[str, Any], split: str, features: str = "") -> tuple[Part, ...]:
+  """The sources of `config.data.source`, in the order of their names.
+
+  features: a folder of `feature_cache.write`, whose examples take the place of all of them.
+
+  One source: `kind` and the fields of its class, and those of Part. Several: kind="mixture", and every other key is a
+  source's name with such settings of its own. UserError, which names the source, for settings that do not fit.
+  """
+  settings = dict(settings)
+  if settings.get("kind") != "mixture":
+    return (_part("data.source", settings, split, features),)
+  named = {name: value for name, value in sorted(settings.items()) if name != "kind"}
+  if not named:
+    raise UserError("data.source is a mixture of nothing: give it sources, each a name with dict(kind=..., weight=...)")
+  for name, value in named.items():
+    # A ConfigDict is no Mapping.
+    if not isinstance(value, Mapping | ConfigDict) or value.get("kind") == "mixture":
+      raise UserError(f"data.source.{name} is no source: in a mixture each key but kind is one, dict(kind=..., ...)")
+  return tuple(_part(f"data.source.{name}", value, split, features) for name, value in named.items())
+
+
+def _part(name: str, settings: Mapping[str, Any], split: str, features: str) -> Part:
+  settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+  own = {field.name for field in dataclasses.fields(Part)} - {"source", "name"}
+  options = {key: settings.pop(key) for key in own & settings.keys()}
+  try:
+    source = FeatureSource(Path(features), name) if features else sources.make(settings, split)
+    return Part(source, name, **options)
+  except UserError as error:
+    raise error if name in str(error) or name == "data.source" else UserError(f"{name}: {error}") from error
+
+
+def shown(settings: Mapping[str, Any]) -> Source:
+  """The source whose test split a run is looked at by: that of the first part with pictures."""
+  parts = make(settings, "test")
+  return next((part for part in parts if part.role != "text"), parts[0]).source
+
+
+def first(parts: Sequence[Part], count: int) -> Iterator[Example]:
+  """The first `count` examples, or all where there are fewer, of all parts in turn; without those that are bad."""
+  longest = max(len(part.source) for part in parts)
+  every = ((part.source, i) for i in range(min(count, longest)) for part in parts if i < len(part.source))
+  guarded = BadRecords(None, 1.0).guard(lambda source, i: source[i])
+  for _, (source, i) in zip(range(count), every, strict=False):
+    if (example := guarded(source, i)) is not None:
+      yield example
+
+
+class Order(grain.transforms.DatasetSelectionMap):
+  """Item i of the endless stream is example k of part p: a function of i alone, so that any host can begin anywhere.
+
+  Items are cut into blocks in which every part has exactly its share, in random order: taken in turn, as Grain's own
+  mix does it, two parts of equal weight would give the even shards (`Pipeline.shards`) one part and the odd the other.
+  k counts up from 0 for each part, without gap or repetition.
+  """
+
+  def __init__(self, parts: Sequence[Part], slots: Sequence[Sequence[int]], seed: int):
+    """slots[s]: which parts fill the items s, s + len(slots), s + 2 len(slots), ... UserError where all of them end."""
+    own = [sum(part in slot for slot in slots) for part in range(len(parts))]
+    rank: collections.Counter[int] = collections.Counter()
+    self._slots = []
+    for number, slot in enumerate(slots):
+      turns = {part: (rank[part], own[part]) for part in slot}
+      rank.update(slot)
+      self._slots.append(_Slot({part: parts[part] for part in slot}, turns, (seed, number)))
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, i: int) -> tuple[int, int]:
+    row, slot = divmod(i, len(self._slots))
+    return self._slots[slot][row]
+
+
+class _Slot:
+  """The same for one place of a row, of which each part shares its examples with `turns` = (rank, count) others."""
+
+  def __init__(self, parts: Mapping[int, Part], turns: Mapping[int, tuple[int, int]], seed: tuple[int, int]):
+    self._parts, self._turns, self._seed = list(parts), turns, seed
+    weights = np.array([part.weight for part in parts.values()])
+    if (weights / weights.sum()).min() < 1 / BLOCK:
+      least = min(parts.values(), key=lambda part: part.weight)
+      raise UserError(f"{least.name}: weight {least.weight} is less than a {BLOCK}th of all: raise it")
+    # How many examples each part has left, and from which block on which share of a block is each part's.
+    room = np.array(
+      [
+        np.ceil((part.epochs * len(part.source) - turns[p][0]) / turns[p][1]) if part.epochs else np.inf
+        for p, part in parts.items()
+      ]
+    )
+    if np.isfinite(room).all():
+      raise UserError(
+        f"{', '.join(part.name for part in parts.values())}: epochs ends every source: set one's to 0, for no end"
+      )
+    self._begins, self._used, self._counts = [], [], []
+    block, used = 0, np.zeros(len(weights), np.int64)
+    while True:
+      counts = np.minimum(_shares(np.where(used < room, weights, 0), BLOCK), room - used).astype(np.int64)
+      counts += _shares(np.where(np.isinf(room), weights, 0), BLOCK - counts.sum())
+      self._begins.append(block)
+      self._used.append(used)
+      self._counts.append(tuple(counts.tolist()))
+      ending = np.isfinite(room) & (counts > 0)
+      if not ending.any():
+        return
+      blocks = int(((room - used)[ending] // counts[ending]).min())
+      block, used = block + blocks, used + blocks * counts
+
+  def __getitem__(self, i: int) -> tuple[int, int]:
+    block, place = divmod(i, BLOCK)
+    phase = bisect.bisect_right(self._begins, block) - 1
+    which, before = _shuffled(self._counts[phase], *self._seed, block)
+    part = int(which[place])
+    done = self._used[phase][part] + (block - self._begins[phase]) * self._counts[phase][part] + before[place]
+    rank, count = self._turns[self._parts[part]]
+    return self._parts[part], int(done) * count + rank
+
+
+def _shares(weights: np.ndarray, total: int) -> np.ndarray:
+  """i64[P]: whole numbers that add up to `total`, as near as can be to the weights (the largest remainders' way)."""
+  exact = weights / weights.sum() * total
+  counts = np.floor(exact).astype(np.int64)
+  counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+  return counts
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffled(counts: tuple[int, ...], seed: int, slot: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+  """i64[BLOCK] which part each item of a block is of, and how many of the block's items of that part are before it."""
+  which = np.random.default_rng([seed, slot, block]).permutation(np.repeat(np.arange(len(counts)), counts))
+  before = np.empty_like(which)
+  for part, count in enumerate(counts):
+    before[which == part] = np.arange(count)
+  return which, before

@@ -1,0 +1,70 @@
+"""Cached features of a run's tower: where they meet the config, the checkpoint and the training state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from clipflow_jax.data import feature_cache, mixture
+from clipflow_jax.data.feature_cache import FeatureSource, Statistics
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.vision import VisionTower
+from clipflow_jax.training import checkpoint, stages, state
+from clipflow_jax.training.state import Params
+
+TOWER = "clip_model/vision_tower/"
+
+
+def cache(
+  config: ConfigDict, workdir: Path, output: Path, *, dtype: str = "bfloat16", count: int = 0, rows: int = 64
+) -> dict[str, Any]:
+  """Writes what the tower of the run in `workdir` sees of the pictures of `config.data` into `output`.
+
+  Returns the manifest. The other arguments are those of `feature_cache.write`, as are the errors. All processes of a
+  run call this, inside `distributed.joined`.
+  """
+  path = stages.newest(workdir)
+  read = checkpoint.load(path, ("frozen", "trained", "ema"))
+  flat: Params = {}
+  for part in read.state.values():  # the average last
+    flat |= state.flatten(part or {})
+  params = state.nest({name.removeprefix(TOWER): leaf for name, leaf in flat.items() if name.startswith(TOWER)})
+  if not params:
+    raise UserError(f"{workdir} has no vision tower: train one with configs/contrastive.py, or import one")
+  mean, std = (flat.get(f"statistics/{name}") for name in ("mean", "std"))
+  measured = mean is not None and mean.any()
+  fields = config.model.clip.vision.to_dict()
+  return feature_cache.write(
+    VisionTower(
+      **fields, kernel=config.model.get("kernel", "xla"), dtype=jnp.dtype(config.model.get("dtype", "float32"))
+    ),
+    params,
+    Statistics(np.asarray(mean), np.asarray(std)) if measured else None,
+    {part.name: part.source for part in mixture.make(config.data.source, "train")},
+    output,
+    of={"run": str(path), "step": read.step, "source": json.loads(config.data.to_json_best_effort())["source"]},
+    dtype=dtype,
+    count=count,
+    rows=rows,
+    max_bad_fraction=config.data.max_bad_fraction,
+  )
+
+
+def check(features: FeatureSource, aside: Params, mean: np.ndarray) -> None:
+  """UserError unless the features are what a run would make of pictures itself.
+
+  aside: the run's frozen parameters that the step does not use, on the host; mean: of its statistics, 0 where they were
+  never measured.
+  """
+  path, request = features.folder, features.manifest["request"]
+  if "vision_tower" not in aside.get("clip_model", {}):
+    raise UserError("config.train must freeze clip_model: with data.features the tower sees nothing to learn from")
+  if feature_cache.fingerprint(aside["clip_model"]["vision_tower"]) != request["tower"]:
+    raise UserError(f"the features in {path} are of another tower than this run's: set init_from={request['run']}")
+  if mean.any() and not np.array_equal(mean, features.statistics.mean):
+    raise UserError(f"the features in {path} are not standardised as this run's: cache them from what init_from names")
