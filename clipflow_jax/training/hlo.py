@@ -150,7 +150,8 @@ class Program:
       total.hidden_s += seconds if collective.hidden else 0.0
       total.exposed_s += 0.0 if collective.hidden else seconds
       total.collectives.append(collective)
-    if not _kind(instruction.op):
+    # The start and the end of a collective that runs beside compute hand its arrays on, and touch none.
+    if not _kind(instruction.op) and not any("AsyncCollective" in targets for _, targets in self._targets(instruction)):
       flops, traffic = self._flops(instruction, scope), self._traffic(instruction, scope)
       total.flops += flops
       total.hbm_bytes += traffic
@@ -192,14 +193,19 @@ class Program:
         received = _received(kind, instruction, scope, len(group))
         yield Collective(kind, received, group, hidden or instruction.op.endswith("-start"))
     elif instruction.op in ("fusion", "async-start", "custom-call"):
-      for called in CALLED.findall(instruction.attributes):
-        inner = self.computations.get(called, {})
-        targets = " ".join(one.attributes for one in inner.values() if one.op == "custom-call")
+      for called, targets in self._targets(instruction):
         if called.startswith("async_collective_fusion") or "AsyncCollectiveDone" in targets:
           continue
         started = instruction.op == "async-start" or "AsyncCollectiveStart" in targets
+        inner = self.computations.get(called, {})
         for one in inner.values():
           yield from self._collectives(one, inner, hidden or started, called.startswith("all-reduce-scatter"))
+
+  def _targets(self, instruction: Instruction) -> Iterator[tuple[str, str]]:
+    """(each computation that an instruction calls, what the custom calls in it say of themselves)."""
+    for called in CALLED.findall(instruction.attributes):
+      inner = self.computations.get(called, {})
+      yield called, " ".join(one.attributes for one in inner.values() if one.op == "custom-call")
 
   def _flops(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
     """Two a multiply-add, of matrix products alone (also fused ones)."""

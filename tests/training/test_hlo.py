@@ -161,6 +161,7 @@ def test_a_gather_that_runs_beside_products_is_written_three_times_and_counts_on
   found = cost(TEXT.replace("%body (", pieces).replace(plain, calls))
   assert [(one.kind, one.hidden) for one in found.collectives] == [("all-gather", True), ("reduce-scatter", False)]
   assert found.hidden_s == pytest.approx(7 * ROWS / 1e9)
+  assert found.hbm_bytes == cost().hbm_bytes + 7 * (ROWS + 256 * 256 * 2)  # of the product's fusion alone
 
 
 def test_an_attention_kernels_products_count_and_its_own_words_may_take_several_lines():
