@@ -98,7 +98,16 @@ class BadRecords:
 
 
 def _read(path: Path) -> dict[str, str]:
-  if not path.exists():
-    return {}
-  rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-  return {row["name"]: row["why"] for row in rows}
+  """{name: reason} of an earlier run's file; a last line that its end cut short is closed and passed over."""
+  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+  if text and not text.endswith("\n"):
+    with path.open("a", encoding="utf-8") as file:
+      file.write("\n")
+  named = {}
+  for line in text.splitlines():
+    try:
+      row = json.loads(line)
+      named[row["name"]] = row["why"]
+    except (ValueError, KeyError, TypeError):
+      continue
+  return named

@@ -9,7 +9,7 @@ import numpy as np
 
 BITS = 3  # of 64 that may differ: what was resized or compressed anew keeps the rest
 BANDS = BITS + 1  # so that hashes that differ in BITS bits agree in one band at least
-TINT = 8 / 255  # by which the mean colours may differ: a hash of brightness tells no red heart from a blue one
+TINT = 2 / 255  # by which the mean colours may differ: a hash of brightness tells no red heart from a blue one
 
 
 def find(hashes: Sequence[int], colours: Sequence[Sequence[float]]) -> np.ndarray:

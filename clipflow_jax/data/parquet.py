@@ -64,8 +64,15 @@ class ParquetSource(StoredSource):
     where = f"{file}:{row - start}"
     try:
       with _LOCK:  # not one row group by every thread
-        fields = _read_group(file, index, self.image)[row - first]
-    except Exception as error:  # pyarrow's own kinds for damage, ours for a file that has become shorter
+        group_of_rows = _read_group(file, index, self.image)
+      if row - first >= len(group_of_rows):
+        raise BadRecord(where, "cut short: the file has become shorter")
+      fields = group_of_rows.slice(row - first, 1).to_pylist()[0]
+    except BadRecord:
+      raise
+    except UnicodeDecodeError as error:
+      raise BadRecord(where, f"not UTF-8: {error}") from error
+    except Exception as error:  # pyarrow has its own kinds for damage
       raise BadRecord(where, f"cannot be read: {error}") from error
     captions, questions = records.texts(fields, where)
     id = records.clean(str(fields["id"])) if "id" in fields else f"{file.stem}/{row - start}"
@@ -99,8 +106,8 @@ def _parquet(file: Path) -> Any:
 
 
 @functools.lru_cache(maxsize=GROUPS)
-def _read_group(file: Path, group: int, image: str) -> list[dict[str, Any]]:
-  """A row group as dicts of the columns that are asked for."""
+def _read_group(file: Path, group: int, image: str) -> Any:
+  """A row group as a table of the columns that are asked for."""
   parquet = _parquet(file)
   columns = [name for name in parquet.schema_arrow.names if name in (image, "id", *TEXTS)]
-  return parquet.read_row_group(group, columns=columns).to_pylist()
+  return parquet.read_row_group(group, columns=columns)

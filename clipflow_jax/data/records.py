@@ -30,7 +30,9 @@ def parse(line: bytes | str, where: str) -> dict[str, Any]:
   """One line of JSON to its fields. Raises BadRecord(where, ...)."""
   try:
     fields = json.loads(line)
-  except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+  except UnicodeDecodeError as error:
+    raise BadRecord(where, f"not UTF-8: {error}") from error
+  except (ValueError, RecursionError) as error:
     raise BadRecord(where, f"not JSON: {error}") from error
   if not isinstance(fields, dict):
     raise BadRecord(where, "not an object: write one {...} a line")

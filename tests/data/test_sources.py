@@ -109,7 +109,7 @@ def test_lines_that_cannot_be_read_are_bad_records_with_their_number(tmp_path):
     assert error.why.startswith(why)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
   line=st.one_of(
     st.binary(),
