@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--prompt", action="append", default=[], help="may be repeated; none draws unconditionally")
   sub.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
   sub.add_argument("--count", type=int, default=1, help="pictures of each prompt")
+  sub.add_argument("--best-of", type=int, default=1, help="candidates of each, of which the best is decoded")
+  sub.add_argument("--judge", default="caption", help="whose best: caption, yes or clip (default %(default)s)")
   sub.add_argument("--steps", type=int)
   sub.add_argument("--guidance", type=float)
   sub.add_argument("--seed", type=int, default=0)
@@ -114,10 +117,17 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(
     _evaluate,
-    "measure a trained model and write WORKDIR/report",
-    "clipflow evaluate --workdir=quickstart --n=1000",
+    "measure a trained model, or compare two folders of pictures",
+    "clipflow evaluate --workdir=quickstart --tasks=zero_shot,questions",
+    config="configs/evaluate.py",
   )
-  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--workdir", type=Path, help="whose report is written, or with --tasks, whose evaluation/")
+  sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
+  sub.add_argument("--real", type=Path, help="a folder, or .npz of statistics: --tasks=fid,kid,is,precision_recall")
+  sub.add_argument("--fake", type=Path, help="the folder that is compared with it")
+  sub.add_argument("--inception", help="the folder with Inception's weights for FID, in safetensors")
+  sub.add_argument("--resize", default="torch-fidelity", help="torch-fidelity or clean-fid (default %(default)s)")
+  sub.add_argument("--json", type=Path, help="also write what was found to this file")
   sub.add_argument("--n", type=int, default=1000, help="pictures behind each score")
   sub.add_argument("--per-category", type=int, default=128, help="prompts of each compositional category")
   sub.add_argument("--seed", type=int, default=0)
@@ -223,7 +233,8 @@ def _draw(options: argparse.Namespace) -> None:
     prompts += [line for line in _read_text(options.prompts).splitlines() if line.strip()]
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
   model = _load(options.workdir)
-  pictures = model.draw(prompts, steps=options.steps, guidance=options.guidance, seed=options.seed)
+  how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
+  pictures = model.draw(prompts, best_of=options.best_of, judge=options.judge, **how)
   sheet = show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts])
   try:
     sheet.save(options.output)
@@ -259,7 +270,50 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-  _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
+  chosen = [name for name in options.tasks.split(",") if name]
+  if options.real or options.fake:
+    found = _compare(options, chosen)
+  elif options.workdir is None:
+    raise UserError("clipflow evaluate needs --workdir=DIR, or --real=DIR and --fake=DIR")
+  elif chosen:
+    found = _measure(options, chosen)
+  else:
+    found = _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
+  if options.json:
+    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
+  from clipflow_jax.evaluation import folders, inception, report
+
+  chosen = chosen or ["fid"]
+  folders.check(chosen, options.real, options.fake)
+  if not options.inception:
+    raise UserError("give --inception=DIR, the folder with Inception's weights: clipflow_jax/interop/inception.py says how")
+  found = folders.compare(
+    chosen, options.real, options.fake, inception.Extractor(options.inception, resize=options.resize)
+  )
+  print("\n".join(f"{name:<28} {value:10.6g}" for name, value in found.items()))
+  return {**found, "resize": options.resize, **report.software()}
+
+
+def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
+  from clipflow_jax.data import mixture
+  from clipflow_jax.evaluation import results, suite
+
+  config = load_config(options.config, options.overrides)
+  known = config.get("tasks", {}).to_dict()
+  names = list(known) if chosen == ["all"] else chosen
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    raise UserError(f"there is no task {unknown[0]!r} in {options.config}; there are {', '.join(known)}")
+  model = _load(options.workdir)
+  source = mixture.shown(model.config.data.source) if "data" in model.config else None
+  run = suite.Run(model, options.workdir / "evaluation", source, config.seed, config.resamples)
+  found = results.write(run, suite.evaluate(run, {name: known[name] for name in names}))
+  print(results.table(found))
+  print(f"result: {run.directory / 'RESULT.json'}, page: {run.directory / 'index.html'}")
+  return found
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -428,11 +482,15 @@ def _sampler() -> Callable:
     if weights.get("language"):
       writer.images(step, "read", images)
       writer.text(step, "captions", pipeline.caption(images))
+    if chosen := config.get("evaluate"):
+      from clipflow_jax.evaluation import suite
+
+      writer.scalars(step, suite.measure(pipeline, source, chosen.to_dict()))
 
   return sample
 
 
-def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> None:
+def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> dict:
   from clipflow_jax.data import mixture, sources
   from clipflow_jax.evaluation import bars, report
   from clipflow_jax.training import stages
@@ -451,6 +509,7 @@ def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> None:
   metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
   print(bars.table(metrics, shown))
   print(f"report: {workdir / 'report' / 'index.html'}")
+  return metrics
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import folders
 
 ITEMS = "items.jsonl"
+KEYS = ("file", "id", "question", "answers", "choices", "category")
+MORE = ("include", "exclude", "questions", "depends")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class Item:
   choices: tuple[str, ...] = ()
   category: str = ""
   label: int | None = None  # the number of its class, where folders are classes: two of ImageNet's have one name
+  more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of MORE: what one kind of task alone asks
 
   def look(self, size: int) -> np.ndarray:
     """The picture as u8[size,size,3]. UserError with its name where it cannot be read."""
@@ -56,7 +59,7 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
   file = folder / ITEMS
   if file.is_file():
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [_parse(line, folder, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_parse(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
   named = sorted(path.name for path in folder.iterdir() if path.is_dir())
   if classes and named and len(named) != len(classes):
     raise UserError(f"{folder} has {len(named)} folders for {len(classes)} classes: one for each is needed, in order")
@@ -68,14 +71,17 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
 
 
 def read_prompts(file: Path | str) -> list[Item]:
-  """Prompts to draw: one a line, or in a .jsonl file objects {"question": prompt, "category": ..., "answers": ...}."""
+  """Prompts to draw: one a line, or in a .jsonl file objects with the prompt as `question`.
+
+  GenEval's own names for it and for the category, `prompt` and `tag`, do as well: its file is read as it is.
+  """
   file = Path(file)
   try:
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"cannot read the prompts {file}: {error}") from error
   if file.suffix == ".jsonl":
-    return [_parse(line, file.parent, number) for number, line in enumerate(lines, start=1)]
+    return [_parse(line, file, number) for number, line in enumerate(lines, start=1)]
   return [Item(str(number), question=line.strip()) for number, line in enumerate(lines)]
 
 
@@ -106,27 +112,28 @@ def fingerprint(items: Iterable[Item]) -> str:
   digest = hashlib.sha256()
   for item in items:
     words = [item.id, item.question, *item.answers, "", *item.choices, item.category]
-    digest.update(json.dumps(words, ensure_ascii=False).encode())
+    digest.update(json.dumps([words, dict(item.more)], ensure_ascii=False).encode())
     digest.update(item.picture.tobytes() if isinstance(item.picture, np.ndarray) else b"")
   return digest.hexdigest()[:16]
 
 
-def _parse(line: str, folder: Path, number: int) -> Item:
-  where = f"line {number} of {ITEMS} in {folder}"
+def _parse(line: str, source: Path, number: int) -> Item:
+  where = f"line {number} of {source}"
   try:
     found = json.loads(line)
-    known = {"file", "id", "question", "answers", "choices", "category"}
-    unknown = sorted(found.keys() - known)
+    found = {{"prompt": "question", "tag": "category"}.get(key, key): value for key, value in found.items()}
+    unknown = sorted(found.keys() - {*KEYS, *MORE})
     if unknown:
-      raise UserError(f"{where} has the key {unknown[0]!r}; there are {', '.join(sorted(known))}")
+      raise UserError(f"{where} has the key {unknown[0]!r}; there are {', '.join((*KEYS, *MORE))}")
     file = found.get("file")
     return Item(
       str(found.get("id", file or number)),
-      folder / file if file else None,
+      source.parent / file if file else None,
       str(found.get("question", "")),
       _texts(found, "answers"),
       _texts(found, "choices"),
       str(found.get("category", "")),
+      more={key: found[key] for key in MORE if key in found},
     )
   except (ValueError, TypeError, AttributeError) as error:
     raise UserError(f"{where} is not an object of texts and lists of texts: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clipflow_jax.evaluation.bars import Standing
+from clipflow_jax.evaluation.tasks import Answer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,12 +69,44 @@ def html(metrics: Mapping[str, Any], artefacts: Artefacts, standings: Sequence[S
     '<h2>Training</h2><img class="wide" src="curves.png" alt="training curves">' if has_curves else "",
     _measured(metrics),
   ]
-  title = escape(artefacts.title)
+  return _page(artefacts.title, sections)
+
+
+def _page(title: str, sections: Iterable[str]) -> str:
+  title = escape(title)
   return (
     f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
     f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
     f"<body><h1>{title}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
   )
+
+
+def results(result: Mapping[str, Any], shown: Mapping[str, Sequence[tuple[str, str, Answer]]]) -> str:
+  """The page of an evaluation's RESULT.json. shown: of each task, (file of the picture or "", question, answer)."""
+  sections = []
+  for name, task in result["tasks"].items():
+    rows = [["all", str(task["count"]), *_metrics(task["metrics"])]]
+    rows += [
+      [escape(c), str(part["count"]), *_metrics(part["metrics"])] for c, part in task.get("by_category", {}).items()
+    ]
+    sections.append(f"<h2>{escape(name)}</h2>" + _table(["", "n", *map(escape, task["metrics"])], rows))
+    figures = [
+      (_figure(file, question, caption) if file else f"<figure><figcaption>{caption}</figcaption></figure>\n")
+      for file, question, answer in shown[name]
+      for caption in [
+        f"<i>{escape(question)}</i><br>{escape(answer.written)}<br><small>truth: {escape(answer.truth)}</small>"
+      ]
+    ]
+    sections.append(f'<div class="sheet">{"".join(figures)}</div>')
+  rest = {name: value for name, value in result.items() if name != "tasks"}
+  return _page("clipflow evaluation", [*sections, _measured(rest)])
+
+
+def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+  return [
+    number(m["value"]) + (f" <small>{number(m['low'])} – {number(m['high'])}</small>" if "low" in m else "")
+    for m in metrics.values()
+  ]
 
 
 def number(value: object) -> str:

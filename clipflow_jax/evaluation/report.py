@@ -153,26 +153,31 @@ def write_report(
   pictures = {page.drawing_path(i): drawing.image for i, drawing in enumerate(artefacts.drawings)}
   pictures |= {page.reading_path(i): reading.image for i, reading in enumerate(artefacts.readings)}
   for name, image in pictures.items():
-    _write(directory / name, Image.fromarray(image).save)
-  _write(directory / "samples.png", _samples(artefacts.drawings).save)
+    write(directory / name, Image.fromarray(image).save)
+  write(directory / "samples.png", _samples(artefacts.drawings).save)
   reconstructions = {"real": artefacts.real, "decoded": artefacts.decoded}
-  _write(directory / "reconstructions.png", show.side_by_side(reconstructions).save)
+  write(directory / "reconstructions.png", show.side_by_side(reconstructions).save)
   if rows:
-    _write(directory / "curves.png", show.curves(rows, _curve_names(rows)).savefig)
-  _write_text(directory / "captions.txt", "\n".join(map(_lines, artefacts.readings)))
-  _write_text(directory / "index.html", text)
-  _write_text(directory / "metrics.json", numbers)
+    write(directory / "curves.png", show.curves(rows, _curve_names(rows)).savefig)
+  write_text(directory / "captions.txt", "\n".join(map(_lines, artefacts.readings)))
+  write_text(directory / "index.html", text)
+  write_text(directory / "metrics.json", numbers)
   return metrics
 
 
 def provenance() -> dict[str, Any]:
-  """Where the numbers come from: peak memory of this process, versions, the commit of the source if any."""
+  """Where the numbers come from: peak memory of this process, and the software."""
   unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+  return {"peak_memory_gib": peak, **software()}
+
+
+def software() -> dict[str, Any]:
+  """Versions, and the commit of the source if any."""
   names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
   versions = {"clipflow_jax": clipflow_jax.__version__, "python": platform.python_version()}
   versions |= {name: metadata.version(name) for name in names}
-  return {"peak_memory_gib": peak, "versions": versions, "commit": _commit()}
+  return {"versions": versions, "commit": _commit()}
 
 
 def _shown(verdicts: Sequence[compositional.Verdict]) -> list[Drawing]:
@@ -232,15 +237,15 @@ def _curve_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
   return [name for name in names if "loss" in name or "accuracy" in name]
 
 
-def _write(path: Path, save: Callable[[Path], object]) -> None:
+def write(path: Path, save: Callable[[Path], object]) -> None:
   """Atomically: under another name first, so that no reader ever meets half a file."""
   partial = path.with_name(f".partial-{path.name}")
   save(partial)
   os.replace(partial, path)
 
 
-def _write_text(path: Path, text: str) -> None:
-  _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str) -> None:
+  write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _commit() -> str:

@@ -43,9 +43,9 @@ class Answer:
 class Scorer(Protocol):
   """A task's way to ask: `score` answers items in their order, `summary` makes metrics of the scores."""
 
-  summary: Summary
-
   def score(self, items: Sequence[Item]) -> list[Answer]: ...
+
+  def summary(self, scores: Scores, weights: np.ndarray, categories: np.ndarray) -> dict[str, float]: ...
 
 
 def run(file: Path, key: str, items: Sequence[Item], scorer: Scorer, *, chunk: int = 64) -> list[Answer]:

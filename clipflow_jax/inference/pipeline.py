@@ -21,7 +21,7 @@ from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference import image, likelihood, text
+from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.models.clipflow import ClipFlow as Model
@@ -62,10 +62,22 @@ class ClipFlow:
   # Drawing.
 
   def draw(
-    self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0
+    self,
+    prompts: Sequence[str],
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    best_of: int = 1,
+    judge: str = "caption",
   ) -> np.ndarray:
-    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything."""
-    return self.decode(self.draw_features(prompts, steps, guidance, seed), seed)
+    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything.
+
+    best_of: so many candidates of each are drawn, and the one that a judge of `rerank.JUDGES` likes best is decoded.
+    """
+    if best_of == 1:
+      return self.decode(self.draw_features(prompts, steps, guidance, seed), seed)
+    sampling = dict(steps=steps, guidance=guidance, seed=seed)
+    return self.decode(rerank.draw(self, prompts, best_of, judge=judge, **sampling).best, seed)
 
   def draw_unconditional(
     self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0

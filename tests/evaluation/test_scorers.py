@@ -344,9 +344,9 @@ def test_items_are_read_from_lines_and_from_folders_of_classes(tmp_path):
 @pytest.mark.parametrize(
   ("line", "says"),
   [
-    ('{"file": 1', "line 1 of items.jsonl .* is not an object"),
+    ('{"file": 1', "line 1 of .*items.jsonl is not an object"),
     ("[]", "line 1 .* is not an object"),
-    ('{"anwers": []}', "the key 'anwers'; there are answers, category"),
+    ('{"anwers": []}', "the key 'anwers'; there are file, id, question"),
     ('{"answers": "red"}', "answers is not a list"),
   ],
 )

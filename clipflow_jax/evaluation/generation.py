@@ -1,0 +1,170 @@
+"""What is drawn, kept as files so that no picture is drawn twice, and scored: CLIP, detector, questions, FID."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import folders, geneval, tasks
+from clipflow_jax.evaluation.inception import Extractor
+from clipflow_jax.evaluation.items import Item
+from clipflow_jax.evaluation.tasks import Answer
+
+if TYPE_CHECKING:
+  from clipflow_jax.inference.pipeline import ClipFlow
+
+
+class Drawer:
+  """Draws items' questions into `folder`, a PNG each, those that are not there yet; `draw` gives them as u8[n,H,W,3].
+
+  size: height and width of what is kept, resampled by Pillow's antialiased bicubic; 0 keeps the model's. The noise of a
+  picture is a function of the seed and its place among all items, so a resumed run draws the same.
+  """
+
+  def __init__(self, model: ClipFlow, folder: Path, *, size: int = 0, seed: int = 0, **sampling: Any):
+    self.model, self.folder, self.size = model, folder, size or model.image_size
+    self.seed, self.sampling = seed, sampling
+
+  def kept(self, place: int) -> np.ndarray:
+    """The picture u8[H,W,3] of an item that was drawn."""
+    return np.asarray(Image.open(self._file(place)))
+
+  def draw(self, items: Sequence[Item], first: int) -> np.ndarray:
+    """Pictures of items that are the first-th and following ones of all."""
+    files = [self._file(first + i) for i in range(len(items))]
+    if not all(file.is_file() for file in files):
+      self.folder.mkdir(parents=True, exist_ok=True)
+      seed = int(np.random.SeedSequence([self.seed, first]).generate_state(1)[0] >> 1)  # of 31 bits, as a key takes
+      drawn = self.model.draw([item.question for item in items], seed=seed, **self.sampling)
+      for file, image in zip(files, drawn, strict=True):
+        self._write(file, image)
+    return np.stack([self.kept(first + i) for i in range(len(items))])
+
+  def _file(self, place: int) -> Path:
+    return self.folder / f"{place:06d}.png"
+
+  def _write(self, file: Path, image: np.ndarray) -> None:
+    picture = Image.fromarray(image)
+    if picture.size != (self.size, self.size):
+      picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+    partial = file.with_name(f".{file.name}")
+    picture.save(partial, format="PNG")
+    os.replace(partial, file)
+
+
+class Drawn:
+  """Draws each item and scores what is drawn: judge (u8[n,H,W,3], items) -> answers. Metrics are means."""
+
+  summary = staticmethod(tasks.means)
+
+  def __init__(
+    self, drawer: Drawer, items: Sequence[Item], judge: Callable[[np.ndarray, Sequence[Item]], list[Answer]]
+  ):
+    self.drawer, self.judge = drawer, judge
+    self.places = {item.id: place for place, item in enumerate(items)}
+    if len(self.places) < len(items):
+      raise UserError("two prompts have the same id; give each its own")
+
+  def score(self, items: Sequence[Item]) -> list[Answer]:
+    return self.judge(self.drawer.draw(items, self.places[items[0].id]), items)
+
+
+class Detected(Drawn):
+  """GenEval: whether a detector finds what the prompt wants. `score` is the mean over categories, as it is reported."""
+
+  def __init__(self, drawer: Drawer, items: Sequence[Item], detector: geneval.Detector):
+    super().__init__(drawer, items, self._judge)
+    self.detector = detector
+
+  def _judge(self, images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
+    verdicts = [geneval.right(item.more, found) for item, found in zip(items, self.detector(images), strict=True)]
+    return [
+      Answer({"correct": float(good)}, why or "right", item.question)
+      for (good, why), item in zip(verdicts, items, strict=True)
+    ]
+
+  @staticmethod
+  def summary(scores: tasks.Scores, weights: np.ndarray, categories: np.ndarray) -> dict[str, float]:
+    _, number = np.unique(categories, return_inverse=True)
+    total, right = np.bincount(number, weights), np.bincount(number, weights * scores["correct"])
+    there = total > 0
+    return tasks.means(scores, weights, categories) | {"score": float((right[there] / total[there]).mean())}
+
+
+def by_clip(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answer]]:
+  """The CLIP score of each picture and its prompt, 100 x cosine or 0 (Hessel et al. 2021), by the model's own CLIP."""
+
+  def judge(images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
+    texts = [item.question for item in items]
+    cosines = np.sum(model.embed_image(_fit(images, model)) * model.embed_text(texts), axis=1)
+    return [Answer({"clip_score": 100 * max(0.0, float(c))}, "", text) for c, text in zip(cosines, texts, strict=True)]
+
+  return judge
+
+
+def by_questions(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answer]]:
+  """DPG-Bench's score by whoever answers: the share of a prompt's questions to which yes is likelier than no.
+
+  An item's `questions` are such as "Is there a dog?"; in `depends`, a list for each question names by number from 0 the
+  questions whose no makes it moot and so wrong (DSG, Cho et al. 2024; Hu et al. 2024).
+  """
+
+  def judge(images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
+    for item in items:
+      if not item.more.get("questions"):
+        raise UserError(f"item {item.id} has no questions to be judged by")
+    lists = [list(item.more["questions"]) for item in items]
+    counts = [len(questions) for questions in lists]
+    asked = [question for questions in lists for question in questions]
+    shown = np.repeat(_fit(images, model), counts, axis=0)
+    yes, no = (model.likelihood(asked, [word] * len(asked), shown).log_p for word in ("yes", "no"))
+    made = []
+    for item, said in zip(items, np.split(yes > no, np.cumsum(counts)[:-1]), strict=True):
+      depends = item.more.get("depends") or [[]] * len(said)
+      true = [bool(own) and all(said[parent] for parent in parents) for own, parents in zip(said, depends, strict=True)]
+      wrong = [q for q, t in zip(item.more["questions"], true, strict=True) if not t]
+      made.append(Answer({"score": float(np.mean(true))}, f"no: {' '.join(wrong)}" if wrong else "yes", item.question))
+    return made
+
+  return judge
+
+
+def fid(
+  drawer: Drawer,
+  items: Sequence[Item],
+  reference: Path,
+  extractor: Extractor,
+  names: Sequence[str] = ("fid",),
+  *,
+  chunk: int = 64,
+) -> dict[str, Any]:
+  """Draws all items and compares what is drawn with a folder of real pictures, or their saved statistics.
+
+  names: of folders.TASKS. UserError where the folder's pictures are of another size: how they are resampled is part of
+  the metric, so it is not done here.
+  """
+  if reference.is_dir():
+    first = next(folders.pictures(reference))
+    if first.shape[1:3] != (drawer.size, drawer.size):
+      raise UserError(
+        f"the pictures of {reference} are {first.shape[2]} x {first.shape[1]} pixels, those drawn are kept at "
+        f"{drawer.size}; resample the reference once as its literature does, or set size"
+      )
+  for start in range(0, len(items), chunk):
+    drawer.draw(items[start : start + chunk], start)
+  return folders.compare(names, reference, drawer.folder, extractor)
+
+
+def _fit(images: np.ndarray, model: ClipFlow) -> np.ndarray:
+  """The pictures at the model's size."""
+  side = model.image_size
+  if images.shape[1:3] == (side, side):
+    return images
+  resized = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images]
+  return np.stack([np.asarray(image) for image in resized])

@@ -1,0 +1,291 @@
+"""From a config's tasks to evaluation/RESULT.json: what `clipflow evaluate --tasks=a,b` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.sources import Source
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import captioning, classification, generation, geneval, items, tasks, vqa
+from clipflow_jax.evaluation.inception import Extractor
+from clipflow_jax.evaluation.items import Item
+from clipflow_jax.evaluation.tasks import Answer, Scorer
+
+if TYPE_CHECKING:
+  from clipflow_jax.inference.pipeline import ClipFlow
+
+log = logging.getLogger(__name__)
+
+_LEAVES = 32  # of a model's parameters, the smallest, tell it from one trained anew
+CHUNK = 64  # items between two writes; another number is another batch, and so other last digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One evaluation: a model, where its files go, and the real pictures of its own test split."""
+
+  model: ClipFlow
+  directory: Path
+  source: Source | None
+  seed: int = 0
+  resamples: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """A finished task: its part of RESULT.json, and its first answers beside what was asked."""
+
+  result: dict[str, Any]
+  items: Sequence[Item] = ()
+  answers: Sequence[Answer] = ()
+  pictures: Callable[[int], np.ndarray] | None = None  # of the items' numbers, where they are drawn ones
+
+
+def evaluate(run: Run, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Done]:
+  """{name: Done} of the chosen tasks, {name: settings with `kind` of KINDS}. Everything is checked before any is run.
+
+  What was answered before, by the same model with the same settings, is not asked again.
+  """
+  prepared = {name: _prepare(run, name, dict(settings)) for name, settings in chosen.items()}
+  done = {}
+  for name, start in prepared.items():
+    log.info("evaluating %s", name)
+    done[name] = start()
+  return done
+
+
+def measure(model: ClipFlow, source: Source, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+  """{"evaluation/TASK/METRIC": value}: the tasks as training asks them on its way, without intervals or files."""
+  with tempfile.TemporaryDirectory() as scratch:
+    done = evaluate(Run(model, Path(scratch), source, resamples=0), chosen)
+  return {
+    f"evaluation/{name}/{metric}": found["value"]
+    for name, one in done.items()
+    for metric, found in one.result["metrics"].items()
+  }
+
+
+def _prepare(run: Run, name: str, settings: dict[str, Any]) -> Callable[[], Done]:
+  kind = settings.pop("kind", None)
+  if kind not in KINDS:
+    raise UserError(f"task {name}: kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+  make = KINDS[kind]
+  known = {p.name: p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY}
+  unknown = sorted(settings.keys() - known.keys())
+  if unknown:
+    raise UserError(f"task {name}: {unknown[0]!r} is no setting of {kind!r}; there are {', '.join(known)}")
+  lacking = [key for key, p in known.items() if p.default is p.empty and not settings.get(key)]
+  if lacking:
+    raise UserError(f"task {name} needs {lacking[0]}: --config.tasks.{name}.{lacking[0]}=...")
+  settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+  return make(run, name, **settings)
+
+
+def _ask(
+  run: Run,
+  name: str,
+  asked: Sequence[Item],
+  scorer: Callable[[], Scorer],
+  pictures: Callable[[int], np.ndarray] | None = None,
+  **settings: Any,
+) -> Callable[[], Done]:
+  """The usual task: items, and a scorer that is made when it is its turn. pictures: as in Done."""
+  if not asked:
+    raise UserError(f"task {name} has no items: give it data that has what it asks")
+
+  def start() -> Done:
+    prompts = items.fingerprint(asked)
+    key = tasks.key_of(checkpoint(run.model), prompts, run.seed, {k: str(v) for k, v in settings.items()})
+    made = scorer()
+    answers = tasks.run(run.directory / f"{name}.jsonl", key, asked, made, chunk=CHUNK)
+    result = tasks.summarise(answers, asked, made.summary, resamples=run.resamples, seed=run.seed)
+    return Done({**result, "prompts": prompts, "settings": settings}, asked, answers, pictures)
+
+  return start
+
+
+def checkpoint(model: ClipFlow) -> dict[str, Any]:
+  """What tells one model from another: its stage, its step, its config, and some of its weights."""
+  leaves = sorted(jax.tree.leaves(model.params), key=lambda leaf: leaf.size)[:_LEAVES]
+  weights = hashlib.sha256(b"".join(np.asarray(leaf, np.float32).tobytes() for leaf in leaves)).hexdigest()[:16]
+  config = tasks.key_of(model.config.to_dict())
+  return {"stage": model.config.get("name", ""), "step": model.step, "config": config, "weights": weights}
+
+
+def _items(run: Run, data: str, what: str, n: int, classes: Sequence[str] = ()) -> list[Item]:
+  """n items of the folder `data`, or of the model's own test split for the empty name."""
+  if data:
+    return items.choose(items.read(data, classes), n, run.seed)
+  if run.source is None:
+    raise UserError("there is no test split to take items from: give the task `data`, a folder")
+  found: list[Example] = []
+  for index in range(len(run.source)):
+    if len(found) == (n or 1000):
+      break
+    try:
+      found.append(run.source[index])
+    except BadRecord as error:
+      log.warning("left out %s", error)
+  return items.of_examples(found, what)
+
+
+# The kinds of tasks. Keyword-only arguments are their settings; `data` "" is the model's own test split, n 0 is all.
+
+
+def zero_shot(run, name, *, data: str = "", classes: str = "shapes", question: str = "", n: int = 0):
+  """A picture's class by CLIP and prompt templates, or with a question by the likelihood of each name as its answer."""
+  names, templates = classification.names_of(classes)
+  asked = _classes(run, name, data, classes, names, n)
+
+  def scorer() -> Scorer:
+    if question:
+      return classification.by_words(run.model, names, question)
+    return classification.by_clip(run.model, names, templates)
+
+  return _ask(run, name, asked, scorer, data=data, classes=classes, question=question, templates=len(templates))
+
+
+def few_shot(
+  run, name, *, data: str = "", train: str = "", classes: str = "shapes", shots: int = 0, l2: float = 1.0,
+  probe: bool = True, n: int = 0,
+):  # fmt: skip
+  """A linear probe on CLIP's embeddings, or without `probe` the nearest class mean; `shots` examples of each class."""
+  names, _ = classification.names_of(classes)
+  asked = _classes(run, name, data, classes, names, n)
+  if train:
+    learnt = items.read(train, names)
+  else:  # other pictures than those that are asked
+    other = dataclasses.replace(run, seed=run.seed + 1)
+    learnt = _classes(other, name, "", classes, names, len(names) * (shots or 10))
+
+  def scorer() -> Scorer:
+    return classification.by_examples(run.model, names, learnt, shots=shots, l2=l2, probe=probe)
+
+  return _ask(
+    run, name, asked, scorer, data=data, train=train, classes=classes, shots=shots, l2=l2, probe=probe,
+    learnt=items.fingerprint(learnt),
+  )  # fmt: skip
+
+
+def _classes(run: Run, name: str, data: str, classes: str, names: Sequence[str], n: int) -> list[Item]:
+  if data:
+    return items.choose(items.read(data, names), n, run.seed)
+  if classes != "shapes":
+    raise UserError(f"task {name} needs pictures of {classes}: --config.tasks.{name}.data=DIR with a folder a class")
+  return classification.shapes_items(n or 1000, run.seed, run.model.image_size)
+
+
+def captions(run, name, *, data: str = "", n: int = 0):
+  """Descriptions against references: BLEU-4, CIDEr, ROUGE-L, exact."""
+  asked = _items(run, data, "captions", n)
+  return _ask(run, name, asked, lambda: captioning.Captioner(run.model, asked), data=data)
+
+
+def questions(run, name, *, data: str = "", measure: str = "exact", suffix: str = "", n: int = 0):
+  """Answers in words, measured by one of vqa.MEASURES. suffix: what follows each question, such as LLaVA's hint."""
+  if measure not in vqa.MEASURES:
+    raise UserError(f"task {name}: measure {measure!r} is unknown; choose one of {', '.join(vqa.MEASURES)}")
+  asked = _items(run, data, "questions", n)
+  scorer = vqa.Answerer(run.model, vqa.MEASURES[measure], suffix)
+  return _ask(run, name, asked, lambda: scorer, data=data, measure=measure, suffix=suffix)
+
+
+def yes_no(run, name, *, data: str = "", suffix: str = "", n: int = 0):
+  """Questions of yes and no, with POPE's statistics. Of the own test split, those that are answered so."""
+  asked = [item for item in _items(run, data, "questions", n) if item.answers and item.answers[0] in ("yes", "no")]
+  return _ask(run, name, asked, lambda: vqa.YesNo(run.model, suffix), data=data, suffix=suffix)
+
+
+def choices(run, name, *, data: str, by: str = "letter", n: int = 0):
+  """Multiple choice by the likelihood of its letters or of its words."""
+  asked = _items(run, data, "", n)
+  scorer = vqa.Chooser(run.model, by)
+  return _ask(run, name, asked, lambda: scorer, data=data, by=by)
+
+
+def drawn(
+  run, name, *, prompts: str = "", judge: str = "clip", detector: str = "shapes", size: int = 0, times: int = 1,
+  guidance: float | None = None, steps: int | None = None, n: int = 0,
+):  # fmt: skip
+  """Draws prompts and has them judged: by CLIP's score, a `detector` (GenEval) or `questions` (DPG), each `times`."""
+  judges = ("clip", "detector", "questions")
+  if judge not in judges:
+    raise UserError(f"task {name}: judge {judge!r} is unknown; choose one of {', '.join(judges)}")
+  found = geneval.make_detector(detector) if judge == "detector" else None
+  each = _prompts(run, prompts, n, shapes=judge == "detector")
+  asked = [dataclasses.replace(item, id=f"{item.id}#{time}") for item in each for time in range(times)]
+  sampling = dict(guidance=guidance, steps=steps)
+  drawer = generation.Drawer(
+    run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
+  )
+
+  def scorer() -> Scorer:
+    if found is not None:
+      return generation.Detected(drawer, asked, found)
+    made = generation.by_clip(run.model) if judge == "clip" else generation.by_questions(run.model)
+    return generation.Drawn(drawer, asked, made)
+
+  return _ask(
+    run, name, asked, scorer, drawer.kept, prompts_file=prompts, judge=judge, detector=detector,
+    size=drawer.size, times=times, **sampling,
+  )  # fmt: skip
+
+
+def distance(
+  run, name, *, reference: str, inception: str, prompts: str = "", metrics: tuple[str, ...] = ("fid",), size: int = 0,
+  resize: str = "torch-fidelity", unconditional: bool = False, guidance: float | None = None, steps: int | None = None,
+  n: int = 0, says: str = "",
+):  # fmt: skip
+  """FID and its kin between n drawn pictures and a folder of real ones; fewer prompts than n are drawn again.
+
+  says: what the literature does, for RESULT.json.
+  """
+  texts = [Item("0")] if unconditional else _prompts(run, prompts, 0)
+  count = n or len(texts)
+  asked = [dataclasses.replace(texts[i % len(texts)], id=str(i)) for i in range(count)]
+  extractor = Extractor(inception, resize=resize)
+  sampling = dict(guidance=guidance, steps=steps)
+  drawer = generation.Drawer(
+    run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
+  )
+
+  def start() -> Done:
+    found = generation.fid(drawer, asked, Path(reference), extractor, metrics, chunk=CHUNK)
+    settings = dict(
+      reference=reference, resize=resize, size=drawer.size, unconditional=unconditional, says=says, **sampling
+    )
+    result = {key: {"value": value} for key, value in found.items()}
+    prompt_hash = items.fingerprint(asked)
+    shown = [Answer({}, "", item.question) for item in asked[:CHUNK]]
+    return Done(
+      {"count": count, "metrics": result, "prompts": prompt_hash, "settings": settings}, asked, shown, drawer.kept
+    )
+
+  return start
+
+
+def _prompts(run: Run, prompts: str, n: int, shapes: bool = False) -> list[Item]:
+  if prompts:
+    return items.choose(items.read_prompts(prompts), n, run.seed)
+  return geneval.shapes_items(n or 128, run.seed) if shapes else _items(run, "", "prompts", n)
+
+
+def _drawn_folder(run: Run, name: str, asked: Sequence[Item], sampling: Mapping[str, Any], size: int) -> Path:
+  key = tasks.key_of(checkpoint(run.model), items.fingerprint(asked), dict(sampling), size, run.seed)
+  return run.directory / "drawn" / f"{name}-{key}"
+
+
+KINDS: dict[str, Callable[..., Callable[[], Done]]] = {
+  kind.__name__: kind for kind in (zero_shot, few_shot, captions, questions, yes_no, choices, drawn, distance)
+}

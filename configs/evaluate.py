@@ -1,0 +1,88 @@
+"""What `clipflow evaluate --tasks=...` measures. Data that is not built in is given by its folder:
+
+clipflow evaluate --config=configs/evaluate.py:table=understanding --workdir=runs/joint --tasks=cifar100 \\
+  --config.tasks.cifar100.data=cifar100/test
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from clipflow_jax.errors import UserError
+from configs import presets
+
+SAMPLING = dict(guidance=placeholder(float), steps=placeholder(int))  # unset: as the run itself samples
+
+# On the built-in shapes, or where a task has no classes, on whatever a run's own test split is.
+SHAPES = dict(
+  zero_shot=dict(kind="zero_shot", classes="shapes", n=960),
+  linear_probe=dict(kind="few_shot", classes="shapes", shots=10, l2=0.1, n=960),
+  captions=dict(kind="captions", n=512),
+  questions=dict(kind="questions", measure="exact", n=512),
+  yes_no=dict(kind="yes_no", n=2048),
+  clip_score=dict(kind="drawn", judge="clip", n=256, **SAMPLING),
+  geneval=dict(kind="drawn", judge="detector", detector="shapes", n=64, **SAMPLING),
+)
+
+SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's hint
+
+# The original's table of understanding, and what its successors report. Folders: one folder a class in the order of the
+# labels, or items.jsonl.
+UNDERSTANDING = dict(
+  imagenet=dict(kind="zero_shot", classes="imagenet1k", data="", n=0),
+  cifar100=dict(kind="zero_shot", classes="cifar100", data="", n=0),
+  flowers102=dict(kind="zero_shot", classes="flowers102", data="", n=0),
+  cifar100_probe=dict(kind="few_shot", classes="cifar100", data="", n=0, train="", l2=3.16),  # CLIP's C = 0.316
+  flowers102_probe=dict(kind="few_shot", classes="flowers102", data="", n=0, train="", l2=3.16),
+  coco_captions=dict(kind="captions", data="", n=0),
+  vqav2=dict(kind="questions", measure="soft", data="", n=0, suffix=SHORT),
+  pope=dict(kind="yes_no", data="", n=0, suffix=SHORT),
+  mmbench=dict(kind="choices", by="letter", data="", n=0),
+  seed=dict(kind="choices", by="words", data="", n=0),
+  docvqa=dict(kind="questions", measure="anls", data="", n=0, suffix=SHORT),
+)
+
+# How the literature measures, as far as it says; `says` goes into RESULT.json. The reference is a folder of pictures at
+# `size` pixels, or statistics as pytorch-fid saves them; inception is a folder with the weights in safetensors.
+GENERATION = dict(
+  cifar10=dict(
+    size=32,
+    n=50_000,
+    metrics=("fid", "is"),
+    unconditional=True,
+    guidance=1.0,
+    says="50,000 unconditional pictures of 32 px against the 50,000 of the training split, no guidance",
+  ),
+  coco30k=dict(
+    size=256,
+    n=30_000,
+    prompts="",
+    says="30,000 captions of COCO 2014's validation split, 256 px, against all of it, centre-cropped and resized",
+  ),
+  celeba_hq=dict(
+    size=256,
+    n=30_000,
+    unconditional=True,
+    guidance=1.0,
+    says="30,000 unconditional pictures of 256 px against all 30,000 of CelebA-HQ, no guidance",
+  ),
+  mjhq=dict(
+    size=1024, n=30_000, prompts="", resize="clean-fid", says="the 30,000 prompts of MJHQ-30K against its pictures"
+  ),
+  imagenet256=dict(
+    size=256,
+    n=50_000,
+    prompts="",
+    says="50,000 pictures of 256 px, 50 of each class, against the training split's statistics, centre-cropped",
+  ),
+)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """arg: table=shapes, understanding or generation."""
+  table = presets.arguments(arg, table="shapes").table
+  drawn = dict(kind="distance", reference="", inception="", **SAMPLING)
+  generation = {name: drawn | task for name, task in GENERATION.items()}
+  tables = dict(shapes=SHAPES, understanding=UNDERSTANDING, generation=generation)
+  if table not in tables:
+    raise UserError(f"table {table!r} is unknown; choose one of {', '.join(tables)}")
+  return ConfigDict(dict(tasks=tables[table], seed=0, resamples=1000))

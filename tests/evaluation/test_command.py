@@ -1,0 +1,67 @@
+"""`clipflow evaluate`, from its arguments to what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from clipflow_jax import cli
+from clipflow_jax.evaluation import inception
+from tests.evaluation.test_folders import MeanColours, sets  # noqa: F401
+
+
+def fails(capsys, *argv):
+  assert cli.main(["evaluate", *map(str, argv)]) == 2
+  _, error = capsys.readouterr()
+  assert error.count("\n") == 1, error
+  return error
+
+
+def test_folders_are_compared_and_what_was_found_is_written(sets, tmp_path, monkeypatch, capsys):  # noqa: F811
+  monkeypatch.setattr(inception, "Extractor", lambda weights, resize: MeanColours())
+  real, fake = sets
+  argv = ["evaluate", "--tasks=fid,precision_recall", f"--real={real}", f"--fake={fake}", "--inception=w"]
+  assert cli.main([*argv, f"--json={tmp_path / 'found.json'}"]) == 0
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert found["fid"] > 0 and 0 <= found["precision"] <= 1 and found["pictures_real"] == 30
+  assert found["resize"] == "torch-fidelity" and "jax" in found["versions"]
+  assert f"{found['fid']:.6g}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_evaluated_is_told_in_one_line(sets, tmp_path, capsys):  # noqa: F811
+  real, fake = sets
+  both = f"--real={real}", f"--fake={fake}"
+  assert "needs --workdir=DIR, or --real=DIR and --fake=DIR" in fails(capsys)
+  assert "give --inception=DIR" in fails(capsys, *both)
+  assert "no task 'fud' of folders" in fails(capsys, *both, "--tasks=fud")
+  assert "need --real=DIR and --fake=DIR" in fails(capsys, f"--real={real}")
+  assert "has no safetensors file" in fails(capsys, *both, f"--inception={tmp_path}")
+  assert "resize 'best' is unknown" in fails(capsys, *both, f"--inception={tmp_path}", "--resize=best")
+  assert "there is no task 'taste'" in fails(capsys, f"--workdir={tmp_path}", "--tasks=taste")
+  assert "argument 'tabel' is unknown" in fails(
+    capsys, f"--workdir={tmp_path}", "--tasks=all", "--config=configs/evaluate.py:tabel=x"
+  )
+
+
+@pytest.mark.slow
+def test_tasks_of_a_trained_model_are_measured_the_same_twice(trained, tmp_path, capsys):
+  (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+  chosen = "zero_shot,questions,clip_score"
+  argv = ["evaluate", f"--workdir={tmp_path}", f"--tasks={chosen}", f"--json={tmp_path / 'found.json'}"]
+  argv += ["--config.resamples=20", "--config.tasks.clip_score.steps=2"]
+  argv += [f"--config.tasks.{name}.n=6" for name in chosen.split(",")]
+  assert cli.main(argv) == 0
+  folder = tmp_path / "evaluation"
+  first = (folder / "RESULT.json").read_bytes()
+  assert list(json.loads(first)["tasks"]) == chosen.split(",")
+  for name in ("zero_shot", "clip_score"):
+    (folder / f"{name}.jsonl").unlink()
+  for picture in list((folder / "drawn").rglob("*.png"))[::2]:
+    picture.unlink()
+  assert cli.main(argv) == 0
+  assert (folder / "RESULT.json").read_bytes() == first
+  assert json.loads((tmp_path / "found.json").read_text()) == json.loads(first)
+  values = [m["value"] for task in json.loads(first)["tasks"].values() for m in task["metrics"].values()]
+  assert np.all(np.isfinite(values)) and "zero_shot" in capsys.readouterr().out

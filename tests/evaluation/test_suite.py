@@ -1,0 +1,313 @@
+"""Whole evaluations, from a config's tasks to RESULT.json, of a model that knows all about shapes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from clipflow_jax.data import shapes
+from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import classification, compositional, geneval, results, suite
+from clipflow_jax.evaluation.geneval import Detection
+from configs import evaluate
+from tests.evaluation import test_report
+from tests.evaluation.test_report import SEED, SIZE, SOURCE
+
+N = 24
+CALLS = 4  # to draw and to answer: one for each task that does, none has more items than a chunk
+
+
+@functools.cache
+def read(pixels):
+  """The objects of a picture."""
+  return compositional.read(np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 3)).objects
+
+
+class Oracle(test_report.Oracle):
+  """Sees, says and draws what is true; counts its calls; `stop` calls from now it is killed."""
+
+  image_size, batch_size, step = SIZE, 16, 7
+
+  def __init__(self):
+    super().__init__()
+    self.config = ConfigDict(dict(name="joint"))
+    self.params = {"a": np.arange(3.0)}
+    self.calls, self.stop = 0, -1
+    for item in geneval.shapes_items(2, SEED):
+      caption = compositional.prompts({v: k for k, v in geneval.TAGS.items()}[item.category], 2, SEED)
+      self.scenes |= {c.text: test_report._scene_of(c) for c in caption}
+
+  def _called(self):
+    if self.calls == self.stop:
+      raise KeyboardInterrupt
+    self.calls += 1
+
+  def draw(self, prompts, steps=None, guidance=None, seed=0):
+    self._called()
+    return super().draw(prompts)
+
+  def answer(self, images, questions):
+    self._called()
+    return super().answer(images, questions)
+
+  def embed_image(self, images):
+    """One direction a class, and one for whatever is not a single object."""
+    seen = [read(image.tobytes()) for image in images]
+    labels = [classification.PAIRS.index((o[0].colour, o[0].shape)) if len(o) == 1 else 48 for o in seen]
+    return np.eye(49)[labels]
+
+  def embed_text(self, texts):
+    return np.eye(49)[[classification.NAMES.index(text) if text in classification.NAMES else 48 for text in texts]]
+
+  def likelihood(self, questions, answers, images):
+    true = [self._true(*each) for each in zip(questions, answers, images, strict=True)]
+    return types.SimpleNamespace(log_p=np.where(true, -1.0, -9.0), tokens=np.ones(len(true), int))
+
+  def _true(self, question, answer, image):
+    names = [classification.NAMES[classification.PAIRS.index((o.colour, o.shape))] for o in read(image.tobytes())]
+    if answer in ("yes", "no"):
+      return (question.removeprefix("is there ").removesuffix("?") in names) == (answer == "yes")
+    return answer in names
+
+
+def tasks(**more):
+  chosen = evaluate.get_config().tasks.to_dict()
+  for settings in chosen.values():
+    settings["n"] = N
+  chosen["linear_probe"]["shots"] = 2
+  chosen["geneval"]["n"] = 2
+  return chosen | more
+
+
+def run(model, folder):
+  found = suite.Run(model, folder, SOURCE, seed=SEED, resamples=20)
+  return found, suite.evaluate(found, tasks(named=dict(kind="zero_shot", question="what is it?", n=N)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("evaluation")
+  found, done = run(Oracle(), folder)
+  results.write(found, done)
+  return folder, done
+
+
+def test_a_model_that_does_everything_right_scores_so(whole):
+  _, done = whole
+  best = {
+    "zero_shot": ("top1", 1),
+    "named": ("top1", 1),
+    "linear_probe": ("top1", 1),
+    "captions": ("exact", 1),
+    "questions": ("accuracy", 1),
+    "yes_no": ("f1", 1),
+    "geneval": ("correct", 0.9),  # GenEval asks more of what is left of what than the prompts about shapes
+  }
+  for name, (metric, least) in best.items():
+    assert done[name].result["metrics"][metric]["value"] >= least, name
+  assert done["captions"].result["metrics"]["bleu_4"]["value"] == pytest.approx(1)
+  assert set(done["geneval"].result["by_category"]) == set(geneval.TAGS.values())
+  assert done["clip_score"].result["count"] == N
+
+
+def test_the_result_says_what_was_measured_and_the_page_shows_it(whole):
+  folder, done = whole
+  result = json.loads((folder / "RESULT.json").read_text())
+  assert set(result) == {"tasks", "checkpoint", "seed", "resamples", "versions", "commit"}
+  assert result["checkpoint"]["stage"] == "joint" and result["checkpoint"]["step"] == 7
+  for name, task in result["tasks"].items():
+    assert task["count"] and task["prompts"] and "settings" in task, name
+    assert all({"value", "low", "high"} == set(metric) for metric in task["metrics"].values()), name
+  page = (folder / "index.html").read_text()
+  assert all(f"<h2>{name}</h2>" in page for name in done)
+  shown = page.count("<img ")
+  assert shown == len(list((folder / "pictures").iterdir())) > 6 * results.SHOWN
+  lines = results.table(result).splitlines()
+  assert len(lines) == sum(len(task["metrics"]) for task in result["tasks"].values())
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_an_evaluation_that_was_killed_ends_with_the_same_result(whole, tmp_path, stop):
+  expected = (whole[0] / "RESULT.json").read_bytes()
+  model = Oracle()
+  model.stop = stop
+  with pytest.raises(KeyboardInterrupt):
+    run(model, tmp_path)
+  again = Oracle()
+  found, done = run(again, tmp_path)
+  results.write(found, done)
+  assert (tmp_path / "RESULT.json").read_bytes() == expected
+  assert again.calls == CALLS - stop  # nothing twice
+  idle = Oracle()
+  results.write(*run(idle, tmp_path))
+  assert idle.calls == 0 and (tmp_path / "RESULT.json").read_bytes() == expected
+
+
+def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
+  chosen = {"questions": tasks()["questions"]}
+  model = Oracle()
+  suite.evaluate(suite.Run(model, tmp_path, SOURCE, SEED, 0), chosen)
+  model.params = {"a": np.arange(3.0) + 1}
+  suite.evaluate(suite.Run(model, tmp_path, SOURCE, SEED, 0), chosen)
+  assert model.calls == 2
+
+
+@pytest.mark.parametrize(
+  ("settings", "says"),
+  [
+    (dict(kind="taste"), "task x: kind 'taste' is unknown; choose one of zero_shot, few_shot"),
+    (dict(kind="captions", colour=1), "task x: 'colour' is no setting of 'captions'; there are data, n"),
+    (dict(kind="choices"), "task x needs data: --config.tasks.x.data="),
+    (dict(kind="zero_shot", classes="cifar10"), "task x needs pictures of cifar10: --config.tasks.x.data=DIR"),
+    (dict(kind="questions", measure="taste"), "measure 'taste' is unknown; choose one of exact, soft, anls"),
+    (dict(kind="drawn", judge="me"), "judge 'me' is unknown"),
+    (dict(kind="drawn", judge="detector", detector="yolo"), "detector 'yolo' is unknown"),
+    (dict(kind="drawn", judge="detector", detector="no.such:make"), "detector 'no.such:make' cannot be had"),
+    (dict(kind="distance", reference="here"), "task x needs inception"),
+    (dict(kind="captions", data="nowhere"), "there is no folder nowhere"),
+    (dict(kind="drawn", prompts="nowhere.txt"), "cannot read the prompts nowhere.txt"),
+  ],
+)
+def test_tasks_that_are_wrong_are_told_before_any_is_run(tmp_path, settings, says):
+  model = Oracle()
+  with pytest.raises(UserError, match=says):
+    suite.evaluate(suite.Run(model, tmp_path, SOURCE), {"questions": tasks()["questions"], "x": settings})
+  assert model.calls == 0
+
+
+def test_every_table_has_kinds_and_settings_that_are_there():
+  for table in ("shapes", "understanding", "generation"):
+    for name, settings in evaluate.get_config(f"table={table}").tasks.to_dict().items():
+      assert settings["kind"] in suite.KINDS, name
+      known = suite.KINDS[settings["kind"]].__kwdefaults__ or {}
+      assert settings.keys() - {"kind", "reference", "inception", "data"} <= known.keys(), name
+  with pytest.raises(UserError, match="table 'taste' is unknown; choose one of shapes, understanding, generation"):
+    evaluate.get_config("table=taste")
+
+
+def test_training_is_told_plain_numbers_and_no_file_is_left(whole, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  chosen = {name: tasks()[name] for name in ("questions", "clip_score")}
+  found = suite.measure(Oracle(), SOURCE, chosen)
+  assert found["evaluation/questions/accuracy"] == 1
+  assert found["evaluation/clip_score/clip_score"] == whole[1]["clip_score"].result["metrics"]["clip_score"]["value"]
+  assert not list(tmp_path.iterdir())
+
+
+# Drawing.
+
+
+def test_questions_judge_what_is_drawn_and_a_no_makes_what_depends_on_it_moot(tmp_path):
+  model = Oracle()
+  scene = SOURCE.scene(next(i for i in range(99) if len(SOURCE.scene(i).objects) == 1))
+  thing = scene.objects[0]
+  name = classification.NAMES[classification.PAIRS.index((thing.colour, thing.shape))]
+  other = next(n for n in classification.NAMES if n != name)
+  model.scenes["it"] = scene
+  asked = [f"is there {name}?", f"is there {other}?", f"is there {name}?"]
+  line = dict(question="it", questions=asked, depends=[[], [0], [1]], id="a")
+  (tmp_path / "p.jsonl").write_text(json.dumps(line))
+  chosen = {"dpg": dict(kind="drawn", judge="questions", prompts=str(tmp_path / "p.jsonl"), times=2)}
+  done = suite.evaluate(suite.Run(model, tmp_path / "out", None, resamples=0), chosen)["dpg"]
+  assert done.result["count"] == 2
+  assert done.result["metrics"]["score"]["value"] == pytest.approx(1 / 3)
+  assert done.answers[0].written == f"no: {asked[1]} {asked[2]}"
+
+
+def test_fid_draws_the_prompts_again_and_compares_with_the_reference(tmp_path, monkeypatch):
+  from tests.evaluation.test_folders import MeanColours
+
+  monkeypatch.setattr(suite, "Extractor", lambda weights, resize: MeanColours())
+  for i in range(6):
+    (tmp_path / "real").mkdir(exist_ok=True)
+    Image.fromarray(SOURCE[i].image).save(tmp_path / "real" / f"{i}.png")
+  prompts = [SOURCE[i].captions[0] for i in range(3)]
+  (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+  settings = dict(
+    kind="distance", reference=str(tmp_path / "real"), inception="w", prompts=str(tmp_path / "prompts.txt"), n=5
+  )
+  model = Oracle()
+  done = suite.evaluate(suite.Run(model, tmp_path / "out", None), {"x": settings})["x"]
+  metrics = done.result["metrics"]
+  assert metrics["pictures_fake"]["value"] == 5 and metrics["pictures_real"]["value"] == 6
+  assert metrics["fid"]["value"] > 0
+  np.testing.assert_array_equal(done.pictures(4), shapes.render(model.scenes[prompts[1]], SIZE))
+  with pytest.raises(UserError, match="are 60 x 60 pixels, those drawn are kept at 32"):
+    suite.evaluate(suite.Run(model, tmp_path / "out", None), {"x": settings | dict(size=32)})
+
+
+# GenEval's rules.
+
+
+def at(name, x, y, colour=None, side=10.0):
+  return Detection(name, (x, y, x + side, y + side), colour)
+
+
+@pytest.mark.parametrize(
+  ("a", "b", "wanted"),
+  [
+    ((0, 0), (50, 0), {"left of"}),
+    ((50, 0), (0, 0), {"right of"}),
+    ((0, 0), (0, 50), {"above"}),
+    ((0, 50), (0, 0), {"below"}),
+    ((0, 0), (50, 50), {"left of", "above"}),
+    ((0, 0), (90, 30), {"left of"}),  # more beside than above
+    ((0, 0), (1, 1), set()),
+  ],
+)
+def test_relations_are_told_by_where_the_boxes_middles_lie(a, b, wanted):
+  assert geneval.relations(at("x", *a), at("y", *b)) == wanted
+
+
+@pytest.mark.parametrize(
+  ("wanted", "found", "why"),
+  [
+    (dict(include=[{"class": "cat", "count": 2}]), [at("cat", 0, 0), at("cat", 50, 0)], ""),
+    (dict(include=[{"class": "cat", "count": 2}]), [at("cat", 0, 0)], "1 cat, 2 wanted"),
+    (
+      dict(include=[{"class": "cat", "count": 1}], exclude=[{"class": "cat", "count": 2}]),
+      [at("cat", 0, 0), at("cat", 50, 0)],
+      "2 cat, fewer than 2 wanted",
+    ),
+    (dict(include=[{"class": "cat", "count": 1, "color": "red"}]), [at("cat", 0, 0, "red")], ""),
+    (
+      dict(include=[{"class": "cat", "count": 1, "color": "red"}]),
+      [at("cat", 0, 0, "blue")],
+      "cat is blue, red wanted",
+    ),
+    (
+      dict(include=[{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]),
+      [at("cat", 0, 0), at("dog", 50, 0)],
+      "",
+    ),
+    (
+      dict(include=[{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]),
+      [at("cat", 50, 0), at("dog", 0, 0)],
+      "cat is not left of it",
+    ),
+    (
+      dict(include=[{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]),
+      [at("cat", 50, 0)],
+      "0 dog, 1 wanted; nothing for cat to be left of",
+    ),
+  ],
+)
+def test_pictures_are_judged_as_by_genevals_script(wanted, found, why):
+  assert geneval.right(wanted, found) == (not why, why)
+
+
+def test_prompts_about_shapes_want_in_genevals_words_what_they_say():
+  by_tag = {
+    tag: [i.more["include"] for i in geneval.shapes_items(3, SEED) if i.category == tag]
+    for tag in geneval.TAGS.values()
+  }
+  assert all(len(include) == 1 and include[0]["count"] == 1 for include in by_tag["single_object"])
+  assert all(len(include) == 1 and include[0]["count"] > 1 for include in by_tag["counting"])
+  assert all(sum(entry["count"] for entry in include) == 2 for include in by_tag["two_object"])
+  assert all(include[1]["position"][1] == 0 and "position" not in include[0] for include in by_tag["position"])

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.inference import rerank
+from clipflow_jax.inference.pipeline import ClipFlow
+from tests import tiny
+
+
+class Drawer:
+  """Draws the number of the candidate; likes the words that it is told."""
+
+  def __init__(self):
+    self.asked = []
+
+  def draw_features(self, prompts, seed=0):
+    return np.arange(len(prompts), dtype=np.float32)[:, None, None] + seed
+
+  def likelihood(self, questions, answers, features):
+    self.asked.append((questions, answers))
+    likes = np.sin(features[:, 0, 0]) * (-1 if answers[0] == "no" else 1)
+    return types.SimpleNamespace(log_p=likes)
+
+
+def test_the_candidate_that_the_judge_likes_best_is_taken_of_each_prompt():
+  model = Drawer()
+  found = rerank.draw(model, ["a", "b"], 3)
+  assert found.features.shape == (2, 3, 1, 1) and found.scores.shape == (2, 3)
+  assert found.best.ravel().tolist() == [2, 3]  # sin of 0, 1, 2 and of 3, 4, 5
+  assert model.asked == [([rerank.DESCRIBE] * 6, ["a"] * 3 + ["b"] * 3)]
+  assert rerank.draw(model, ["a"], 3, seed=4).best.ravel().tolist() == [6]
+
+
+def test_yes_is_weighed_against_no():
+  model = Drawer()
+  found = rerank.draw(model, ["a cat"], 3, judge="yes")
+  np.testing.assert_allclose(found.scores[0], 2 * np.sin([0, 1, 2]), rtol=1e-6)
+  assert model.asked[0][0][0] == "does the picture show a cat? answer yes or no."
+
+
+def test_what_cannot_be_judged_is_told_before_anything_is_drawn():
+  with pytest.raises(UserError, match="judge 'me' is unknown; choose one of caption, yes, clip"):
+    rerank.draw(None, ["a"], 2, judge="me")
+  with pytest.raises(UserError, match="the best of 0 candidates is none"):
+    rerank.draw(None, ["a"], 0)
+
+
+def vision(**fields):
+  clip = tiny.FIELDS["clip"]
+  return tiny.model(clip=clip | dict(vision=clip["vision"] | fields))
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(pooling="attention"), dict(embedding=0)], ids=str)
+def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields):
+  model = vision(feature_layers=(2,), **fields)
+  images = np.random.default_rng(0).integers(0, 256, (3, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
+
+  def see(bound):
+    seen = bound.see(images)
+    return bound.standardise(seen.features), seen.embedding
+
+  abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), method=see)["params"])
+  params = tiny.random_params(abstract)
+  features, wanted = jax.jit(lambda: model.apply({"params": params}, method=see))()
+  np.testing.assert_allclose(rerank.embed_features(model, params, features), wanted, atol=1e-5)
+
+
+def test_features_that_clip_cannot_read_are_told():
+  with pytest.raises(UserError, match="features are of several; judge by caption or yes"):
+    rerank.embed_features(vision(), None, None)
+  with pytest.raises(UserError, match="more of its last layer than"):
+    rerank.embed_features(vision(feature_layers=(2,), pooling="class"), None, None)
+
+
+def test_the_pipeline_decodes_the_best_of_its_candidates(trained):
+  model = ClipFlow.from_checkpoint(trained)
+  how = dict(steps=1, guidance=1.0, seed=3)
+  found = rerank.draw(model, ["a red circle", "a star"], 2, **how)
+  drawn = model.draw(["a red circle", "a star"], best_of=2, **how)
+  np.testing.assert_array_equal(drawn, model.decode(found.best, seed=3))
+  assert np.ptp(found.scores, axis=1).min() > 0
