@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
   sub.add_argument("--real", type=Path, help="a folder, or .npz of statistics: --tasks=fid,kid,is,precision_recall")
   sub.add_argument("--fake", type=Path, help="the folder that is compared with it")
+  sub.add_argument("--statistics", type=Path, help="write those of --real to this .npz, and compare nothing")
   sub.add_argument("--inception", help="the folder with Inception's weights for FID, in safetensors")
   sub.add_argument("--resize", default="torch-fidelity", help="torch-fidelity or clean-fid (default %(default)s)")
   sub.add_argument("--json", type=Path, help="also write what was found to this file")
@@ -287,12 +288,15 @@ def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
   from clipflow_jax.evaluation import folders, inception, report
 
   chosen = chosen or ["fid"]
-  folders.check(chosen, options.real, options.fake)
+  folders.check(chosen, options.real, options.real if options.statistics else options.fake)
   if not options.inception:
     raise UserError("give --inception=DIR, the folder with Inception's weights: clipflow_jax/interop/inception.py says how")
-  found = folders.compare(
-    chosen, options.real, options.fake, inception.Extractor(options.inception, resize=options.resize)
-  )
+  extractor = inception.Extractor(options.inception, resize=options.resize)
+  if options.statistics:
+    folders.save_statistics(options.real, extractor, options.statistics)
+    print(f"wrote the statistics of {options.real} to {options.statistics}")
+    return {"resize": options.resize, **report.software()}
+  found = folders.compare(chosen, options.real, options.fake, extractor)
   print("\n".join(f"{name:<28} {value:10.6g}" for name, value in found.items()))
   return {**found, "resize": options.resize, **report.software()}
 

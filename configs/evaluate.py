@@ -19,8 +19,8 @@ SHAPES = dict(
   captions=dict(kind="captions", n=512),
   questions=dict(kind="questions", measure="exact", n=512),
   yes_no=dict(kind="yes_no", n=2048),
-  clip_score=dict(kind="drawn", judge="clip", n=256, **SAMPLING),
-  geneval=dict(kind="drawn", judge="detector", detector="shapes", n=64, **SAMPLING),
+  clip_score=dict(kind="drawn", judge="clip", n=256, best_of=1, best_by="caption", **SAMPLING),
+  geneval=dict(kind="drawn", judge="detector", detector="shapes", n=64, best_of=1, best_by="caption", **SAMPLING),
 )
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's hint

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.optimize
@@ -130,6 +131,38 @@ def by_examples(
     matrix = _unit(np.stack([_unit(x[labels == label].mean(axis=0)) for label in range(len(names))])).T
     bias = np.zeros(len(names))
   return Classifier(lambda images: model.embed_image(images) @ matrix + bias, names, model.image_size)
+
+
+class InContext:
+  """k examples at random, a picture and its class each, stand before every question; right is the very class name.
+
+  One conversation at a time: examples of other pictures make prompts of other lengths.
+  """
+
+  def __init__(
+    self, model: ClipFlow, names: Sequence[str], train: Sequence[Item], question: str, k: int, seed: int = 0
+  ):
+    self.model, self.names, self.train, self.question, self.k, self.seed = model, names, train, question, k, seed
+
+  summary = staticmethod(tasks.means)
+
+  def score(self, items: Sequence[Item]) -> list[Answer]:
+    made = []
+    for item in items:
+      rng = np.random.default_rng([self.seed, zlib.crc32(item.id.encode())])  # of the item alone, wherever it stands
+      shown = [self.train[i] for i in rng.choice(len(self.train), min(self.k, len(self.train)), replace=False)]
+      messages = []
+      for example in shown:
+        name = self.names[label_of(example, self.names)]
+        messages += [self._asked(example), {"role": "assistant", "content": name}]
+      written = self.model.chat([*messages, self._asked(item)])
+      truth = self.names[label_of(item, self.names)]
+      made.append(Answer({"top1": float(written.strip() == truth)}, written, truth))
+    return made
+
+  def _asked(self, item: Item) -> dict[str, Any]:
+    picture = {"type": "image", "image": item.look(self.model.image_size)}
+    return {"role": "user", "content": [picture, {"type": "text", "text": self.question}]}
 
 
 def logistic_regression(x: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:

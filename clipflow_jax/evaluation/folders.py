@@ -70,6 +70,13 @@ def check(tasks: Sequence[str], real: Path | None, fake: Path | None) -> None:
   list_pictures(fake)
 
 
+def save_statistics(folder: Path, extractor: Extractor, file: Path) -> None:
+  """Writes the moments of a folder's features, an .npz that `compare` and pytorch-fid take in the folder's place."""
+  if file.suffix != ".npz":
+    raise UserError(f"statistics are written to an .npz, not to {file}")
+  images.moments(pictures(folder), extractor).save(file)
+
+
 def compare(tasks: Sequence[str], real: Path | None, fake: Path, extractor: Extractor) -> dict[str, Any]:
   """{metric: value} of the tasks, each picture looked at once.
 

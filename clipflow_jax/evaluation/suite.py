@@ -157,10 +157,16 @@ def zero_shot(run, name, *, data: str = "", classes: str = "shapes", question: s
 
 
 def few_shot(
-  run, name, *, data: str = "", train: str = "", classes: str = "shapes", shots: int = 0, l2: float = 1.0,
-  probe: bool = True, n: int = 0,
+  run, name, *, data: str = "", train: str = "", classes: str = "shapes", how: str = "probe", shots: int = 0,
+  l2: float = 1.0, question: str = "what is it?", n: int = 0,
 ):  # fmt: skip
-  """A linear probe on CLIP's embeddings, or without `probe` the nearest class mean; `shots` examples of each class."""
+  """A class learnt from `shots` examples of each, 0 for all that `train` has.
+
+  how: "probe", a logistic regression on CLIP's embeddings of strength l2; "mean", the nearest class mean there;
+  "context", `shots` examples in all before each question to the language model.
+  """
+  if how not in ("probe", "mean", "context"):
+    raise UserError(f"task {name}: how {how!r} is unknown; choose one of probe, mean, context")
   names, _ = classification.names_of(classes)
   asked = _classes(run, name, data, classes, names, n)
   if train:
@@ -170,10 +176,12 @@ def few_shot(
     learnt = _classes(other, name, "", classes, names, len(names) * (shots or 10))
 
   def scorer() -> Scorer:
-    return classification.by_examples(run.model, names, learnt, shots=shots, l2=l2, probe=probe)
+    if how == "context":
+      return classification.InContext(run.model, names, learnt, question, shots or 4, run.seed)
+    return classification.by_examples(run.model, names, learnt, shots=shots, l2=l2, probe=how == "probe")
 
   return _ask(
-    run, name, asked, scorer, data=data, train=train, classes=classes, shots=shots, l2=l2, probe=probe,
+    run, name, asked, scorer, data=data, train=train, classes=classes, how=how, shots=shots, l2=l2, question=question,
     learnt=items.fingerprint(learnt),
   )  # fmt: skip
 
@@ -216,16 +224,19 @@ def choices(run, name, *, data: str, by: str = "letter", n: int = 0):
 
 def drawn(
   run, name, *, prompts: str = "", judge: str = "clip", detector: str = "shapes", size: int = 0, times: int = 1,
-  guidance: float | None = None, steps: int | None = None, n: int = 0,
+  guidance: float | None = None, steps: int | None = None, best_of: int = 1, best_by: str = "caption", n: int = 0,
 ):  # fmt: skip
-  """Draws prompts and has them judged: by CLIP's score, a `detector` (GenEval) or `questions` (DPG), each `times`."""
+  """Draws prompts and has them judged: by CLIP's score, a `detector` (GenEval) or `questions` (DPG), each `times`.
+
+  best_of, best_by: each picture is the best of so many candidates, as one of `rerank.JUDGES` sees them.
+  """
   judges = ("clip", "detector", "questions")
   if judge not in judges:
     raise UserError(f"task {name}: judge {judge!r} is unknown; choose one of {', '.join(judges)}")
   found = geneval.make_detector(detector) if judge == "detector" else None
   each = _prompts(run, prompts, n, shapes=judge == "detector")
   asked = [dataclasses.replace(item, id=f"{item.id}#{time}") for item in each for time in range(times)]
-  sampling = dict(guidance=guidance, steps=steps)
+  sampling = dict(guidance=guidance, steps=steps) | (dict(best_of=best_of, judge=best_by) if best_of > 1 else {})
   drawer = generation.Drawer(
     run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
   )
@@ -238,7 +249,7 @@ def drawn(
 
   return _ask(
     run, name, asked, scorer, drawer.kept, prompts_file=prompts, judge=judge, detector=detector,
-    size=drawer.size, times=times, **sampling,
+    size=drawer.size, times=times, sampling=sampling,
   )  # fmt: skip
 
 

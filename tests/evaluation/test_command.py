@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from clipflow_jax import cli
 from clipflow_jax.evaluation import inception
+from clipflow_jax.inference.pipeline import ClipFlow
 from tests.evaluation.test_folders import MeanColours, sets  # noqa: F401
 
 
@@ -28,6 +31,19 @@ def test_folders_are_compared_and_what_was_found_is_written(sets, tmp_path, monk
   assert found["fid"] > 0 and 0 <= found["precision"] <= 1 and found["pictures_real"] == 30
   assert found["resize"] == "torch-fidelity" and "jax" in found["versions"]
   assert f"{found['fid']:.6g}" in capsys.readouterr().out
+
+
+def test_statistics_of_the_real_pictures_are_kept_and_take_their_place(sets, tmp_path, monkeypatch):  # noqa: F811
+  monkeypatch.setattr(inception, "Extractor", lambda weights, resize: MeanColours())
+  real, fake = sets
+  kept, found = tmp_path / "real.npz", tmp_path / "found.json"
+  assert cli.main(["evaluate", f"--real={real}", f"--statistics={kept}", "--inception=w"]) == 0
+  values = []
+  for reference in (real, kept):
+    argv = ["evaluate", f"--real={reference}", f"--fake={fake}", "--inception=w", f"--json={found}"]
+    assert cli.main(argv) == 0
+    values.append(json.loads(found.read_text())["fid"])
+  assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
 def test_what_cannot_be_evaluated_is_told_in_one_line(sets, tmp_path, capsys):  # noqa: F811
@@ -65,3 +81,15 @@ def test_tasks_of_a_trained_model_are_measured_the_same_twice(trained, tmp_path,
   assert json.loads((tmp_path / "found.json").read_text()) == json.loads(first)
   values = [m["value"] for task in json.loads(first)["tasks"].values() for m in task["metrics"].values()]
   assert np.all(np.isfinite(values)) and "zero_shot" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_measures_its_tasks_where_it_takes_samples(trained, tmp_path):
+  model = ClipFlow.from_checkpoint(trained)
+  config = ConfigDict(model.config.to_dict())
+  config.evaluate = dict(zero_shot=dict(kind="zero_shot", classes="shapes", n=6))
+  told = []
+  writer = types.SimpleNamespace(images=print, text=print, scalars=lambda step, values: told.append((step, values)))
+  cli._sampler()(model.model, config, model.params, model.tokenizer, 2, writer)
+  [(step, values)] = told
+  assert step == 2 and set(values) == {f"evaluation/zero_shot/{name}" for name in ("top1", "top5", "mean_per_class")}

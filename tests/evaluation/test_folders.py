@@ -14,6 +14,9 @@ class MeanColours:
   def __init__(self):
     self.seen = 0
 
+  def __call__(self, pictures):
+    return self.both(pictures)[0]
+
   def both(self, pictures):
     self.seen += len(pictures)
     n, height, width, _ = pictures.shape
@@ -64,10 +67,12 @@ def test_saved_statistics_take_a_folders_place(sets, tmp_path):
   real, fake = sets
   extractor = MeanColours()
   expected = folders.compare(["fid"], real, fake, extractor)["fid"]
-  images.moments(folders.pictures(real), lambda x: extractor.both(x)[0]).save(tmp_path / "real.npz")
+  folders.save_statistics(real, extractor, tmp_path / "real.npz")
   found = folders.compare(["fid"], tmp_path / "real.npz", fake, extractor)
   assert found == {"pictures_fake": 25, "fid": pytest.approx(expected, rel=1e-9)}
   np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+  with pytest.raises(UserError, match="written to an .npz, not to"):
+    folders.save_statistics(real, extractor, tmp_path / "real.txt")
   with pytest.raises(UserError, match="of 3 features; Inception has 12"):
     folders.compare(["fid"], tmp_path / "other.npz", fake, extractor)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -130,6 +132,25 @@ def test_fid_is_the_frechet_distance_of_all_features_and_reads_each_picture_once
   a, b = stream(0, 40), stream(9, 45)
   expected = images.frechet_distance_of(flat(np.concatenate(a)), flat(np.concatenate(b)))
   assert images.fid(iter(a), iter(b), flat) == pytest.approx(expected, rel=1e-9)
+
+
+def test_memory_of_fid_does_not_grow_with_the_number_of_pictures():
+  rng = np.random.default_rng(0)
+
+  def pictures(n):
+    return (rng.integers(0, 256, (64, 2, 2, 3), dtype=np.uint8) for _ in range(n))
+
+  def peak(n):
+    tracemalloc.start()
+    images.fid(pictures(n), pictures(n), flat)
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+  peak(2)
+  few, many = peak(4), peak(200)
+  assert many < 1.5 * few + 4096
+  assert many < 200 * 64 * 12 * 8 / 4  # a quarter of what all features would take
 
 
 def test_too_few_pictures_for_a_metric_are_told():

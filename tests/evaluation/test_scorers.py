@@ -74,6 +74,29 @@ def test_every_way_tells_colours_apart(how):
   assert all(answer.scores == {"top1": 1.0, "top5": 1.0} for answer in answers)
 
 
+def test_examples_in_context_stand_before_the_question_the_same_wherever_the_item_stands():
+  said = []
+
+  def chat(messages):
+    said.append(messages)
+    pictures = [part["image"] for message in messages if message["role"] == "user" for part in message["content"][:1]]
+    names = [message["content"] for message in messages if message["role"] == "assistant"]
+    last = Colours().embed_image(pictures[-1][None])
+    nearest = np.argmax(Colours().embed_image(np.stack(pictures[:-1])) @ last.T)
+    return names[nearest]
+
+  model = types.SimpleNamespace(image_size=2, chat=chat)
+  scorer = classification.InContext(model, COLOURS, PICTURES, "which?", 9)
+  answers = scorer.score(PICTURES[:3])
+  assert all(answer.scores == {"top1": 1.0} for answer in answers)
+  assert len(said[0]) == 2 * 9 + 1 and said[0][-1]["content"][1]["text"] == "which?"
+  alone = scorer.score(PICTURES[2:3])
+  assert alone[0] == answers[2]
+  assert [m["content"] for m in said[-1] if m["role"] == "assistant"] == [
+    m["content"] for m in said[2] if m["role"] == "assistant"
+  ]
+
+
 def test_ranks_count_classes_ahead_and_of_equals_the_first():
   names = list("abcdefg")
   similar = np.array([[0.0, 7, 6, 5, 4, 3, 2], [1] * 7, [1] * 7])
