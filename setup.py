@@ -43,6 +43,7 @@ EXTRAS = {
   "demo": ["gradio>=6,<7"],
   "test": [
     "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",
     "hypothesis>=6.150,<7",
     "ruff>=0.17,<0.18",
     "mypy>=2.4,<3",
@@ -52,8 +53,8 @@ EXTRAS = {
     *PARQUET,
     *TFDS,
   ],
-  # The PyTorch that the golden values of the parity tests come from.
-  "parity": ["torch==2.13.0"],
+  # The PyTorch that the golden values of the parity tests come from, and BLIP3-o's drawer in it.
+  "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
 }
 
 setup(

@@ -13,7 +13,7 @@ venv=${CLIPFLOW_VENV:-$ROOT/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 cd "$ROOT"
 
-say "installs into $venv, then checks and tests; about one minute to install, up to ten for the rest on two cores"
+say "installs into $venv, then checks and tests; about two minutes to install, up to fifteen for the rest on two cores"
 make_environment "$venv"
 install "$venv" --editable ".[${CLIPFLOW_EXTRAS:-test}]"
 say "installed after $SECONDS s"
@@ -27,5 +27,6 @@ mypy
 say "import-linter: floors"
 lint-imports
 say "pytest, after $SECONDS s"
+# A file at a time for each core: its fixtures are made once. More than four would want more memory than most have.
 # Not exec: a summary of where the time went stands above pytest's closing line.
-pytest --durations=10 "$@"
+pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=10 "$@"
