@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   # The state, created sharded.
   def fresh(taken):
     params = state.nest(state.flatten(init()) | taken)
-    return state.create(params, scales, tx, ema=config.ema > 0, frozen_dtype=config.get("frozen_dtype", "float32"))
+    return state.create(params, scales, tx, ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
 
   shapes = jax.eval_shape(fresh, {})
   shardings = state.shardings(shapes, mesh)

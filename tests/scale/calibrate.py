@@ -24,7 +24,9 @@ LLAMA: dict[str, Any] = dict(width=4096, layers=32, heads=32, kv_heads=32, head_
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """published: MFU in percent. rows: a chip and step, of `length` tokens. remat: our name for theirs."""
+  """published: MFU in percent. rows: a chip and step, of `length` tokens. remat: our name for theirs: "dots" for their
+  "minimal", beside which it keeps what attention gave.
+  """
 
   published: float
   hardware: str
