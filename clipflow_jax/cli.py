@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("--workdir", type=Path, help="whose report is written, or with --tasks, whose evaluation/")
   sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
-  sub.add_argument("--real", type=Path, help="a folder, or .npz of statistics: --tasks=fid,kid,is,precision_recall")
+  sub.add_argument("--real", type=Path, help="a folder: fid,kid,is,precision_recall,cmmd,clip_distance; .npz: fid")
   sub.add_argument("--fake", type=Path, help="the folder that is compared with it")
   sub.add_argument("--statistics", type=Path, help="write those of --real to this .npz, and compare nothing")
   sub.add_argument("--inception", help="the folder with Inception's weights for FID, in safetensors")
@@ -235,7 +235,8 @@ def _draw(options: argparse.Namespace) -> None:
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
   model = _load(options.workdir)
   how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
-  pictures = model.draw(prompts, best_of=options.best_of, judge=options.judge, **how)
+  how |= dict(best_of=options.best_of, judge=options.judge)
+  pictures = model.draw(prompts, **how)
   sheet = show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts])
   try:
     sheet.save(options.output)
@@ -289,14 +290,20 @@ def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
 
   chosen = chosen or ["fid"]
   folders.check(chosen, options.real, options.real if options.statistics else options.fake)
-  if not options.inception:
-    raise UserError("give --inception=DIR, the folder with Inception's weights: clipflow_jax/interop/inception.py says how")
-  extractor = inception.Extractor(options.inception, resize=options.resize)
-  if options.statistics:
-    folders.save_statistics(options.real, extractor, options.statistics)
-    print(f"wrote the statistics of {options.real} to {options.statistics}")
-    return {"resize": options.resize, **report.software()}
-  found = folders.compare(chosen, options.real, options.fake, extractor)
+  by_clip = [name for name in chosen if name in folders.CLIP_TASKS]
+  if by_clip and options.workdir is None:
+    raise UserError(f"{', '.join(by_clip)} need --workdir=DIR, whose CLIP looks at the pictures")
+  rest = [name for name in chosen if name not in by_clip]
+  found = folders.compare_by_clip(by_clip, options.real, options.fake, _load(options.workdir)) if by_clip else {}
+  if rest and not options.inception:
+    raise UserError("give --inception=DIR, Inception's weights; clipflow_jax/interop/inception.py says how to make it")
+  if rest:
+    extractor = inception.Extractor(options.inception, resize=options.resize)
+    if options.statistics:
+      folders.save_statistics(options.real, extractor, options.statistics)
+      print(f"wrote the statistics of {options.real} to {options.statistics}")
+      return {"resize": options.resize, **report.software()}
+    found |= folders.compare(rest, options.real, options.fake, extractor)
   print("\n".join(f"{name:<28} {value:10.6g}" for name, value in found.items()))
   return {**found, "resize": options.resize, **report.software()}
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from clipflow_jax.data.images import FORMATS
+from clipflow_jax.data.images import FORMATS, square
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import images
 from clipflow_jax.evaluation.inception import Extractor
 
-TASKS = ("fid", "kid", "is", "precision_recall")
+if TYPE_CHECKING:
+  from clipflow_jax.inference.pipeline import ClipFlow
+
+TASKS = ("fid", "kid", "is", "precision_recall")  # of Inception's features
+CLIP_TASKS = ("cmmd", "clip_distance")  # of the embeddings of a model's own CLIP
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 _TOGETHER = 64  # pictures read before they are looked at
 _SUBSET = 1000  # features in each of KID's draws, as in print
@@ -57,9 +61,9 @@ def _read(file: Path) -> np.ndarray:
 
 def check(tasks: Sequence[str], real: Path | None, fake: Path | None) -> None:
   """UserError for what `compare` cannot do, before anything is loaded."""
-  unknown = [task for task in tasks if task not in TASKS]
+  unknown = [task for task in tasks if task not in TASKS + CLIP_TASKS]
   if unknown:
-    raise UserError(f"no task {unknown[0]!r} of folders; choose of {', '.join(TASKS)}")
+    raise UserError(f"no task {unknown[0]!r} of folders; choose of {', '.join(TASKS + CLIP_TASKS)}")
   if fake is None or (real is None and tuple(tasks) != ("is",)):
     raise UserError(f"the tasks {', '.join(tasks)} need --real=DIR and --fake=DIR")
   if real is not None and real.suffix == ".npz":
@@ -108,6 +112,25 @@ def compare(tasks: Sequence[str], real: Path | None, fake: Path, extractor: Extr
   if "precision_recall" in tasks:
     metrics["precision"], metrics["recall"] = images.precision_recall_of(theirs.all(), ours.all())
   return metrics
+
+
+def compare_by_clip(tasks: Sequence[str], real: Path, fake: Path, model: ClipFlow) -> dict[str, float]:
+  """{metric: value} of CLIP_TASKS: CMMD, and the Fréchet distance of the embeddings. Comparable for one model only."""
+  check(tasks, real, fake)
+
+  def embed(folder: Path) -> np.ndarray:
+    return np.concatenate([model.embed_image(fit(batch, model.image_size)) for batch in pictures(folder)])
+
+  a, b = embed(real), embed(fake)
+  measures = {"cmmd": images.cmmd_of, "clip_distance": images.frechet_distance_of}
+  return {task: measures[task](a, b) for task in tasks}
+
+
+def fit(batch: np.ndarray, size: int) -> np.ndarray:
+  """u8[n,H,W,3] -> u8[n,size,size,3]: the largest central square of each, resampled where its size differs."""
+  if batch.shape[1:3] == (size, size):
+    return batch
+  return np.stack([square(Image.fromarray(image), size) for image in batch])
 
 
 class _Seen:

@@ -102,7 +102,7 @@ def by_clip(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answ
 
   def judge(images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
     texts = [item.question for item in items]
-    cosines = np.sum(model.embed_image(_fit(images, model)) * model.embed_text(texts), axis=1)
+    cosines = np.sum(model.embed_image(folders.fit(images, model.image_size)) * model.embed_text(texts), axis=1)
     return [Answer({"clip_score": 100 * max(0.0, float(c))}, "", text) for c, text in zip(cosines, texts, strict=True)]
 
   return judge
@@ -122,7 +122,7 @@ def by_questions(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list
     lists = [list(item.more["questions"]) for item in items]
     counts = [len(questions) for questions in lists]
     asked = [question for questions in lists for question in questions]
-    shown = np.repeat(_fit(images, model), counts, axis=0)
+    shown = np.repeat(folders.fit(images, model.image_size), counts, axis=0)
     yes, no = (model.likelihood(asked, [word] * len(asked), shown).log_p for word in ("yes", "no"))
     made = []
     for item, said in zip(items, np.split(yes > no, np.cumsum(counts)[:-1]), strict=True):
@@ -159,12 +159,3 @@ def fid(
   for start in range(0, len(items), chunk):
     drawer.draw(items[start : start + chunk], start)
   return folders.compare(names, reference, drawer.folder, extractor)
-
-
-def _fit(images: np.ndarray, model: ClipFlow) -> np.ndarray:
-  """The pictures at the model's size."""
-  side = model.image_size
-  if images.shape[1:3] == (side, side):
-    return images
-  resized = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images]
-  return np.stack([np.asarray(image) for image in resized])

@@ -70,14 +70,8 @@ class ClipFlow:
     best_of: int = 1,
     judge: str = "caption",
   ) -> np.ndarray:
-    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything.
-
-    best_of: so many candidates of each are drawn, and the one that a judge of `rerank.JUDGES` likes best is decoded.
-    """
-    if best_of == 1:
-      return self.decode(self.draw_features(prompts, steps, guidance, seed), seed)
-    sampling = dict(steps=steps, guidance=guidance, seed=seed)
-    return self.decode(rerank.draw(self, prompts, best_of, judge=judge, **sampling).best, seed)
+    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything. best_of, judge: as in `draw_features`."""
+    return self.decode(self.draw_features(prompts, steps, guidance, seed, best_of, judge), seed)
 
   def draw_unconditional(
     self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0
@@ -86,10 +80,22 @@ class ClipFlow:
     return self.draw([""] * n, steps, guidance, seed)
 
   def draw_features(
-    self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0
+    self,
+    prompts: Sequence[str],
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    best_of: int = 1,
+    judge: str = "caption",
   ) -> np.ndarray:
-    """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read."""
+    """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read.
+
+    best_of: so many candidates of each are drawn, of which one of `rerank.JUDGES` chooses.
+    """
     self._need("flow expert", "draw")
+    if best_of != 1:
+      sampling = dict(steps=steps, guidance=guidance, seed=seed)
+      return rerank.draw(self, prompts, best_of, judge=judge, **sampling).best
     given = {"steps": steps, "guidance": guidance}
     settings = self.config.sampling.to_dict() | {k: v for k, v in given.items() if v is not None}
     sampling = Sampling(**settings)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -75,6 +77,20 @@ def test_saved_statistics_take_a_folders_place(sets, tmp_path):
     folders.save_statistics(real, extractor, tmp_path / "real.txt")
   with pytest.raises(UserError, match="of 3 features; Inception has 12"):
     folders.compare(["fid"], tmp_path / "other.npz", fake, extractor)
+
+
+def test_a_models_clip_looks_at_squares_of_its_size(sets):
+  seen = []
+
+  def embed(pictures):
+    seen.append(pictures.shape)
+    return pictures.reshape(len(pictures), -1) / 255 + 1
+
+  model = types.SimpleNamespace(image_size=2, embed_image=embed)
+  found = folders.compare_by_clip(["cmmd", "clip_distance"], *sets, model)
+  assert all(shape[1:] == (2, 2, 3) for shape in seen) and sum(shape[0] for shape in seen) == 55
+  assert found["cmmd"] > 0 and found["clip_distance"] > 0
+  assert folders.compare_by_clip(["clip_distance"], sets[0], sets[0], model)["clip_distance"] < 1e-9
 
 
 def test_what_cannot_be_compared_is_told_before_anything_is_loaded(sets, tmp_path):
