@@ -196,12 +196,24 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--family", help="a model_type of transformers, such as qwen3 or clip; by default what fits")
 
   sub = command(
+    _bench,
+    "measure this machine: how fast data is read and pictures are made ready, beside the most that it could",
+    "clipflow bench data --json=bench.json",
+  )
+  sub.add_argument("subject", choices=["data"])
+  sub.add_argument("--json", type=Path, help="also write the numbers to this file")
+  sub.add_argument("--rounds", type=int, default=5, help="each number is the median of so many (default %(default)d)")
+  sub.add_argument("--peer", default="", help="also measure this other program: torch (in a checkout, with it installed)")
+
+  sub = command(
     _info,
     "show what a config trains, or what a workdir holds",
     "clipflow info --workdir=quickstart",
     config="configs/quickstart.py",
   )
   sub.add_argument("--workdir", type=Path)
+  sub.add_argument("--data", action="store_true", help="write what the model will see of the config's data: pages, PNGs")
+  sub.add_argument("--output", type=Path, default=Path("inspected"), help="where --data writes (default %(default)s)")
   return parser
 
 
@@ -389,12 +401,39 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+  if options.data:
+    _inspect(options)
+    return
   from clipflow_jax.inference.info import describe_config, describe_workdir
 
   if options.workdir:
     print(describe_workdir(options.workdir))
   else:
     print(describe_config(load_config(options.config, options.overrides)))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+  from clipflow_jax.data import inspect
+  from clipflow_jax.training import checkpoint, loop
+
+  config = load_config(options.config, options.overrides)
+  for stage in [config.stages[name] for name in config.order] if "order" in config else [config]:
+    start = checkpoint.load(stage.init_from, ()) if stage.init_from else None
+    print(f"{stage.name}: {inspect.write(loop.make_pipeline(stage, start), options.output, stage.name)}")
+  print(f"pages and pictures: {options.output}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+  from clipflow_jax.data import bench
+
+  found = bench.run(rounds=options.rounds, peer=options.peer)
+  for name, value in found.items():
+    print(f"{name:40} {value:.4g}")
+  if options.json:
+    try:
+      options.json.write_text(json.dumps({"subject": options.subject, **found}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+      raise UserError(f"cannot write {options.json}: {error}") from error
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -16,7 +16,20 @@ from clipflow_jax.errors import UserError
 from configs import quickstart
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("quickstart", "train", "draw", "chat", "evaluate", "prepare", "cache-features", "plan", "import", "export", "info")
+COMMANDS = (
+  "quickstart",
+  "train",
+  "draw",
+  "chat",
+  "evaluate",
+  "prepare",
+  "cache-features",
+  "plan",
+  "import",
+  "export",
+  "bench",
+  "info",
+)
 
 
 def fails(capsys, *argv: str) -> str:
@@ -182,6 +195,21 @@ def test_chat_answers_a_question_about_a_picture(capsys, trained, tmp_path):
   Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
   assert cli.main(["chat", f"--workdir={trained}", f"--image={tmp_path / 'red.png'}", "--message=what colour?"]) == 0
   assert capsys.readouterr().out.endswith("\n")
+
+
+def test_info_shows_what_the_model_will_see_of_its_data(capsys, tmp_path):
+  overrides = ["--config.tokenizer.examples=50", "--config.data.batch_size=2"]
+  argv = ["info", "--data", "--config=configs/generation.py", f"--output={tmp_path / 'seen'}", *overrides]
+  assert cli.main(argv) == 0
+  out = capsys.readouterr().out
+  assert "generation: 16 rows: 1.0 examples each, slots " in out and str(tmp_path / "seen") in out
+  assert sorted(file.name for file in (tmp_path / "seen").iterdir()) == ["generation.html", "generation.png"]
+
+
+def test_features_are_cached_for_the_config_of_one_stage(capsys, tmp_path):
+  argv = ("cache-features", f"--workdir={tmp_path}", f"--output={tmp_path / 'out'}")
+  assert "takes the config of one stage" in fails(capsys, *argv, "--config=configs/quickstart.py")
+  assert f"no checkpoint in {tmp_path}" in fails(capsys, *argv, "--config=configs/joint.py")
 
 
 def test_info_describes_a_config_and_a_workdir(capsys, trained):

@@ -60,10 +60,9 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   # Text, data, model: what a batch is.
   start = checkpoint.load(config.init_from, ("trained", "ema", "frozen")) if config.init_from else None
-  parts = mixture.make(config.data.source, "train", config.data.get("features", ""))
-  chat = text.Chat(_tokenizer(config, workdir, start, parts))
+  pipeline = make_pipeline(config, start)
+  chat = pipeline.chat
   model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
-  pipeline = _pipeline(config, parts, chat, model)
   errors = f"data_errors.{jax.process_index()}.jsonl" if jax.process_index() else "data_errors.jsonl"
   bad = BadRecords(workdir / errors, config.data.max_bad_fraction)
   rows, part = pipeline.batch_size, next(pipeline.batches(bad, [0]))
@@ -111,7 +110,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
         now = measure_features(model, now, pictures, config.measure_features)
 
     # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
-    cached = parts[0].source if isinstance(parts[0].source, FeatureSource) else None
+    cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
     unused = ("clip_model",) if cached else ()
     shardings, shardings_aside = state.set_aside(shardings, unused)
     target, _ = state.set_aside(target, unused)
@@ -185,6 +184,16 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     return whole(now)
 
 
+def make_pipeline(config: ConfigDict, start: checkpoint.Restored | None) -> Pipeline:
+  """What `config.data` says, with the tokenizer of the run that this one starts from, or one of its own."""
+  fields = config.data.to_dict()
+  parts = mixture.make(fields.pop("source"), "train", fields.pop("features", ""))
+  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), ClipFlow(**config.model.to_dict()).grid)
+  del fields["max_bad_fraction"]
+  chat = text.Chat(_tokenizer(config, start, parts))
+  return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
+
+
 def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch], pictures: int) -> TrainState:
   """The state with mean and deviation per (token, channel) of the tower's features over some `pictures` of batches."""
 
@@ -204,7 +213,7 @@ def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch],
   mean = first / count
   std = np.sqrt(np.maximum(second / count - np.square(mean), 1e-4))
   log.info("measured the features of %d pictures", count)
-  return _with_statistics(now, mean, std)
+  return _with_statistics(now, np.asarray(mean), std)
 
 
 def _with_statistics(now: TrainState, mean: np.ndarray, std: np.ndarray) -> TrainState:
@@ -221,7 +230,7 @@ def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
   if example.images is None:  # a model is whole whatever its features come from
     side = model.clip["vision"]["image_size"]
     images = jax.ShapeDtypeStruct((*example.image_roles.shape, side, side, 3), jnp.uint8)
-    example = example.replace(images=images, features=None)
+    example = dataclasses.replace(example, images=images, features=None)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
 
@@ -244,7 +253,7 @@ def _take(ours: Params, start: checkpoint.Restored, shardings: Params) -> dict[s
   return taken
 
 
-def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | None, parts: tuple[mixture.Part, ...]):
+def _tokenizer(config: ConfigDict, start: checkpoint.Restored | None, parts: tuple[mixture.Part, ...]):
   """The tokenizer of the run that this one starts from, else one trained on this run's own texts."""
   if start:
     with tempfile.TemporaryDirectory() as scratch:
@@ -259,14 +268,6 @@ def _tokenizer(config: ConfigDict, workdir: Path, start: checkpoint.Restored | N
 def _files(chat: text.Chat) -> dict[str, str]:
   with tempfile.TemporaryDirectory() as scratch:
     return text.to_files(chat.tokenizer, Path(scratch))
-
-
-def _pipeline(config: ConfigDict, parts: tuple[mixture.Part, ...], chat: text.Chat, model: ClipFlow) -> Pipeline:
-  fields = config.data.to_dict()
-  for name in ("source", "features", "max_bad_fraction"):
-    fields.pop(name, None)
-  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid)
-  return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
 
 
 def _check(means: dict[str, float], number: int, config: ConfigDict) -> None:

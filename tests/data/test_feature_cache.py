@@ -108,6 +108,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(params, writte
   (folder / "manifest.json").unlink()
   shards = folder / "data.source"
   (shards / "00001.array_record").rename(shards / "00001.partial")  # half of a shard
+  (shards / "00001.features").write_bytes(b"half")
   before = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.array_record")}
   with pytest.raises(UserError, match="is not complete: run the same clipflow cache-features again"):
     FeatureSource(folder, "data.source")
@@ -153,9 +154,9 @@ def test_a_folder_that_is_no_cache_or_is_damaged_is_refused(written, tmp_path):
   with pytest.raises(UserError, match=r"has features of data.source, but not of data.source.mine"):
     FeatureSource(written, "data.source.mine")
   shutil.copytree(written, tmp_path / "cut")
-  shard = tmp_path / "cut" / "data.source" / "00000.array_record"
+  shard = tmp_path / "cut" / "data.source" / "00000.features"
   shard.write_bytes(shard.read_bytes()[:-100])
-  with pytest.raises(UserError, match=r"00000.array_record has \d+ bytes, manifest.json says \d+: copy it again"):
+  with pytest.raises(UserError, match=r"00000.features has 348 bytes instead of 448: copy the folder again"):
     FeatureSource(tmp_path / "cut", "data.source")
 
 

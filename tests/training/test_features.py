@@ -13,9 +13,10 @@ from PIL import Image
 
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.errors import UserError
+from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.training import checkpoint, features, loop, state
 from configs import presets
-from tests import tiny_runs
+from tests import tiny, tiny_runs
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,7 @@ def test_the_step_has_no_tower_and_the_checkpoint_has(ran, trained):
     np.testing.assert_array_equal(leaf, before[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_run_on_cached_features_goes_on(ran, trained, pictures, cached, tmp_path):
   whole = stage(trained, pictures, features=str(cached))
   whole.steps = 3
@@ -127,8 +129,9 @@ def test_a_run_without_a_tower_has_nothing_to_cache(trained, pictures, tmp_path,
     features.cache(stage(trained, pictures), trained, tmp_path / "out")
 
 
-def test_an_objective_that_looks_at_pictures_is_refused(trained, pictures, cached, tmp_path):
-  config = stage(trained, pictures, features=str(cached))
-  config.objective.weights = dict(language=1.0, pixels=1.0)
-  with pytest.raises(UserError, match=r"objective.weights: pixels need pictures, and data.features has none"):
-    loop.train(config, tmp_path)
+def test_an_objective_that_looks_at_pictures_is_refused():
+  cached = tiny.batch().replace(images=None)
+  with pytest.raises(
+    UserError, match=r"objective.weights: contrastive, pixels need pictures, and data.features has none"
+  ):
+    Objective(dict(language=1.0, pixels=1.0, contrastive=1.0)).sums(tiny.model(), cached, None)
