@@ -294,7 +294,10 @@ def _evaluate(options: argparse.Namespace) -> None:
   else:
     found = _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
   if options.json:
-    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    try:
+      options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+      raise UserError(f"cannot write {options.json}: {error}") from error
 
 
 def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:

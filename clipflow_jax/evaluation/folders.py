@@ -45,7 +45,7 @@ def list_pictures(folder: Path) -> list[Path]:
   """The files of `pictures`. UserError where there are none."""
   if not folder.is_dir():
     raise UserError(f"there is no folder {folder}: give one with pictures")
-  files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS)
+  files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _ENDINGS and not f.name.startswith("."))
   if not files:
     raise UserError(f"{folder} has no pictures: none of {', '.join(_ENDINGS)}")
   return files

@@ -53,7 +53,7 @@ class Drawer:
     picture = Image.fromarray(image)
     if picture.size != (self.size, self.size):
       picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-    partial = file.with_name(f".{file.name}")
+    partial = file.with_suffix(".partial")
     picture.save(partial, format="PNG")
     os.replace(partial, file)
 

@@ -60,7 +60,7 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
   if file.is_file():
     lines = file.read_text(encoding="utf-8").splitlines()
     return [_parse(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
-  named = sorted(path.name for path in folder.iterdir() if path.is_dir())
+  named = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
   if classes and named and len(named) != len(classes):
     raise UserError(f"{folder} has {len(named)} folders for {len(classes)} classes: one for each is needed, in order")
   return [

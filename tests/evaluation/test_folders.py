@@ -33,6 +33,7 @@ def write(folder, seed, n, top=256):
     path = folder / ("more" if i % 2 else "") / f"{i:03d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, top, (side, side, 3), dtype=np.uint8)).save(path)
+  (folder / ".hidden.png").write_bytes(b"what a file system leaves")
   return folder
 
 
@@ -47,7 +48,7 @@ def test_pictures_of_a_folder_come_by_name_at_their_own_size(sets, monkeypatch):
   found = list(folders.pictures(sets[0]))
   assert all(batch.dtype == np.uint8 and len(batch) <= 2 for batch in found)
   files = folders.list_pictures(sets[0])
-  assert files == sorted(files) and len(files) == 30
+  assert files == sorted(files) and len(files) == 30  # and not .hidden.png
   singles = [image for batch in found for image in batch]
   for file, image in zip(files, singles, strict=True):
     np.testing.assert_array_equal(image, np.asarray(Image.open(file)))
