@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--steps", type=int)
   sub.add_argument("--guidance", type=float)
   sub.add_argument("--seed", type=int, default=0)
-  sub.add_argument("--output", type=Path, default=Path("drawn.png"), help="one PNG: the pictures as a grid")
+  sub.add_argument("--output", type=Path, default=Path("drawn.png"), help="a PNG of all pictures; .npy: their features")
 
   sub = command(
     _chat,
@@ -185,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--output", type=Path, required=True)
   sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; by default as it is")
   sub.add_argument("--check", action="store_true", help="run it once and print what comes out")
+  sub.add_argument("--config", help="the config file of what it is to be used as, such as configs/blip3o.py")
 
   sub = command(
     _export,
@@ -239,6 +240,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
+  import numpy as np
+
   from clipflow_jax.inference import show
 
   prompts = list(options.prompt)
@@ -248,10 +251,13 @@ def _draw(options: argparse.Namespace) -> None:
   model = _load(options.workdir)
   how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
   how |= dict(best_of=options.best_of, judge=options.judge)
-  pictures = model.draw(prompts, **how)
-  sheet = show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts])
   try:
-    sheet.save(options.output)
+    if options.output.suffix == ".npy":  # all that can be had where there is no pixel decoder
+      pictures = model.draw_features(prompts, **how)
+      np.save(options.output, pictures)
+    else:
+      pictures = model.draw(prompts, **how)
+      show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
   except (OSError, ValueError) as error:  # a folder that is not there; an ending that is no picture's
     raise UserError(f"cannot write {options.output}: {error}") from error
   print(f"drew {len(pictures)} picture(s) into {options.output}")
@@ -385,7 +391,10 @@ def _import(options: argparse.Namespace) -> None:
 
   from clipflow_jax.training import exchange
 
-  module, params = exchange.bring_in(options.source, options.output, options.dtype)
+  if options.overrides and not options.config:
+    raise UserError(f"{options.overrides[0]!r} overrides a config that is not named; add --config=FILE")
+  config = load_config(options.config, options.overrides) if options.config else None
+  module, params = exchange.bring_in(options.source, options.output, options.dtype, config)
   leaves = jax.tree.leaves(params)
   count = sum(leaf.size for leaf in leaves)
   print(f"imported {count:,} parameters of {options.source} ({leaves[0].dtype}) into {options.output}")

@@ -16,7 +16,7 @@ from configs import hardware, models, warm
 CLIP = r"clip_model/.*"
 STATISTICS = r"statistics/.*"
 TEXT = r"(language_model/(embed|text|text_norm|head)|image_connector|image_grid)/.*"
-FLOW = r"(language_model/(flow|flow_norm|flow_early|early_norm)|flow_head)/.*"
+FLOW = r"((language_model/(flow|flow_norm|flow_early|early_norm)|flow_head|separate_drawer)/.*|queries)"
 DECODER = r"decoder/.*"
 
 

@@ -63,7 +63,7 @@ def setup_arguments() -> dict:
 def test_the_extras_are_there(setup_arguments):
   extras = {"test", "notebooks", "demo", "tpu", "gpu", "parquet", "tfds", "prepare", "parity"}
   assert setup_arguments["extras_require"].keys() == extras
-  assert setup_arguments["extras_require"]["parity"] == ["torch==2.13.0"]
+  assert setup_arguments["extras_require"]["parity"][0] == "torch==2.13.0"
 
 
 def test_every_dependency_has_a_lower_and_an_upper_bound(setup_arguments):

@@ -18,7 +18,8 @@ DECODER_STEPS = 10  # of a flow decoder: given the features little is left to de
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to draw. guide: "text" (away from the empty prompt, two passes a step) or "early" (the early head, one)."""
+  """How to draw. guide: away from what. "text": the empty prompt, two passes a step; "null": a separate drawer's
+  condition all zeros, two passes; "early": the early head, one pass."""
 
   steps: int = 40
   guidance: float = 1.5
@@ -33,8 +34,8 @@ class Sampling:
       raise UserError(f"sampling steps {self.steps}: at least 1 is needed")
     if self.method not in solvers.METHODS:
       raise UserError(f"sampling method {self.method!r} is unknown; choose one of {', '.join(solvers.METHODS)}")
-    if self.guide not in ("text", "early"):
-      raise UserError(f"sampling guide {self.guide!r} is unknown; choose text or early")
+    if self.guide not in ("text", "null", "early"):
+      raise UserError(f"sampling guide {self.guide!r} is unknown; choose text, null or early")
 
 
 def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> jax.Array:
@@ -50,17 +51,20 @@ def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array,
   def run(bound: ClipFlow) -> jax.Array:
     _, context = bound.read(batch, None)
     place = Place(batch.image_segments[:, :1], batch.image_order[:, :1], batch.image_positions[:, :1])
+    given = bound.conditioning(context, place)
+    if sampling.guide == "null" and sampling.guidance != 1.0:
+      given = jnp.concatenate([given, jnp.zeros_like(given)])
 
     def pair(x_t, t):
       if sampling.guide == "early":
-        return bound.predict(x_t, t, context, place)
-      both = bound.velocity(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), (context, place))
+        return bound.predict(x_t, t, given)
+      both = bound.velocity(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), given)
       return both[:rows], both[rows:]
 
     if sampling.guidance == 1.0:
 
       def velocity(x_t, t):
-        return bound.velocity(x_t, t, (context, place))
+        return bound.velocity(x_t, t, given)
 
     else:
       rule = guidance.internal if sampling.guide == "early" else guidance.classifier_free

@@ -96,11 +96,13 @@ class ClipFlow:
     if best_of != 1:
       sampling = dict(steps=steps, guidance=guidance, seed=seed)
       return rerank.draw(self, prompts, best_of, judge=judge, **sampling).best
+    if "sampling" not in self.config:
+      raise UserError("this checkpoint was imported without a config; import it again with --config=configs/blip3o.py")
     given = {"steps": steps, "guidance": guidance}
     settings = self.config.sampling.to_dict() | {k: v for k, v in given.items() if v is not None}
     sampling = Sampling(**settings)
-    if sampling.guide == "early" and sampling.guidance != 1.0:
-      self._need("early head", "be guided by it")
+    if sampling.guidance != 1.0 and sampling.guide != "text":
+      self._need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
     if not prompts:
       raise UserError("nothing to draw: there are no prompts")
     # Together, so that they are of one length.
@@ -205,6 +207,7 @@ class ClipFlow:
     """CLIP embeddings f32[N,E] at unit norm."""
     if not texts:
       raise UserError("nothing to embed: there are no texts")
+    self._need("text tower", "embed texts")
     blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid)
     rows = sequence.stack(
@@ -238,6 +241,8 @@ class ClipFlow:
     return np.zeros((self.image_size, self.image_size, 3), np.uint8)
 
   def _drawn(self, prompt: str) -> Conversation:
+    if prompt:  # as the run asked for pictures; what it drew of no text was asked for by none
+      prompt = self.config.data.source.get("draw", ("{caption}",))[0].replace("{caption}", prompt)
     return sequence.drawn(prompt, np.zeros((self.image_size, self.image_size, 3), np.uint8))
 
   def _rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
@@ -271,7 +276,9 @@ class ClipFlow:
     transformer = self.model.transformer or {}
     parts = {
       "transformer": transformer,
-      "flow expert": transformer.get("flow_width"),
+      "text tower": self.model.clip.get("text"),
+      "flow expert": self.model.draws,
+      "separate drawer": self.model.drawer,
       "early head": transformer.get("early_layer"),
       "pixel decoder": self.model.pixel_decoder,
     }

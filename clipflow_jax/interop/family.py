@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.core
 from flax import linen as nn
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.interop.tensors import Row
+from clipflow_jax.interop.tensors import Files, Row
 
 Config = Mapping[str, Any]
+RUN = ("parent", "name", "dtype", "kernel", "axes", "remat", "unroll")  # how a module is computed, not what it is
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One `model_type` of config.json.
+  """One `model_type` of config.json, or how an `architecture` of timm begins.
 
   kind: the class of our module.
   module: config.json and preprocessor_config.json ({} where there is none), both complete -> our module.
@@ -24,6 +26,8 @@ class Family:
   parameters: our module -> its parameters' shapes.
   ignored: regex of their tensors that are left where they are.
   processor: our module -> preprocessor_config.json, or None.
+  base: the `model_type` that completes config.json where transformers does not know this one; None: it is complete.
+  unsaid: the tensors -> what config.json leaves to their shapes.
   """
 
   name: str
@@ -35,6 +39,15 @@ class Family:
   parameters: Callable[[Any], Any]
   ignored: str = r"(?!)"
   processor: Callable[[Any], dict[str, Any] | None] = lambda module: None
+  base: str | None = ""
+  unsaid: Callable[[Files], dict[str, Any]] = lambda files: {}
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+  """What a module is, in fields that JSON can hold; defaults are left out."""
+  fields = {field.name: (getattr(module, field.name), field.default) for field in dataclasses.fields(module)}
+  kept = {name: value for name, (value, default) in fields.items() if name not in RUN and value != default}
+  return {name: flax.core.unfreeze(value) if hasattr(value, "items") else value for name, value in kept.items()}
 
 
 def need(config: Config, key: str, *values: Any) -> None:

@@ -14,35 +14,38 @@ import numpy as np
 from flax import linen as nn
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.interop import language, tensors, vision
+from clipflow_jax.interop import blip3o, eva, language, qwen_vision, tensors, vision
 from clipflow_jax.interop.family import Family
 
 # transformers warns at import that PyTorch is absent; configurations need none.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (*language.FAMILIES, *vision.FAMILIES)}
+FAMILIES: dict[str, Family] = {
+  family.name: family for room in (language, vision, eva, qwen_vision, blip3o) for family in room.FAMILIES
+}
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: no pickle
 SHARD = "5GB"
 
 
 def load(
-  path: Path | str, *, dtype: Any = None, shardings: Callable[[Any], Any] | None = None
+  path: Path | str, *, dtype: Any = None, shardings: Callable[[Any], Any] | None = None, family: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
   """(our module, its parameters) of a model's folder or hub id.
 
   dtype: of the parameters and of the computation; None keeps the file's. shardings: from the tree of parameters'
   shapes to one of shardings, such as `functools.partial(parallel.sharding.of_parameters, mesh=mesh)`; each
-  device's part is read straight from the file. Raises UserError for pickled files, families and features that
-  are not known, and with their names for tensors that are missing, misshapen or not expected: before any is read.
+  device's part is read straight from the file. family: of a checkpoint of several models the one that is wanted, such
+  as "qwen2_5_vl_vision"; None takes what config.json names. Raises UserError for pickled files, families and features
+  that are not known, and with their names for tensors that are missing, misshapen or not expected: before any is read.
   """
   folder = find(path)
-  config, processor = read_config(folder)
+  config, processor = read_config(folder, family)
   known = FAMILIES[config["model_type"]]
-  module = known.module(config, processor)
+  files = tensors.Files(folder)
+  module = known.module(config | known.unsaid(files), processor)
   abstract = known.parameters(module)
   flat = tensors.flatten(abstract)
   rows = tensors.plan(known.rows, flat)
-  files = tensors.Files(folder)
   tensors.check(files, rows, flat, known.ignored, folder)
   places = None if shardings is None else tensors.flatten(shardings(abstract))
   params = tensors.nest(tensors.read(files, rows, flat, dtype, places))
@@ -108,18 +111,24 @@ def find(source: Path | str) -> Path:
     raise UserError(f"cannot get {source} from the hub: {str(error).splitlines()[0]}") from error
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_config(folder: Path, family: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
   """(config.json with every default filled in, preprocessor_config.json or {})."""
   from transformers import AutoConfig
 
   try:
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    written = json.loads((folder / "config.json").read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{folder} has no readable config.json ({error}); give the folder of a model") from error
+  kind = written.pop("model_type", None) or "_".join(str(written.get("architecture")).split("_")[:2])
   if kind not in FAMILIES:
     raise UserError(f"{folder} is of the family {kind!r}; there are {', '.join(sorted(FAMILIES))}")
+  if family not in (None, kind) and (family not in FAMILIES or FAMILIES[family].base != kind):
+    raise UserError(f"{folder} is of the family {kind!r}, which holds no {family!r}")
+  kind = family or kind
+  base = FAMILIES[kind].base
   try:
-    config = AutoConfig.from_pretrained(str(folder)).to_dict()
+    config = written if base is None else AutoConfig.for_model(base or kind, **written).to_dict()
+    config |= {"model_type": kind}
   except Exception as error:  # whatever its validation raises
     raise UserError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
   if config.get("quantization_config"):
@@ -155,8 +164,14 @@ def _write_config(folder: Path, family: Family, config: dict[str, Any], kinds: s
   from transformers import AutoConfig
 
   config = {key: value for key, value in config.items() if key != "model_type"}
+  dtype = kinds.pop() if len(kinds) == 1 else None
+  if family.base != "":  # transformers would write what the programs of that family do not read
+    if family.architecture:
+      config |= {"model_type": family.name, "architectures": [family.architecture], "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return
   made = AutoConfig.for_model(family.name, **config | {"architectures": [family.architecture]})
-  made.dtype = kinds.pop() if len(kinds) == 1 else None
+  made.dtype = dtype
   made.save_pretrained(folder)
 
 

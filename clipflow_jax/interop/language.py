@@ -124,12 +124,12 @@ def _qwen3_config(module: Transformer) -> dict[str, Any] | None:
   return _config(module) | dict(head_dim=module.head_dim, attention_bias=module.qkv_bias)
 
 
-def _qwen2_5_vl(config: Config, _: Config) -> Transformer:
+def qwen2_5_vl(config: Config, _: Config) -> Transformer:
   text = dict(config["text_config"], tie_word_embeddings=config["tie_word_embeddings"])
   return _module(text, NO_BIAS | dict(qk_norm=False, qkv_bias=True))
 
 
-def _qwen2_5_vl_config(module: Transformer) -> dict[str, Any] | None:
+def qwen2_5_vl_config(module: Transformer) -> dict[str, Any] | None:
   fits = _has(module, **NO_BIAS | dict(qk_norm=False, qkv_bias=True, head_dim=module.width // module.heads))
   if not fits or not module.rope_sections:
     return None
@@ -145,8 +145,8 @@ FAMILIES = (
     "Qwen2_5_VLForConditionalGeneration",
     Transformer,
     ROWS,
-    _qwen2_5_vl,
-    _qwen2_5_vl_config,
+    qwen2_5_vl,
+    qwen2_5_vl_config,
     _parameters,
     rf"{TIED}|visual\..*",
   ),

@@ -86,6 +86,15 @@ DINO_ROWS = (
   Row("mask_token", "embeddings.mask_token", LED),
   Row("place_positions", "embeddings.position_embeddings", LED),
   *encoder("", "encoder.layer.", ("norm1", *DINO, "norm2", "mlp.fc1", "mlp.fc2")),
+  *(
+    row
+    for part, name in enumerate(("gate", "up"))  # of the giant's SwiGLU
+    for row in (
+      Row(f"encoder/layers/mlp/{name}/kernel", "encoder.layer.{}.mlp.weights_in.weight", LINEAR, part, 2),
+      Row(f"encoder/layers/mlp/{name}/bias", "encoder.layer.{}.mlp.weights_in.bias", SAME, part, 2),
+    )
+  ),
+  *linear("encoder/layers/mlp/down", "encoder.layer.{}.mlp.weights_out"),
   Row("encoder/layers/attention_scale", "encoder.layer.{}.layer_scale1.lambda1"),
   Row("encoder/layers/mlp_scale", "encoder.layer.{}.layer_scale2.lambda1"),
   *norm("out_norm", "layernorm"),
@@ -128,7 +137,8 @@ def _section(fields: Any, keys: dict[str, str]) -> dict[str, Any]:
   return section | {"hidden_act": ACTIVATIONS[fields.get("activation", "gelu_tanh")]}
 
 
-def _pixels(processor: Config, usual: dict[str, Any]) -> dict[str, Any]:
+def pixels(processor: Config, usual: dict[str, Any]) -> dict[str, Any]:
+  """Mean and deviation of pixels by preprocessor_config.json, or the family's usual ones."""
   names = {"mean": "image_mean", "std": "image_std"}
   return {ours: tuple(processor.get(theirs) or usual[ours]) for ours, theirs in names.items()}
 
@@ -143,7 +153,7 @@ def _clip(config: Config, processor: Config) -> Clip:
   # Before its configurations were mended, 2 stood for "the highest id".
   end = None if text["eos_token_id"] == 2 else text["eos_token_id"]
   return Clip(
-    vision=_fields(vision, VISION) | CLIP_VISION | _pixels(processor, OPENAI) | {"embedding": size},
+    vision=_fields(vision, VISION) | CLIP_VISION | pixels(processor, OPENAI) | {"embedding": size},
     text=_fields(text, TEXT) | CLIP_TEXT | {"embedding": size, "end": end},
   )
 
@@ -163,7 +173,7 @@ def _siglip(config: Config, processor: Config) -> Clip:
   vision, text = config["vision_config"], config["text_config"]
   need(vision, "vision_use_head", None, True)
   return Clip(
-    vision=_fields(vision, VISION) | SIGLIP_VISION | _pixels(processor, PLAIN),
+    vision=_fields(vision, VISION) | SIGLIP_VISION | pixels(processor, PLAIN),
     text=_fields(text, TEXT) | SIGLIP_TEXT | {"embedding": text["projection_size"]},
     pairwise=True,
   )
@@ -179,17 +189,24 @@ def _siglip_config(module: Clip) -> dict[str, Any] | None:
 
 
 def _dinov2(config: Config, processor: Config) -> VisionTower:
-  need(config, "use_swiglu_ffn", None, False)
   need(config, "qkv_bias", None, True)
-  own = dict(mlp=int(config["hidden_size"] * config["mlp_ratio"]), has_mask=bool(config["use_mask_token"]))
-  return VisionTower(**_fields(config, TOWER | PICTURE), **_pixels(processor, IMAGENET), **DINO_TOWER, **own)
+  gated = bool(config["use_swiglu_ffn"])
+  mlp = _dino_mlp(int(config["hidden_size"] * config["mlp_ratio"]), gated)
+  own = dict(mlp=mlp, gated=gated, has_mask=bool(config["use_mask_token"]))
+  return VisionTower(**_fields(config, TOWER | PICTURE), **pixels(processor, IMAGENET), **DINO_TOWER, **own)
 
 
 def _dinov2_config(module: VisionTower) -> dict[str, Any] | None:
   if not _fits(vars(module), DINO_TOWER):
     return None
-  own = {"mlp_ratio": module.mlp // module.width, "use_mask_token": module.has_mask}
-  return _section(vars(module), TOWER | PICTURE) | own if module.mlp % module.width == 0 else None
+  ratios = [ratio for ratio in range(1, 17) if _dino_mlp(ratio * module.width, module.gated) == module.mlp]
+  own = {"use_mask_token": module.has_mask, "use_swiglu_ffn": module.gated}
+  return _section(vars(module), TOWER | PICTURE) | own | {"mlp_ratio": ratios[0]} if ratios else None
+
+
+def _dino_mlp(hidden: int, gated: bool) -> int:
+  """A third is taken off where a gate comes in, and eights are made whole."""
+  return (hidden * 2 // 3 + 7) // 8 * 8 if gated else hidden
 
 
 def _both(module: Clip) -> Any:
@@ -205,7 +222,8 @@ def _both(module: Clip) -> Any:
   return _shapes(lambda key, *x: module.init(key, *x, method=touch), images, *words)
 
 
-def _tower(module: VisionTower) -> Any:
+def parameters(module: VisionTower) -> Any:
+  """Shapes of the parameters of a tower alone."""
   images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, 3), jnp.uint8)
   return _shapes(module.init, images)
 
@@ -271,7 +289,7 @@ FAMILIES = (
     DINO_ROWS,
     _dinov2,
     _dinov2_config,
-    _tower,
+    parameters,
     processor=_processor("BitImageProcessor", BICUBIC),
   ),
 )

@@ -18,13 +18,14 @@ from clipflow_jax.models.vision import Seen, VisionTower
 class Clip(nn.Module):
   """Vision and text towers with one embedding space (Radford et al. 2021).
 
+  text: None leaves that tower out.
   captioner: fields of a small prefix language model on the tower's tokens (CoCa, Yu et al. 2022). With it
   comes a linear read-out of pixels, which keeps in the last layer what a decoder will need. None: neither.
   pairwise: similarities have a bias, for a loss that looks at each pair alone (SigLIP, Zhai et al. 2023).
   """
 
   vision: dict[str, Any]
-  text: dict[str, Any]
+  text: dict[str, Any] | None = None
   captioner: dict[str, Any] | None = None
   kernel: str = "xla"
   dtype: Any = jnp.float32
@@ -33,7 +34,8 @@ class Clip(nn.Module):
   def setup(self):
     shared = dict(kernel=self.kernel, dtype=self.dtype)
     self.vision_tower = VisionTower(**self.vision, **shared)
-    self.text_tower = TextTower(**self.text, **shared)
+    if self.text:
+      self.text_tower = TextTower(**self.text, **shared)
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(10.0)), (), jnp.float32)
     if self.pairwise:
       self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), (), jnp.float32)

@@ -18,6 +18,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.models.clip import Clip
+from clipflow_jax.models.dit import DiT
 from clipflow_jax.models.layers import GridPositions, Linear, grid_positions, to_pixels
 from clipflow_jax.models.pixel_decoder import PixelDecoder
 from clipflow_jax.models.time import TimeTokens
@@ -33,6 +34,10 @@ class Place:
   segments: jax.Array  # i32[B,M]
   order: jax.Array  # i32[B,M]
   positions: jax.Array  # i32[B,M] rotary time
+
+
+# What a drawer is given of the stream: the flow expert its keys and values, the separate drawer f[B,M,Q,D].
+Conditioning = tuple[Context, Place] | jax.Array
 
 
 class Statistics(nn.Module):
@@ -85,6 +90,7 @@ class ClipFlow(nn.Module):
   """The whole model. Parts that a run does not need are None.
 
   clip, transformer, pixel_decoder: fields of those modules. prediction: what the flow head gives, "x" or "v".
+  drawer: fields of a `DiT` that draws in place of the flow expert, and `queries`, how many it has in the stream.
   shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).
   kernel: of every attention (`kernels.attend`). dtype: what is computed in, "float32" or "bfloat16"; softmax, norms'
   statistics, losses and parameters are float32 all the same.
@@ -93,6 +99,7 @@ class ClipFlow(nn.Module):
   clip: dict[str, Any]
   transformer: dict[str, Any] | None = None
   pixel_decoder: dict[str, Any] | None = None
+  drawer: dict[str, Any] | None = None
   prediction: str = "x"
   shift_scale: float = 1.0
   kernel: str = "xla"
@@ -101,7 +108,8 @@ class ClipFlow(nn.Module):
   @property
   def grid(self) -> int:
     """Rows, and columns, of a picture's tokens."""
-    return self.clip["vision"]["image_size"] // self.clip["vision"]["patch_size"]
+    vision = self.clip["vision"]
+    return vision["image_size"] // vision["patch_size"] // vision.get("feature_pool", 1)
 
   @property
   def feature_shape(self) -> tuple[int, int]:
@@ -109,11 +117,18 @@ class ClipFlow(nn.Module):
     return self.grid**2, self.clip["vision"]["width"]
 
   @property
+  def draws(self) -> bool:
+    """Whether it has something to draw with."""
+    return bool(self.drawer or (self.transformer or {}).get("flow_width"))
+
+  @property
   def alpha(self) -> float:
     """The time shift of training and sampling."""
     return path.shift_for(*self.feature_shape, self.shift_scale)
 
   def setup(self):
+    if self.drawer and (self.transformer or {}).get("flow_width"):
+      raise UserError("model.drawer and model.transformer.flow_width are two ways to draw; leave one out")
     if self.prediction not in ("x", "v"):
       raise ValueError(f"prediction {self.prediction!r} is unknown; choose x or v")
     if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
@@ -131,6 +146,11 @@ class ClipFlow(nn.Module):
       if fields.get("flow_width"):
         early = bool(fields.get("early_layer"))
         self.flow_head = FlowHead(fields["flow_width"], channels, self.grid, self.grid, early=early, dtype=self.dtype)
+      elif self.drawer:
+        count, width = self.drawer["queries"], fields["width"]
+        self.queries = self.param("queries", nn.initializers.normal(width**-0.5), (count, width), jnp.float32)
+        own = {name: value for name, value in self.drawer.items() if name != "queries"}
+        self.separate_drawer = DiT(grid=self.grid, **own, **shared)
     if self.pixel_decoder:
       self.decoder = PixelDecoder(**self.pixel_decoder, **shared)
 
@@ -185,22 +205,39 @@ class ClipFlow(nn.Module):
 
   # Drawing.
 
-  def predict(self, x_t: jax.Array, t: jax.Array, context: Context, place: Place):
-    """The flow network's velocities at x_t f32[B,M,T,C], t f32[B,M] -> (full f32[B,M,T,C], early or None)."""
-    grid = jnp.pad(grid_positions(self.grid, self.grid), ((self.flow_head.time_tokens, 0), (0, 0)))
-    positions = place.positions[:, :, None, None] + grid
-    z = self.flow_head.enter(x_t, t)
-    hidden, early = self.language_model.draw(z, positions, place.segments, place.order, context)
+  def conditioning(self, context: Context, place: Place, levels: int = 1) -> Conditioning:
+    """What drawing needs of the stream, for `levels` blocks at each place: made once for all levels and solver steps.
+
+    For the flow expert all that the stream left behind; for the separate drawer its queries' last hidden states,
+    f[B,M,Q,D], each place's queries written behind its word.
+    """
+    if not self.drawer:
+      return context, jax.tree.map(lambda a: jnp.repeat(a, levels, axis=1), place)
+    asked = jnp.broadcast_to(self.queries.astype(self.dtype), (*place.order.shape, *self.queries.shape))
+    positions = place.positions[:, :, None] + jnp.arange(asked.shape[2])
+    hidden = self.language_model.ask(asked, positions, place.segments, place.order, context)
+    return jnp.repeat(hidden, levels, axis=1)
+
+  def predict(self, x_t: jax.Array, t: jax.Array, context: Conditioning):
+    """The drawer's velocities at x_t f32[B,M,T,C], t f32[B,M] -> (full f32[B,M,T,C], early or None)."""
 
     def to_velocity(out):
       return path.velocity(out, x_t, t) if self.prediction == "x" else out
 
+    if not isinstance(context, tuple):
+      rows = (a.reshape(-1, *a.shape[2:]) for a in (x_t, t, context))
+      return to_velocity(self.separate_drawer(*rows).reshape(x_t.shape)), None
+    stream, place = context
+    grid = jnp.pad(grid_positions(self.grid, self.grid), ((self.flow_head.time_tokens, 0), (0, 0)))
+    positions = place.positions[:, :, None, None] + grid
+    z = self.flow_head.enter(x_t, t)
+    hidden, early = self.language_model.draw(z, positions, place.segments, place.order, stream)
     full = to_velocity(self.flow_head.leave(hidden))
     return full, None if early is None else to_velocity(self.flow_head.leave(early, early=True))
 
-  def velocity(self, x_t: jax.Array, t: jax.Array, context: tuple[Context, Place]) -> jax.Array:
+  def velocity(self, x_t: jax.Array, t: jax.Array, context: Conditioning) -> jax.Array:
     """v f32[B,M,T,C] at x_t f32[B,M,T,C], t f32[B,M], given what to draw: where drawers meet solvers."""
-    return self.predict(x_t, t, *context)[0]
+    return self.predict(x_t, t, context)[0]
 
   def decode(self, features: jax.Array, noisy: jax.Array | None = None, t: jax.Array | None = None) -> jax.Array:
     """Standardised features f32[B,T,C] -> pictures f32[B,H,W,3] in -1..1 (a flow: from noisy ones at t)."""
@@ -215,9 +252,10 @@ class ClipFlow(nn.Module):
     b, n = batch.image_roles.shape
     images = batch.images.reshape(b * n, *batch.images.shape[2:])
     seen = self.see(images)
-    words = min(self.clip["text"]["length"], batch.tokens.shape[1])
-    self.clip_model.embed_text(batch.tokens[:, :words], batch.segments[:, :words] > 0)
-    self.clip_model.temperature()
+    if self.clip.get("text"):
+      words = min(self.clip["text"]["length"], batch.tokens.shape[1])
+      self.clip_model.embed_text(batch.tokens[:, :words], batch.segments[:, :words] > 0)
+      self.clip_model.temperature()
     if self.clip.get("captioner"):
       repeated = jnp.repeat(batch.tokens, n, axis=0)
       words = self.clip_model.caption(repeated, seen.tokens, jnp.repeat(batch.segments, n, axis=0))
@@ -227,9 +265,9 @@ class ClipFlow(nn.Module):
     if self.transformer:
       hidden, context = self.read(batch, features)
       self.logits(hidden)
-      if self.transformer.get("flow_width"):
+      if self.draws:
         place = Place(batch.image_segments, batch.image_order, batch.image_positions)
-        self.predict(features, jnp.ones((b, n)), context, place)
+        self.predict(features, jnp.ones((b, n)), self.conditioning(context, place))
     if self.pixel_decoder:
       flat = features.reshape(b * n, *self.feature_shape)
       self.decode(flat, images.astype(jnp.float32), jnp.ones(b * n))

@@ -11,8 +11,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import attend
-from clipflow_jax.models.layers import Linear, RMSNorm, standardise
+from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, standardise
 from clipflow_jax.models.remat import remat
+from clipflow_jax.models.rotary import turn
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -29,24 +30,33 @@ ACTIVATIONS = {
 
 
 class EncoderAttention(nn.Module):
-  """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]. qk_norm: as in ViT-22B (Dehghani et al. 2023)."""
+  """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]. qk_norm: as in ViT-22B (Dehghani et al. 2023).
+
+  sub_norm: a norm before the last matrix (Wang et al. 2022). angles f32[S,k/2]: queries and keys are turned by them.
+  """
 
   heads: int
   qk_norm: bool = False
   kernel: str = "xla"
   dtype: Any = jnp.float32
+  key_bias: bool = True
+  sub_norm: bool = False
 
   @nn.compact
-  def __call__(self, x, mask):
+  def __call__(self, x, mask, angles=None):
     def project(name):
-      y = Linear(x.shape[-1], True, dtype=self.dtype, name=name)(x)
+      y = Linear(x.shape[-1], self.key_bias or name != "key", dtype=self.dtype, name=name)(x)
       return shard(y.reshape(*x.shape[:2], self.heads, -1), "rows", None, "heads")
 
     q, k = project("query"), project("key")
     if self.qk_norm:
       q, k = RMSNorm(dtype=self.dtype, name="query_norm")(q), RMSNorm(dtype=self.dtype, name="key_norm")(k)
+    if angles is not None:
+      q, k = turn(q, angles), turn(k, angles)
     q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(project("value"), "value")
     out = checkpoint_name(attend(q, k, v, mask, self.kernel), "attention")
+    if self.sub_norm:
+      out = nn.LayerNorm(1e-6, dtype=self.dtype, name="inner_norm")(out)
     return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
 
 
@@ -66,9 +76,11 @@ class CrossAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm attention and GELU network, residual. x f[B,S,D], mask as `EncoderAttention` -> f[B,S,D].
+  """Attention and GELU network, residual. x f[B,S,D], mask and angles as `EncoderAttention` -> f[B,S,D].
 
   activation: a name of ACTIVATIONS. layer_scale: what is added is weighted by channel (Touvron et al. 2021, CaiT).
+  post_norm: what is added is normed, not what is read. gated: SwiGLU in place of the GELU network. sub_norm, key_bias:
+  as `EncoderAttention`, the norm also within SwiGLU (EVA-02, Fang et al. 2023).
   """
 
   heads: int
@@ -79,9 +91,13 @@ class EncoderBlock(nn.Module):
   dtype: Any = jnp.float32
   activation: str = "gelu_tanh"
   layer_scale: bool = False
+  post_norm: bool = False
+  gated: bool = False
+  sub_norm: bool = False
+  key_bias: bool = True
 
   @nn.compact
-  def __call__(self, x, mask):
+  def __call__(self, x, mask, angles=None):
     def norm(name):
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
 
@@ -90,18 +106,28 @@ class EncoderBlock(nn.Module):
         return y
       return y * self.param(name, nn.initializers.ones, y.shape[-1:], jnp.float32).astype(self.dtype)
 
-    attention = EncoderAttention(self.heads, self.qk_norm, self.kernel, self.dtype, name="attention")
-    x = shard(x + weighted("attention_scale", attention(norm("attention_norm")(x), mask)), "rows")
-    y = ACTIVATIONS[self.activation](Linear(self.mlp, True, dtype=self.dtype, name="up")(norm("mlp_norm")(x)))
-    y = Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y)
-    return shard(x + weighted("mlp_scale", y), "rows")
+    def network(y):
+      if self.gated:
+        return SwiGLU(self.mlp, self.dtype, True, self.sub_norm, name="mlp")(y)
+      y = ACTIVATIONS[self.activation](Linear(self.mlp, True, dtype=self.dtype, name="up")(y))
+      return Linear(x.shape[-1], True, dtype=self.dtype, name="down")(y)
+
+    def added(name, of, y):
+      y = norm(f"{name}_norm")(of(y)) if self.post_norm else of(norm(f"{name}_norm")(y))
+      return weighted(f"{name}_scale", y)
+
+    own = dict(key_bias=self.key_bias, sub_norm=self.sub_norm)
+    attention = EncoderAttention(self.heads, self.qk_norm, self.kernel, self.dtype, **own, name="attention")
+    x = shard(x + added("attention", lambda y: attention(y, mask, angles), x), "rows")
+    return shard(x + added("mlp", network, x), "rows")
 
 
 class Encoder(nn.Module):
   """`layers` EncoderBlocks, scanned (`remat` and `unroll` as in `transformer.Stack`).
 
-  x f[B,S,D], mask as `EncoderAttention`, layer_weights f32[layers]
-  -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output under an affine-free LayerNorm, or None).
+  x f[B,S,D], mask and angles as `EncoderAttention`, layer_weights f32[layers]
+  -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output, with `feature_norm` under an affine-free LayerNorm,
+  or None).
   """
 
   layers: int
@@ -115,14 +141,21 @@ class Encoder(nn.Module):
   dtype: Any = jnp.float32
   activation: str = "gelu_tanh"
   layer_scale: bool = False
+  feature_norm: bool = True
+  post_norm: bool = False
+  gated: bool = False
+  sub_norm: bool = False
+  key_bias: bool = True
 
   @nn.compact
-  def __call__(self, x, mask=None, layer_weights=None):
+  def __call__(self, x, mask=None, layer_weights=None, angles=None):
     def body(block, carry, weight):
       x, total = carry
-      x = block(x, mask)
+      x = block(x, mask, angles)
       # Summed in the carry: no layer's output outlives its layer.
-      return (x, None if weight is None else total + weight * standardise(x)), None
+      if weight is not None:
+        total = total + weight * (standardise(x) if self.feature_norm else x.astype(jnp.float32))
+      return (x, total), None
 
     scan = nn.scan(
       remat(body, self.remat),
@@ -131,7 +164,8 @@ class Encoder(nn.Module):
       length=self.layers,
       unroll=self.unroll,
     )
-    own = dict(activation=self.activation, layer_scale=self.layer_scale)
+    own = dict(activation=self.activation, layer_scale=self.layer_scale, post_norm=self.post_norm, gated=self.gated)
+    own |= dict(sub_norm=self.sub_norm, key_bias=self.key_bias)
     block = EncoderBlock(
       self.heads, self.mlp, self.qk_norm, self.norm_eps, self.kernel, self.dtype, **own, name="layers"
     )

@@ -62,17 +62,24 @@ def standardise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 class SwiGLU(nn.Module):
-  """Gated feed-forward network (Shazeer 2020). x f[..., D] -> f[..., D]."""
+  """Gated feed-forward network (Shazeer 2020). x f[..., D] -> f[..., D].
+
+  sub_norm: a LayerNorm before the last matrix (Fang et al. 2023, EVA-02).
+  """
 
   hidden: int
   dtype: Dtype = jnp.float32
   use_bias: bool = False
+  sub_norm: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     gate = Linear(self.hidden, self.use_bias, dtype=self.dtype, name="gate")(x)
     up = Linear(self.hidden, self.use_bias, dtype=self.dtype, name="up")(x)
-    return Linear(x.shape[-1], self.use_bias, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+    y = nn.silu(gate) * up
+    if self.sub_norm:
+      y = nn.LayerNorm(1e-6, dtype=self.dtype, name="inner_norm")(y)
+    return Linear(x.shape[-1], self.use_bias, dtype=self.dtype, name="down")(y)
 
 
 class GridPositions(nn.Module):

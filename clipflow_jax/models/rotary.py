@@ -24,6 +24,28 @@ def frequencies(half: int, theta: float, scaling: Mapping[str, Any] | None = Non
   return STRETCHES[scaling["rope_type"]](plain, theta, scaling)
 
 
+def grid_angles(rows: int, columns: int, dim: int, step: float = 1.0, *, in_turn: bool) -> jax.Array:
+  """Angles f32[rows*columns, dim/2] of a grid's tokens, `step` from one to the next.
+
+  The rows' and columns' come in turn (Lumina-Next, Zhuo et al. 2024), or all rows' first (EVA-02, Fang et al. 2023).
+  """
+  places = jnp.stack(jnp.divmod(jnp.arange(rows * columns), columns), axis=1) * step
+  angles = places[:, :, None] * frequencies(dim // 4, 10_000.0)[0]  # [T,2,dim/4]
+  return (angles.swapaxes(1, 2) if in_turn else angles).reshape(rows * columns, dim // 2)
+
+
+def turn(x: jax.Array, angles: jax.Array, *, halves: bool = False) -> jax.Array:
+  """x f[B,S,h,k] with pairs of channels turned by their angles f32[S,k/2] (Su et al. 2021).
+
+  A pair is two neighbours, as it was written, or with `halves` one of each half, as in Llama.
+  """
+  axis = -2 if halves else -1
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((2, -1) if halves else (-1, 2)))
+  a, b = jnp.moveaxis(pairs, axis, 0)
+  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+  return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=axis).reshape(x.shape).astype(x.dtype)
+
+
 def _linear(plain: jax.Array, theta: float, scaling: Mapping[str, Any]) -> tuple[jax.Array, float]:
   return plain / scaling["factor"], 1.0
 

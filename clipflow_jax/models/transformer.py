@@ -194,6 +194,24 @@ class Transformer(nn.Module):
     x, (keys, values) = self.text(x, positions, mask, (context.keys, context.values), write_at)
     return self.text_norm(x), context.replace(keys=keys, values=values)
 
+  def ask(self, x: jax.Array, positions: jax.Array, segments: jax.Array, order: jax.Array, context: Context):
+    """Queries x f[B,M,Q,D] at positions i32[B,M,Q], written behind M places of the stream -> hidden f[B,M,Q,D].
+
+    segments, order i32[B,M]: what of the stream each place's queries see. Beside it they see those before them, and
+    none of another place: as words written there would, and the stream never sees them.
+    """
+    b, m, count, width = x.shape
+    stream = context.segments.shape[1]
+    seen = visible(segments, order, context.segments, context.order)  # [B,M,S]
+    place = jnp.arange(m).repeat(count)
+    own = (place[:, None] == place) & jnp.tri(m * count, dtype=bool)
+    mask = jnp.concatenate([jnp.repeat(seen, count, axis=1), jnp.broadcast_to(own, (b, *own.shape))], axis=-1)
+    room = ((0, 0), (0, 0), (0, m * count), (0, 0), (0, 0))
+    past = jnp.pad(context.keys, room), jnp.pad(context.values, room)
+    places = jnp.broadcast_to(positions.reshape(b, -1, 1), (b, m * count, 3))
+    x, _ = self.text(x.reshape(b, m * count, width), places, mask, past, stream)
+    return self.text_norm(x).reshape(b, m, count, width)
+
   def draw(self, z: jax.Array, positions: jax.Array, segments: jax.Array, order: jax.Array, context: Context):
     """Noisy blocks z f[B,M,n,F], positions i32[B,M,n,3]; segments, order i32[B,M]: which slots each sees.
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from clipflow_jax.models.encoder import ACTIVATIONS, CrossAttention, Encoder
 from clipflow_jax.models.layers import Linear, to_patches, to_unit
+from clipflow_jax.models.rotary import grid_angles
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -21,7 +22,7 @@ class Seen:
 
   tokens: jax.Array  # f[B,T,C] the last layer's tokens
   embedding: jax.Array  # f32[B,E] unit norm
-  features: jax.Array | None  # f32[B,T,C] mean over chosen layers' affine-free LayerNorms, where asked for
+  features: jax.Array | None  # f32[B,T,C] mean over chosen layers' tokens, where asked for
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -49,10 +50,13 @@ class AttentionPool(nn.Module):
 class VisionTower(nn.Module):
   """A ViT whose features are drawn from several layers (RAEv2, 2026: shallow layers carry what pixels need).
 
-  feature_layers: 1-based layers that the features average; empty means all. pooling: "mean" of the tokens, the "class"
-  token, or "attention" by one learned query (Zhai et al. 2022). embedding 0: what was pooled is the embedding. mean,
-  std: of the pixels in 0..1, by channel. in_norm: a norm before the first layer (CLIP). has_mask: DINOv2 has trained a
-  token for hidden patches; it is kept for those who train it further.
+  feature_layers: 1-based layers that the features average; empty means all. feature_norm: each under an affine-free
+  LayerNorm, else as it is. feature_pool: squares of so many tokens a side are averaged into one feature.
+  pooling: "mean" of the tokens, the "class" token, or "attention" by one learned query (Zhai et al. 2022).
+  embedding 0: what was pooled is the embedding. mean, std: of the pixels in 0..1, by channel. in_norm: a norm before
+  the first layer (CLIP). has_mask: DINOv2 has trained a token for hidden patches; it is kept for those who train it
+  further. post_norm, gated, sub_norm, key_bias: as `EncoderBlock`. rope_span: queries and keys of patches are turned by
+  row and column too, as on a grid of so many a side (0: they are not).
   images u8[B,H,W,3] -> Seen. with_features costs a norm a layer, and a contrastive loss wants none.
   """
 
@@ -64,6 +68,8 @@ class VisionTower(nn.Module):
   mlp: int
   embedding: int
   feature_layers: tuple[int, ...] = ()
+  feature_norm: bool = True
+  feature_pool: int = 1
   qk_norm: bool = False
   norm_eps: float = 1e-6
   remat: str = "none"
@@ -77,6 +83,12 @@ class VisionTower(nn.Module):
   patch_bias: bool = True
   in_norm: bool = False
   pooling: str = "mean"
+  projection_bias: bool = False
+  post_norm: bool = False
+  gated: bool = False
+  sub_norm: bool = False
+  key_bias: bool = True
+  rope_span: int = 0
   mean: tuple[float, ...] = HALF
   std: tuple[float, ...] = HALF
 
@@ -110,15 +122,21 @@ class VisionTower(nn.Module):
       self.dtype,
       self.activation,
       self.layer_scale,
+      self.feature_norm,
+      self.post_norm,
+      self.gated,
+      self.sub_norm,
+      self.key_bias,
       name="encoder",
     )
-    tokens, features = encoder(
-      shard(x.astype(self.dtype), "rows"), None, self._layer_weights() if with_features else None
-    )
+    weights = self._layer_weights() if with_features else None
+    tokens, features = encoder(shard(x.astype(self.dtype), "rows"), None, weights, self._angles(first))
     embedding = self._pool(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens))
     if self.embedding:
-      embedding = Linear(self.embedding, name="projection")(embedding)
-    return Seen(tokens[:, first:], unit(embedding), None if features is None else features[:, first:])
+      embedding = Linear(self.embedding, self.projection_bias, name="projection")(embedding)
+    if features is not None:
+      features = self._pool_features(features[:, first:])
+    return Seen(tokens[:, first:], unit(embedding), features)
 
   def _normalise(self, images: jax.Array) -> jax.Array:
     if self.mean == self.std == HALF:
@@ -131,6 +149,20 @@ class VisionTower(nn.Module):
     if self.pooling == "attention":
       return AttentionPool(self.heads, self.mlp, self.activation, self.norm_eps, name="pool")(x)
     return x.mean(axis=1)
+
+  def _angles(self, first: int) -> jax.Array | None:
+    if not self.rope_span:
+      return None
+    side = self.image_size // self.patch_size
+    angles = grid_angles(side, side, self.width // self.heads, self.rope_span / side, in_turn=False)
+    return jnp.pad(angles, ((first, 0), (0, 0)))  # the class token stands nowhere
+
+  def _pool_features(self, features: jax.Array) -> jax.Array:
+    if self.feature_pool == 1:
+      return features
+    side = self.image_size // self.patch_size // self.feature_pool
+    squares = features.reshape(-1, side, self.feature_pool, side, self.feature_pool, self.width)
+    return squares.mean(axis=(2, 4)).reshape(-1, side**2, self.width)
 
   def _layer_weights(self) -> jax.Array:
     chosen = self.feature_layers or tuple(range(1, self.layers + 1))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import TARGET, Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.transformer import Context
@@ -21,6 +22,7 @@ def losses(
   levels: int,
   early: float,
   targets: int = 0,
+  drop: float = 0.0,
 ) -> dict[str, jax.Array]:
   """Sums over target pictures of the MSE on the velocity, in float32 whatever the network predicts.
 
@@ -29,6 +31,7 @@ def losses(
   levels are averaged. Sums named flow_low and flow_high tell the two halves of the time law apart.
   targets: noise only the first so many targets of a row, so that pictures that are only read cost nothing here
   (0: all of a row's pictures). `count` says how many pictures that makes.
+  drop: how often a separate drawer's condition is all zeros, to learn what guidance pushes away from.
   """
   chosen, is_target = _choose(batch, targets)
   b, n = chosen.shape
@@ -42,9 +45,16 @@ def losses(
   noise_keys, time_keys = jnp.unstack(jax.vmap(lambda key: jax.random.split(key, 2))(keys), axis=1)
   noise = jax.vmap(lambda key: jax.random.normal(key, (m, tokens, channels)))(noise_keys)
   t = jax.vmap(lambda key: path.sample_times(key, (m,), model.alpha))(time_keys)
-  place = Place(*map(per_level, (batch.image_segments, batch.image_order, batch.image_positions)))
+  where = (batch.image_segments, batch.image_order, batch.image_positions)
+  place = Place(*(jnp.take_along_axis(a, chosen, axis=1) for a in where))
   is_target = jnp.repeat(is_target, levels, axis=1)
-  full, first = model.predict(path.interpolate(x, noise, t), t, context, place)
+  given = model.conditioning(context, place, levels)
+  if drop:
+    if isinstance(given, tuple):
+      raise UserError("objective.drop_condition is of a separate drawer; without model.drawer use data.drop_text")
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), 1 - drop, (m,)))(keys)
+    given = jnp.where(kept[..., None, None], given, 0)
+  full, first = model.predict(path.interpolate(x, noise, t), t, given)
   truth = noise - x
   if model.prediction == "x":  # the network's velocity is capped at MIN_T: so must the truth be
     truth = path.velocity(x, path.interpolate(x, noise, t), t)

@@ -23,6 +23,7 @@ class Objective:
   levels: int = 1
   early: float = 0.0
   targets: int = 0
+  drop_condition: float = 0.0  # share of pictures whose separate drawer is told nothing
   decoder_noise: float = 0.5
   decoder_edges: float = 10.0
   stop_text: bool = False  # the text expert is frozen: its keys and values carry no gradient
@@ -75,7 +76,15 @@ class Objective:
       if "flow" in on:
         context = jax.lax.stop_gradient(context) if self.stop_text else context
         sums |= flow.losses(
-          model, batch, features, context, keys, levels=self.levels, early=self.early, targets=self.targets
+          model,
+          batch,
+          features,
+          context,
+          keys,
+          levels=self.levels,
+          early=self.early,
+          targets=self.targets,
+          drop=self.drop_condition,
         )
     if "pixels" in on:
       flat = batch.images.reshape(-1, *batch.images.shape[2:])

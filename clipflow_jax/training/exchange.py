@@ -6,7 +6,6 @@ ClipFlow, its tokenizer, and model.json: the fields of `config.model` that fit i
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -19,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from clipflow_jax.data import text
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import huggingface
+from clipflow_jax.interop.family import described
 from clipflow_jax.models.clip import Clip
+from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.models.vision import VisionTower
 from clipflow_jax.training import checkpoint, stages
@@ -37,26 +39,38 @@ PLACES: dict[type[nn.Module], tuple[str, str]] = {
   Transformer: ("language_model", "transformer"),
   Clip: ("clip_model", "clip"),
   VisionTower: ("clip_model/vision_tower", "clip/vision"),
+  ClipFlow: ("", ""),
 }
-FLOW = ("flow", "early")  # how the flow expert's fields and parameters begin
-OURS = ("captioner", "caption_model", "caption_connector", "pixel_readout")  # what no other CLIP has
-RUN = ("parent", "name", "dtype", "kernel", "axes", "remat", "unroll")  # how it is computed, not what it is
+SIDE = ("captioner", "caption_model", "caption_connector", "pixel_readout")
+# A module that goes out -> how the fields and parameters begin that no other model of its kind has.
+OURS: dict[type[nn.Module], tuple[str, ...]] = {
+  Transformer: ("flow", "early"),
+  Clip: SIDE,
+  VisionTower: SIDE,
+  ClipFlow: ("clip_model", "statistics", "image_connector", "image_grid", "pixel_decoder", "decoder"),
+}
+DRAW_HERE = "[IMG]"  # what BLIP3-o's tokenizer calls the word that begins a picture
 
 
-def bring_in(source: Path | str, output: Path, dtype: Any = None) -> tuple[nn.Module, Params]:
-  """Writes a model's folder or hub id as a workdir, all or nothing, and returns it. UserError as `huggingface.load`."""
+def bring_in(
+  source: Path | str, output: Path, dtype: Any = None, config: ConfigDict | None = None
+) -> tuple[nn.Module, Params]:
+  """Writes a model's folder or hub id as a workdir, all or nothing, and returns it. UserError as `huggingface.load`.
+
+  config: of the stage that the workdir is to be used as, such as configs/blip3o.py; its model becomes what came in.
+  """
   _refuse(output)
   folder = huggingface.find(source)
   module, params = huggingface.load(folder, dtype=dtype)
   inside, place = PLACES[type(module)]
-  fields: dict[str, Any] = _fields(module)
-  for name in reversed(place.split("/")):
+  fields = described(module)
+  for name in reversed(list(filter(None, place.split("/")))):
     fields = {name: fields}
   output.parent.mkdir(parents=True, exist_ok=True)
   scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
   try:
-    meta = {"config": {"name": "imported", "model": fields}, "tokenizer": _tokenizer(folder, module)}
-    flat = {f"{inside}/{path}": leaf for path, leaf in flatten(params).items()}
+    meta = {"config": _config(config, fields), "tokenizer": _tokenizer(folder, module)}
+    flat = {f"{inside}/{path}".lstrip("/"): leaf for path, leaf in flatten(params).items()}
     state = {"step": np.zeros((), np.int32), "trained": nest(flat), "frozen": {}, "ema": None, "opt_state": {}}
     checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
     checkpoints.save(0, state, data_state={}, meta=meta)
@@ -107,6 +121,15 @@ def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:
     seen = bound(pictures)
     return {"tokens": seen.tokens, "features": seen.features}
 
+  def ask(bound: ClipFlow, tokens: jax.Array) -> dict[str, jax.Array]:
+    order = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    words, last = bound.language_model, order[:, -1:]
+    places = jnp.repeat(order[..., None], 3, axis=-1)
+    hidden, context = words.read(words.embed(tokens), jnp.ones_like(tokens), order, places)
+    given = bound.conditioning(context, Place(jnp.ones_like(last), last, last + 1))
+    noise = jax.random.normal(jax.random.key(0), (*last.shape, *bound.feature_shape))
+    return {"hidden": hidden, "condition": given, "velocity": bound.velocity(noise, jnp.ones(last.shape), given)}
+
   def pictures(size: int) -> np.ndarray:
     return rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
 
@@ -114,6 +137,8 @@ def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:
   inputs: tuple[np.ndarray, ...]
   if isinstance(module, Transformer):
     method, inputs = read, (words(module.vocabulary, 32),)
+  elif isinstance(module, ClipFlow):
+    method, inputs = ask, (words(module.transformer["vocabulary"], 32),)
   elif isinstance(module, Clip):
     long = words(module.text["vocabulary"], module.text["length"])
     method, inputs = compare, (pictures(module.vision["image_size"]), long)
@@ -127,16 +152,6 @@ def _refuse(output: Path) -> None:
     raise UserError(f"{output} is there already; give a new folder")
 
 
-def _fields(module: nn.Module) -> dict[str, Any]:
-  """What the module is, in fields that JSON can hold; defaults are left out."""
-  made = {}
-  for field in dataclasses.fields(module):
-    value = getattr(module, field.name)
-    if field.name not in RUN and value != field.default:
-      made[field.name] = dict(value) if hasattr(value, "items") else value
-  return made
-
-
 def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
   """The folder's tokenizer with the words that a talk about pictures takes, where the vocabulary has room."""
   if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -145,11 +160,18 @@ def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
   from transformers import AutoTokenizer
 
   words = AutoTokenizer.from_pretrained(str(folder))
-  if isinstance(module, Transformer):
+  if DRAW_HERE in words.get_vocab() and text.IMAGE not in words.get_vocab():
+    with tempfile.TemporaryDirectory() as scratch:
+      files = text.to_files(words, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch:
+      renamed = {name: held.replace(json.dumps(DRAW_HERE), json.dumps(text.IMAGE)) for name, held in files.items()}
+      words = text.from_files(renamed, Path(scratch))
+  vocabulary = getattr(module, "vocabulary", 0) or (getattr(module, "transformer", None) or {}).get("vocabulary", 0)
+  if vocabulary:
     wanted = [text.IMAGE] if words.chat_template else [text.IMAGE, text.USER, text.ASSISTANT, text.END]
     lacking = [word for word in wanted if word not in words.get_vocab()]
-    if len(words) + len(lacking) > module.vocabulary:
-      log.warning("the vocabulary of %d has no room for %s", module.vocabulary, ", ".join(lacking))
+    if len(words) + len(lacking) > vocabulary:
+      log.warning("the vocabulary of %d has no room for %s", vocabulary, ", ".join(lacking))
     else:
       words.add_special_tokens({"additional_special_tokens": lacking}, replace_extra_special_tokens=False)
       if not words.chat_template:
@@ -159,6 +181,17 @@ def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
       words.pad_token = words.eos_token
   with tempfile.TemporaryDirectory() as scratch:
     return text.to_files(words, Path(scratch))
+
+
+def _config(config: ConfigDict | None, fields: dict[str, Any]) -> dict[str, Any]:
+  """What the workdir says that it is: `config` with the parts that came in, or those alone."""
+  if config is None:
+    return {"name": "imported", "model": fields}
+  made = json.loads(config.to_json_best_effort())
+  clip = made["model"].get("clip", {})
+  if "clip" in fields:  # a tower that did not come in itself is known by what is drawn of it
+    fields = fields | {"clip": clip | {name: clip.get(name, {}) | part for name, part in fields["clip"].items()}}
+  return made | {"model": made["model"] | fields}
 
 
 def _kind(model: dict[str, Any], family: str | None) -> type[nn.Module]:
@@ -171,15 +204,14 @@ def _part(model: dict[str, Any], params: Params, kind: type[nn.Module]) -> tuple
   """The module of that kind and its flat parameters, without what no other model has."""
   inside, place = PLACES[kind]
   fields: Any = model
-  for name in place.split("/"):
+  for name in filter(None, place.split("/")):
     fields = (fields or {}).get(name)
   if not fields:
     raise UserError(f"this run has no {place}, which a family of that kind is made of")
-  beyond = FLOW if kind is Transformer else OURS
+  beyond = OURS[kind]
   fields = {name: value for name, value in fields.items() if not name.startswith(beyond)}
-  flat = {
-    path.removeprefix(f"{inside}/"): leaf for path, leaf in flatten(params).items() if path.startswith(f"{inside}/")
-  }
+  prefix = f"{inside}/" if inside else ""
+  flat = {path.removeprefix(prefix): leaf for path, leaf in flatten(params).items() if path.startswith(prefix)}
   return kind(**fields), {path: leaf for path, leaf in flat.items() if not path.startswith(beyond)}
 
 

@@ -25,7 +25,8 @@ def predict(params, model: ClipFlow, batch: Batch = BATCH):
     features = bound.features(batch)
     _, context = bound.read(batch, features)
     place = Place(batch.image_segments, batch.image_order, batch.image_positions)
-    return features, bound.velocity(X_T, T, (context, place)), *bound.predict(X_T, T, context, place)
+    given = bound.conditioning(context, place)
+    return features, bound.velocity(X_T, T, given), *bound.predict(X_T, T, given)
 
   return model.apply({"params": params}, method=run)
 

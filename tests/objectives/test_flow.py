@@ -37,8 +37,12 @@ class Oracle:
   prediction: str = "v"
   alpha: float = 3.0
 
-  def predict(self, x_t, t, context, place):
-    self.x_t, self.t, self.context, self.place = (np.asarray(x_t), np.asarray(t), context, place)
+  def conditioning(self, context, place, levels):
+    assert levels == self.levels
+    return context, jax.tree.map(lambda a: np.repeat(a, levels, axis=1), place)
+
+  def predict(self, x_t, t, given):
+    self.x_t, self.t, (self.context, self.place) = np.asarray(x_t), np.asarray(t), given
     x = jnp.repeat(CLEAN, self.levels, axis=1)[:, : t.shape[1]]
     truth = (x_t - x) / t[..., None, None]
     if self.prediction == "x":

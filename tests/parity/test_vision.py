@@ -32,7 +32,10 @@ FAMILIES = {
   "clip": ("CLIPModel", pair() | dict(projection_dim=24)),
   "clip-gelu": ("CLIPModel", pair(hidden_act="gelu", eos_token_id=2) | dict(projection_dim=24)),
   "siglip": ("SiglipModel", dict(pair(), text_config=WORDS | dict(hidden_size=48))),
+  # SigLIP 2 of fixed resolution, as its giant: the text tower is narrower, and its embeddings are brought to the width.
+  "siglip2": ("SiglipModel", dict(pair(), text_config=WORDS | dict(projection_size=48, vocab_size=300))),
   "dinov2": ("Dinov2Model", PICTURE),
+  "dinov2-giant": ("Dinov2Model", PICTURE | dict(use_swiglu_ffn=True)),
 }
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
 
@@ -117,7 +120,7 @@ def test_similarities_of_pictures_and_texts_are_pytorchs(family, folder):
     return similar + clip.logit_bias if clip.pairwise else similar
 
   found = jax.jit(functools.partial(module.apply, method=compare))({"params": params}, IMAGES, tokens, known)
-  given = {} if family == "siglip" else {"attention_mask": torch.tensor(known)}
+  given = {} if family.startswith("siglip") else {"attention_mask": torch.tensor(known)}
   with torch.no_grad():
     out = torch_model(family)(input_ids=torch.tensor(tokens), pixel_values=pixels(module), **given)
   np.testing.assert_allclose(found, out.logits_per_image, atol=2e-4, rtol=0)  # of similarities times 14 and more

@@ -1,0 +1,47 @@
+"""BLIP3-o as it was released (Chen et al. 2025): a frozen Qwen2.5-VL, queries, and a drawer of EVA-CLIP's features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.interop.blip3o import PICTURE
+from configs import models, presets
+
+PROMPT = "Please generate image based on the following caption: {caption}"
+DRAWER = dict(queries=64, width=1792, layers=24, heads=28, mlp=4864, time_steps=1000, remat="full")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """arg: model=4b or 8b, the language model's size; from=DIR, an imported checkpoint to train further."""
+  options = presets.arguments(arg, model="8b", **{"from": ""})
+  config = presets.stage("blip3o", steps=10_000, train=presets.trains(flow=1.0), frozen_dtype="bfloat16")
+  config.model = _model(options.model)
+  # Its sampler: 30 even steps, away from a condition of zeros, to features as the tower gives them.
+  config.sampling = dict(steps=30, guidance=3.0, eta=0.0, method="euler", interval=(0.0, 1.0), guide="null")
+  config.data.update(presets.ROWS["generation"], tasks=dict(draw=1.0), drop_text=0.0)
+  config.data.source.update(size=PICTURE["image_size"], draw=(PROMPT,))
+  config.objective.update(weights=dict(flow=1.0), drop_condition=0.1)
+  config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=30, clip=1.0)
+  if options["from"]:
+    file = Path(options["from"]) / "model.json"
+    if not file.is_file():
+      raise UserError(f"{options['from']} is no imported model; make one with: clipflow import --from=... --output=...")
+    fields = json.loads(file.read_text())
+    config.model.update(transformer=fields["transformer"], drawer=fields["drawer"])
+    config.init_from = options["from"]
+  return config
+
+
+def _model(size: str) -> dict[str, Any]:
+  """Fields of ClipFlow with the language model of that size."""
+  transformer = dict(models.make(size)["transformer"])
+  for name in ("flow_width", "flow_mlp", "early_layer"):
+    transformer.pop(name)
+  vision = PICTURE | dict(width=1792, remat="full")
+  own = dict(drawer=dict(DRAWER), prediction="v", shift_scale=0.0, dtype="bfloat16")  # no shift of time
+  return dict(clip=dict(vision=vision), transformer=transformer, **own)

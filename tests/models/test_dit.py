@@ -1,0 +1,99 @@
+"""The separate drawer within a ClipFlow: what its queries see, and who learns from it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipflow_jax.batch import TARGET
+from clipflow_jax.errors import UserError
+from clipflow_jax.models.clipflow import ClipFlow, Place
+from clipflow_jax.objectives import flow
+from clipflow_jax.parallel import sharding
+from clipflow_jax.training.state import flatten
+from configs import generation, presets
+from tests import tiny
+
+QUERIES = 3
+SHARED = {name: value for name, value in tiny.FIELDS["transformer"].items() if not name.startswith(("flow", "early"))}
+DRAWER = dict(queries=QUERIES, width=16, layers=1, heads=2, mlp=24)
+MODEL = tiny.model(
+  transformer=SHARED, drawer=DRAWER, pixel_decoder=None, clip=dict(vision=tiny.FIELDS["clip"]["vision"])
+)
+BATCH = tiny.batch()
+PLACE = Place(BATCH.image_segments, BATCH.image_order, BATCH.image_positions)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+  init = functools.partial(MODEL.init, method="everything")
+  return tiny.random_params(jax.eval_shape(init, jax.random.key(0), BATCH)["params"])
+
+
+@pytest.fixture(scope="module")
+def found(params) -> dict[str, jax.Array]:
+  """Conditions of all places together, of the last of row 1 alone, and as words of the queries' vectors; a gradient."""
+
+  def ask(bound: ClipFlow):
+    _, context = bound.read(BATCH, bound.features(BATCH))
+    alone = Place(PLACE.segments[:, 1:2], PLACE.order[:, 1:2], PLACE.positions[:, 1:2])
+    cut = context.replace(segments=jnp.where(context.order <= PLACE.order[:, 1:2], context.segments, 0))
+    return bound.conditioning(context, PLACE), bound.conditioning(context, alone), bound.conditioning(cut, alone)
+
+  def loss(params):
+    def run(bound: ClipFlow):
+      features = bound.features(BATCH)
+      _, context = bound.read(BATCH, features)
+      keys = jax.random.split(jax.random.key(0), 2)
+      return flow.losses(bound, BATCH, features, jax.lax.stop_gradient(context), keys, levels=2, early=0.0)["flow"]
+
+    return MODEL.apply({"params": params}, method=run)
+
+  @jax.jit
+  def both(params):
+    return MODEL.apply({"params": params}, method=ask), jax.grad(loss)(params)
+
+  (together, alone, cut), gradient = both(params)
+  return dict(together=together, alone=alone, cut=cut, gradient=gradient)
+
+
+def test_places_are_asked_apart_and_none_looks_ahead(found):
+  assert found["together"].shape == (2, tiny.PICTURES, QUERIES, SHARED["width"])
+  np.testing.assert_allclose(found["together"][:, 1:2], found["alone"], atol=1e-5)
+  row = 1  # one example fills it, so all that is later is of the same segment
+  np.testing.assert_allclose(found["cut"][row], found["alone"][row], atol=1e-5)
+  assert np.abs(np.diff(found["alone"][:, 0], axis=1)).max() > 0.1  # each query has its own answer
+
+
+def test_queries_and_drawer_learn_from_the_pictures(found):
+  moved = {path: np.abs(leaf).max() for path, leaf in flatten(found["gradient"]).items()}
+  assert BATCH.image_roles[1].max() & TARGET
+  assert all(moved[path] > 0 for path in moved if path.startswith(("queries", "separate_drawer")))
+  assert moved["clip_model/vision_tower/patches/kernel"] == 0
+
+
+def test_every_parameter_has_a_place_on_a_mesh_and_one_who_trains_it(params):
+  flat = flatten(params)
+  for path, leaf in flat.items():
+    sharding.parameter_axes(path, leaf.ndim)
+  table = [pattern for pattern, _ in presets.trains(flow=1.0)]
+  of = {path: table[sharding.match_once(path, table, "train")] for path in flat}
+  assert {of[path] for path in flat if path.startswith(("queries", "separate"))} == {presets.FLOW}
+
+
+def test_a_config_puts_it_in_the_flow_experts_place():
+  plain, separate = generation.get_config(), generation.get_config("drawer=dit")
+  assert separate.model.drawer.width == plain.model.transformer.flow_width
+  assert not ClipFlow(**tiny.FIELDS).drawer and ClipFlow(**separate.model.to_dict()).draws
+  with pytest.raises(UserError, match="there is one separate drawer, drawer=dit"):
+    generation.get_config("drawer=unet")
+
+
+def test_two_ways_to_draw_are_refused():
+  with pytest.raises(UserError, match="two ways to draw; leave one out"):
+    jax.eval_shape(lambda: tiny.model(drawer=DRAWER).init(jax.random.key(0), BATCH, method="everything"))
