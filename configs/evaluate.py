@@ -71,7 +71,7 @@ GENERATION = dict(
   imagenet256=dict(
     size=256,
     n=50_000,
-    prompts="",
+    prompts="classes:imagenet1k",
     says="50,000 pictures of 256 px, 50 of each class, against the training split's statistics, centre-cropped",
   ),
 )

@@ -67,8 +67,8 @@ def check(tasks: Sequence[str], real: Path | None, fake: Path | None) -> None:
   if fake is None or (real is None and tuple(tasks) != ("is",)):
     raise UserError(f"the tasks {', '.join(tasks)} need --real=DIR and --fake=DIR")
   if real is not None and real.suffix == ".npz":
-    if tuple(tasks) != ("fid",):
-      raise UserError(f"{real} holds statistics, of which only fid can be made; for other tasks give the folder")
+    if not set(tasks) <= {"fid", "is"}:
+      raise UserError(f"{real} holds statistics, which do for fid alone; for other tasks give the folder")
   elif real is not None:
     list_pictures(real)
   list_pictures(fake)

@@ -287,6 +287,11 @@ def distance(
 
 
 def _prompts(run: Run, prompts: str, n: int, shapes: bool = False) -> list[Item]:
+  """Of a file, of "classes:NAME" the first template of each class that is NAMED so, of the test split for ""."""
+  kind, colon, dataset = prompts.partition(":")
+  if colon and kind == "classes":
+    names, (template, *_) = classification.names_of(dataset)
+    return [Item(f"{i}", question=template.replace("{}", name), category=name) for i, name in enumerate(names)]
   if prompts:
     return items.choose(items.read_prompts(prompts), n, run.seed)
   return geneval.shapes_items(n or 128, run.seed) if shapes else _items(run, "", "prompts", n)

@@ -73,6 +73,8 @@ def test_saved_statistics_take_a_folders_place(sets, tmp_path):
   folders.save_statistics(real, extractor, tmp_path / "real.npz")
   found = folders.compare(["fid"], tmp_path / "real.npz", fake, extractor)
   assert found == {"pictures_fake": 25, "fid": pytest.approx(expected, rel=1e-9)}
+  both = folders.compare(["fid", "is"], tmp_path / "real.npz", fake, extractor)
+  assert both["fid"] == found["fid"] and both["inception_score"] > 1
   np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
   with pytest.raises(UserError, match="written to an .npz, not to"):
     folders.save_statistics(real, extractor, tmp_path / "real.txt")
@@ -103,7 +105,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_loaded(sets, tmp_pat
     (["fid"], None, fake, "need --real=DIR and --fake=DIR"),
     (["fid"], tmp_path / "nowhere", fake, "there is no folder .*nowhere"),
     (["fid"], tmp_path / "empty", fake, "has no pictures"),
-    (["kid"], tmp_path / "a.npz", fake, "only fid can be made"),
+    (["kid"], tmp_path / "a.npz", fake, "which do for fid alone"),
   ]:
     with pytest.raises(UserError, match=says):
       folders.compare(tasks, a, b, None)

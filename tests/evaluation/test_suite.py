@@ -38,6 +38,9 @@ class Oracle(test_report.Oracle):
     super().__init__()
     self.config = ConfigDict(dict(name="joint"))
     self.params = {"a": np.arange(3.0)}
+    single = [shapes.Object(shape, colour, "large", False, 4) for colour, shape in classification.PAIRS]
+    scenes = [shapes.Scene((thing,), "white" if thing.colour != "white" else "black") for thing in single]
+    self.scenes |= dict(zip(classification.NAMES, scenes, strict=True))
     self.calls, self.stop = 0, -1
     for item in geneval.shapes_items(2, SEED):
       caption = compositional.prompts({v: k for k, v in geneval.TAGS.items()}[item.category], 2, SEED)
@@ -238,6 +241,10 @@ def test_fid_draws_the_prompts_again_and_compares_with_the_reference(tmp_path, m
   assert metrics["pictures_fake"]["value"] == 5 and metrics["pictures_real"]["value"] == 6
   assert metrics["fid"]["value"] > 0
   np.testing.assert_array_equal(done.pictures(4), shapes.render(model.scenes[prompts[1]], SIZE))
+  classes = suite.evaluate(
+    suite.Run(model, tmp_path / "c", None), {"x": settings | dict(prompts="classes:shapes", n=2)}
+  )
+  assert [item.question for item in classes["x"].items] == list(classification.NAMES[:2])
   with pytest.raises(UserError, match="are 60 x 60 pixels, those drawn are kept at 32"):
     suite.evaluate(suite.Run(model, tmp_path / "out", None), {"x": settings | dict(size=32)})
 
