@@ -19,7 +19,8 @@ DRAWER = dict(queries=64, width=1792, layers=24, heads=28, mlp=4864, time_steps=
 def get_config(arg: str = "") -> ConfigDict:
   """arg: model=4b or 8b, the language model's size; from=DIR, an imported checkpoint to train further."""
   options = presets.arguments(arg, model="8b", **{"from": ""})
-  config = presets.stage("blip3o", steps=10_000, train=presets.trains(flow=1.0), frozen_dtype="bfloat16")
+  train = tuple(row for row in presets.trains(flow=1.0) if row[0] != presets.DECODER)  # there is none
+  config = presets.stage("blip3o", steps=10_000, train=train, frozen_dtype="bfloat16")
   config.model = _model(options.model)
   # Its sampler: 30 even steps, away from a condition of zeros, to features as the tower gives them.
   config.sampling = dict(steps=30, guidance=3.0, eta=0.0, method="euler", interval=(0.0, 1.0), guide="null")
