@@ -12,18 +12,20 @@ BANDS = BITS + 1  # so that hashes that differ in BITS bits agree in one band at
 TINT = 2 / 255  # by which the mean colours may differ: a hash of brightness tells no red heart from a blue one
 
 
-def find(hashes: Sequence[int], colours: Sequence[Sequence[float]]) -> np.ndarray:
+def find(hashes: Sequence[int], colours: np.ndarray) -> np.ndarray:
   """i64[k], ascending: the records that look like an earlier one, which is itself none of these.
 
-  hashes: of 64 bits. colours: the pictures' mean colours in [0, 1].
+  hashes: of 64 bits. colours: f32[n,3], the pictures' mean colours in [0, 1].
   """
   width = 64 // BANDS
   seen: list[dict[int, list[int]]] = [collections.defaultdict(list) for _ in range(BANDS)]
-  means, found = np.asarray(colours), []
+  found = []
   for i, value in enumerate(hashes):
     keys = [value >> band * width & (1 << width) - 1 for band in range(BANDS)]
     candidates = {j for band, key in zip(seen, keys, strict=True) for j in band[key]}
-    if any((value ^ hashes[j]).bit_count() <= BITS and np.abs(means[i] - means[j]).max() <= TINT for j in candidates):
+    if any(
+      (value ^ hashes[j]).bit_count() <= BITS and np.abs(colours[i] - colours[j]).max() <= TINT for j in candidates
+    ):
       found.append(i)
       continue
     for band, key in zip(seen, keys, strict=True):

@@ -82,33 +82,34 @@ def prepare(
   bad = BadRecords(partial / ERRORS, max_bad_fraction)
   if runner:
     beam.write(job, runner)
-  parts = []
+  parts, rows = [], []
   for number in range(len(job)):
     part = job.part(number) or job.write(number)
     bad.add(part["seen"], part["bad"], part["named"])
+    rows.append(_columns(part.pop("rows")))
     parts.append(part)
     say(f"{number + 1} of {len(job)} shards, {bad.seen} of {len(source)} records read, {bad.bad} bad")
   if not any(part["shard"] for part in parts):
     shutil.rmtree(partial)
     raise UserError(f"nothing to prepare: {bad.summary()}; {len(source) - bad.bad} are left out by filters")
 
-  statistics = _finish(partial, parts, request)
+  statistics = _finish(partial, parts, {name: np.concatenate([of[name] for of in rows]) for name in rows[0]}, request)
   partial.rename(output)
   shutil.rmtree(output / PARTS)
   say(f"{output}: {statistics['written']} pictures" + (f"; {bad.summary()}" if bad.bad else ""))
   return statistics
 
 
-def _finish(folder: Path, parts: list[dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
-  """What lies beside the shards, from what is known of each. Returns the statistics."""
-  rows: dict[str, list] = {name: [x for part in parts for x in part["rows"][name]] for name in parts[0]["rows"]}
-  shares = np.array(rows["share"])
-  same = duplicates.find(rows["hash"], rows["mean"]) if request["dedup"] else np.zeros(0, np.int64)
-  shares[same] = np.nan
-  kept = np.flatnonzero(shares >= 0)
-  np.save(folder / INDEX, shares)
+def _finish(
+  folder: Path, parts: list[dict[str, Any]], rows: dict[str, np.ndarray], request: dict[str, Any]
+) -> dict[str, Any]:
+  """What lies beside the shards, from what is known of each and of all records. Returns the statistics."""
+  same = duplicates.find(rows["hash"].tolist(), rows["mean"]) if request["dedup"] else np.zeros(0, np.int64)
+  rows["share"][same] = np.nan
+  kept = rows["share"] >= 0
+  np.save(folder / INDEX, rows["share"])
   manifest = {
-    "records": len(kept),
+    "records": int(kept.sum()),
     "shards": [part["shard"] for part in parts if part["shard"]],
     "index_sha256": _sha256(folder / INDEX),
     "request": request,
@@ -119,34 +120,49 @@ def _finish(folder: Path, parts: list[dict[str, Any]], request: dict[str, Any]) 
     "records": sum(part["seen"] for part in parts),
     "bad": dict(sorted(sum((collections.Counter(part["bad"]) for part in parts), collections.Counter()).items())),
     "left_out": dict(sorted(left_out.items())) | ({"duplicate": len(same)} if len(same) else {}),
-    **_statistics({name: [values[i] for i in kept] for name, values in rows.items()}),
+    **_statistics(rows, kept),
   }
   (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
   contact_sheet(PreparedSource(folder, 128, "all")).save(folder / "contact_sheet.png")
   return statistics
 
 
-def _statistics(rows: dict[str, list]) -> dict[str, Any]:
-  words = [count for captions in rows["words"] for count in captions]
-  mean = np.mean(rows["mean"], 0)
-  deviation = np.sqrt(np.maximum(np.mean(rows["square"], 0) - mean**2, 0))
+def _columns(rows: dict[str, list]) -> dict[str, np.ndarray]:
+  """The rows of a part, a few bytes of each: share f64[n], hash u64[n], mean and square f32[n,3], side, captions and
+  questions i32[n], and words i32 of every caption, record by record."""
+  captions = [len(words) for words in rows["words"]]
   return {
-    "written": len(rows["words"]),
-    "captions": len(words),
-    "questions": sum(rows["questions"]),
-    "caption_words": _spread(words),
-    "shorter_side": _spread(rows["side"]),
+    "share": np.array(rows["share"], np.float64),
+    "hash": np.array(rows["hash"], np.uint64),
+    "mean": np.array(rows["mean"], np.float32).reshape(-1, 3),
+    "square": np.array(rows["square"], np.float32).reshape(-1, 3),
+    "side": np.array(rows["side"], np.int32),
+    "captions": np.array(captions, np.int32),
+    "questions": np.array(rows["questions"], np.int32),
+    "words": np.array([count for words in rows["words"] for count in words], np.int32),
+  }
+
+
+def _statistics(rows: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, Any]:
+  mean, square = (rows[name][kept].mean(0, dtype=np.float64) for name in ("mean", "square"))
+  deviation = np.sqrt(np.maximum(square - mean**2, 0))
+  return {
+    "written": int(kept.sum()),
+    "captions": int(rows["captions"][kept].sum()),
+    "questions": int(rows["questions"][kept].sum()),
+    "caption_words": _spread(rows["words"][np.repeat(kept, rows["captions"])]),
+    "shorter_side": _spread(rows["side"][kept]),
     "pixel_mean": mean.round(4).tolist(),
     "pixel_std": deviation.round(4).tolist(),
   }
 
 
-def _spread(values: list[int]) -> dict[str, float]:
+def _spread(values: np.ndarray) -> dict[str, float]:
   return {
-    "min": min(values),
+    "min": int(values.min()),
     "median": float(np.median(values)),
-    "mean": round(float(np.mean(values)), 3),
-    "max": max(values),
+    "mean": round(float(values.mean()), 3),
+    "max": int(values.max()),
   }
 
 

@@ -1,7 +1,7 @@
 """`clipflow prepare` killed at random: python tests/benchmarks/prepare_kills.py FOLDER [KILLS [SIZE]]
 
-Prepares FOLDER of captioned pictures once, undisturbed, and prints the pictures per second. Then again, each attempt but
-the last killed (SIGKILL) at a random moment of what the first took, KILLS (10) times, and compares every byte.
+Prepares FOLDER of captioned pictures once, undisturbed, and prints the pictures per second. Then again, each attempt
+but the last killed (SIGKILL) at a random moment of what the first took, KILLS (10) times, and compares every byte.
 """
 
 from __future__ import annotations
