@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipflow_jax import cli
 from clipflow_jax.data import sources
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord
@@ -373,3 +374,37 @@ def test_settings_that_make_no_sense_are_refused(pictures, tmp_path, options, me
     prepare(sources.make({"kind": "shapes"}, "train"), tmp_path / "out")
   with pytest.raises(UserError, match="the longer side by the shorter, give 1 or more"):
     Filters(max_aspect=0.5)
+
+
+# The command.
+
+
+def test_the_command_prepares_by_its_options(tmp_path, capsys):
+  data = [("0.png", tiny_data.noise(0, (30, 20)), {"caption": "short"})]
+  data += [("1.png", tiny_data.noise(1, (90, 20)), {"caption": "too wide"})]
+  data += [("2.png", tiny_data.noise(2), {"caption": "a fitting one"})]
+  data += [("3.png", tiny_data.noise(2), {"caption": "the same again"})]
+  tar = tiny_data.webdataset(tmp_path / "a.tar", data)
+  options = ["--size=16", "--fit=pad", "--format=webp", "--max-aspect=2", "--min-caption=6", "--dedup"]
+  assert cli.main(["prepare", "--source=webdataset", f"--input={tar}", f"--output={tmp_path / 'out'}", *options]) == 0
+  assert "1 pictures" in capsys.readouterr().out
+  source = PreparedSource(tmp_path / "out", 16, "all")
+  assert [source[i].id for i in range(len(source))] == ["a/2"] and source.record(0).picture[8:12] == b"WEBP"
+  left_out = json.loads((tmp_path / "out" / "statistics.json").read_text())["left_out"]
+  assert left_out == {"duplicate": 1, "short caption": 1, "too long": 1}
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--source=cloud"], "data.kind is 'cloud': choose one of shapes, folder, prepared, parquet, webdataset, tfds"),
+    (["--source=shapes"], "is no setting of 'shapes' data"),
+    (["--option=image"], "--option=image is not of the form KEY=VALUE"),
+    (["--option=colour=red"], "data.colour is no setting of 'folder' data"),
+    (["--max-aspect=0"], "give 1 or more"),
+  ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(pictures, tmp_path, capsys, options, message):
+  assert cli.main(["prepare", f"--input={pictures}", f"--output={tmp_path / 'out'}", *options]) == 2
+  said = capsys.readouterr().err.strip()
+  assert message in said and "\n" not in said
