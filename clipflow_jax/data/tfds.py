@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -150,6 +151,7 @@ def _tfds() -> Any:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError("TFDS data needs tensorflow-datasets: pip install 'clipflow_jax[tfds]'") from error
+  logging.getLogger("absl").setLevel(logging.WARNING)  # TFDS tells there of every file it reads
   return tfds
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -190,6 +191,8 @@ def test_every_source_can_be_prepared(tmp_path, kind):
   source = sources.make({"kind": kind, "path": str(path), "size": 8}, "all")
   prepare(source, tmp_path / "out", say=quiet, length=4)
   result = sources.make({"kind": "prepared", "path": str(tmp_path / "out"), "size": 8}, "all")
+  assert result[0].captions == ("picture 0",)
+  result = pickle.loads(pickle.dumps(result))  # with a shard open
   for i in range(6):
     np.testing.assert_array_equal(result[i].image, source[i].image)
     assert (result[i].id, result[i].captions) == (source[i].id, (f"picture {i}",))
