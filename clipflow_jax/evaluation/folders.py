@@ -61,17 +61,23 @@ def _read(file: Path) -> np.ndarray:
 
 def check(tasks: Sequence[str], real: Path | None, fake: Path | None) -> None:
   """UserError for what `compare` cannot do, before anything is loaded."""
+  if fake is None or (real is None and tuple(tasks) != ("is",)):
+    raise UserError(f"the tasks {', '.join(tasks)} need --real=DIR and --fake=DIR")
+  check_real(tasks, real)
+  list_pictures(fake)
+
+
+def check_real(tasks: Sequence[str], real: Path | None) -> None:
+  """UserError for tasks that are unknown, and for what they cannot be made of."""
   unknown = [task for task in tasks if task not in TASKS + CLIP_TASKS]
   if unknown:
     raise UserError(f"no task {unknown[0]!r} of folders; choose of {', '.join(TASKS + CLIP_TASKS)}")
-  if fake is None or (real is None and tuple(tasks) != ("is",)):
-    raise UserError(f"the tasks {', '.join(tasks)} need --real=DIR and --fake=DIR")
   if real is not None and real.suffix == ".npz":
     if not set(tasks) <= {"fid", "is"}:
       raise UserError(f"{real} holds statistics, which do for fid alone; for other tasks give the folder")
+    images.Moments.load(real)
   elif real is not None:
     list_pictures(real)
-  list_pictures(fake)
 
 
 def save_statistics(folder: Path, extractor: Extractor, file: Path) -> None:

@@ -135,27 +135,34 @@ def by_questions(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list
   return judge
 
 
+def check_reference(reference: Path, metrics: Sequence[str], size: int) -> None:
+  """UserError where pictures kept at this size cannot be compared with the reference, a folder or statistics.
+
+  How pictures are resampled is part of the metric, so it is not done here: a folder's must be of that size.
+  """
+  folders.check_real(metrics, reference)
+  if reference.is_dir():
+    first = next(folders.pictures(reference))
+    if first.shape[1:3] != (size, size):
+      raise UserError(
+        f"the pictures of {reference} are {first.shape[2]} x {first.shape[1]} pixels, those drawn are kept at {size}; "
+        "resample the reference once as its literature does, or set size"
+      )
+
+
 def fid(
   drawer: Drawer,
   items: Sequence[Item],
   reference: Path,
   extractor: Extractor,
-  names: Sequence[str] = ("fid",),
+  metrics: Sequence[str] = ("fid",),
   *,
   chunk: int = 64,
 ) -> dict[str, Any]:
   """Draws all items and compares what is drawn with a folder of real pictures, or their saved statistics.
 
-  names: of folders.TASKS. UserError where the folder's pictures are of another size: how they are resampled is part of
-  the metric, so it is not done here.
+  metrics: names of folders.TASKS. What cannot be compared is `check_reference`'s to find.
   """
-  if reference.is_dir():
-    first = next(folders.pictures(reference))
-    if first.shape[1:3] != (drawer.size, drawer.size):
-      raise UserError(
-        f"the pictures of {reference} are {first.shape[2]} x {first.shape[1]} pixels, those drawn are kept at "
-        f"{drawer.size}; resample the reference once as its literature does, or set size"
-      )
   for start in range(0, len(items), chunk):
     drawer.draw(items[start : start + chunk], start)
-  return folders.compare(names, reference, drawer.folder, extractor)
+  return folders.compare(metrics, reference, drawer.folder, extractor)

@@ -262,6 +262,7 @@ def distance(
 
   says: what the literature does, for RESULT.json.
   """
+  generation.check_reference(Path(reference), metrics, size or run.model.image_size)
   texts = [Item("0")] if unconditional else _prompts(run, prompts, 0)
   count = n or len(texts)
   asked = [dataclasses.replace(texts[i % len(texts)], id=str(i)) for i in range(count)]

@@ -45,6 +45,8 @@ def draw(model: ClipFlow, prompts: Sequence[str], n: int, *, judge: str = "capti
     raise UserError(f"the best of {n} candidates is none; choose 1 or more")
   if judge not in JUDGES:
     raise UserError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
+  if judge == "clip":
+    check_clip(model.model)
   repeated = [prompt for prompt in prompts for _ in range(n)]
   features = model.draw_features(repeated, **sampling)
   scores = JUDGES[judge](model, features, repeated)
@@ -75,11 +77,8 @@ JUDGES: dict[str, Callable[[ClipFlow, np.ndarray, Sequence[str]], np.ndarray]] =
 }
 
 
-def embed_features(model: Model, params: Any, features: np.ndarray) -> np.ndarray:
-  """CLIP embeddings f32[N,E] of standardised features f32[N,T,C]: what the tower makes of its last layer.
-
-  UserError where the features are not of the last layer alone, or its class token, which they lack, is the embedding.
-  """
+def check_clip(model: Model) -> None:
+  """UserError where the features are not of the last layer alone, or lack what the embedding is made of."""
   tower = model.clip["vision"]
   if tuple(tower.get("feature_layers", ())) != (tower["layers"],) and tower["layers"] != 1:
     raise UserError(
@@ -87,6 +86,12 @@ def embed_features(model: Model, params: Any, features: np.ndarray) -> np.ndarra
     )
   if tower.get("pooling", "mean") == "class" or tower.get("feature_pool", 1) != 1:
     raise UserError("CLIP reads more of its last layer than this model's features keep; judge by caption or yes")
+
+
+def embed_features(model: Model, params: Any, features: np.ndarray) -> np.ndarray:
+  """CLIP embeddings f32[N,E] of standardised features f32[N,T,C], by what the tower does after its last layer."""
+  check_clip(model)
+  tower = model.clip["vision"]
   eps = tower.get("norm_eps", 1e-6)
   held = params["clip_model"]["vision_tower"]
 

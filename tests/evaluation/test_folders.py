@@ -106,6 +106,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_loaded(sets, tmp_pat
     (["fid"], tmp_path / "nowhere", fake, "there is no folder .*nowhere"),
     (["fid"], tmp_path / "empty", fake, "has no pictures"),
     (["kid"], tmp_path / "a.npz", fake, "which do for fid alone"),
+    (["fid"], tmp_path / "a.npz", fake, "a.npz holds no statistics"),
   ]:
     with pytest.raises(UserError, match=says):
       folders.compare(tasks, a, b, None)

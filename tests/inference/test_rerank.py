@@ -48,6 +48,8 @@ def test_what_cannot_be_judged_is_told_before_anything_is_drawn():
     rerank.draw(None, ["a"], 2, judge="me")
   with pytest.raises(UserError, match="the best of 0 candidates is none"):
     rerank.draw(None, ["a"], 0)
+  with pytest.raises(UserError, match="features are of several"):
+    rerank.draw(types.SimpleNamespace(model=vision()), ["a"], 2, judge="clip")
 
 
 def vision(**fields):
