@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -283,3 +285,21 @@ def test_a_source_speaks_by_its_own_phrasings():
 def test_roles_that_the_stage_has_no_use_for_are_refused(role, fields, says):
   with pytest.raises(UserError, match=says):
     pipeline(Part(Plain(5), role=role), **fields)
+
+
+class Cached(Plain):
+  """Examples whose pictures are features bf16[4,5] already."""
+
+  def __getitem__(self, i: int) -> Example:
+    return dataclasses.replace(super().__getitem__(i), image=np.full((4, 5), i, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(row=("converse", "draw"), tasks={}), dict(layout=Layout(60, 1, 2))])
+def test_cached_features_are_packed_as_pictures_are(fields):
+  roles = ("both",) if "row" in fields else ("both", "text")
+  made = [pipeline(*(Part(source(50), role=role) for role in roles), **fields) for source in (Plain, Cached)]
+  pixels, cached = (next(one.batches(BadRecords(None, 0.0))) for one in made)
+  assert cached.images is None and pixels.features is None
+  assert cached.features.dtype == jnp.bfloat16 and cached.features.shape[2:] == (4, 5)
+  np.testing.assert_array_equal(cached.features[..., 0, 0].astype(np.uint8), pixels.images[..., 0, 0, 0])
+  assert same(dataclasses.replace(cached, features=None), dataclasses.replace(pixels, images=None))
