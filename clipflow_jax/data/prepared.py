@@ -29,9 +29,8 @@ class PreparedSource(StoredSource):
   alone.
   """
 
-  _shards: list[str] = dataclasses.field(
-    init=False, repr=False, compare=False
-  )  # "path[0:records]", as ArrayRecord asks
+  _shards: list[Path] = dataclasses.field(init=False, repr=False, compare=False)
+  _ends: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)  # i64[S]: records up to a shard's end
   _records: Any = dataclasses.field(init=False, repr=False, compare=False)  # opens each shard at its first record
 
   def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
@@ -44,8 +43,9 @@ class PreparedSource(StoredSource):
         raise UserError(
           f"{file} has {size} bytes, {MANIFEST} says {shard['bytes']}: copy the folder again, or prepare it anew"
         )
-    self._set(_shards=[f"{file}[0:{shard['records']}]" for file, shard in shards])
-    self._set(_records=ArrayRecordDataSource(self._shards))
+    self._set(_shards=[file for file, _ in shards], _ends=np.cumsum([shard["records"] for _, shard in shards]))
+    # Told how many records a file has, ArrayRecord need not open it to know.
+    self._set(_records=ArrayRecordDataSource([f"{file}[0:{shard['records']}]" for file, shard in shards]))
     return [path / MANIFEST for path in paths]
 
   def _find_shares(self) -> np.ndarray:
@@ -60,8 +60,8 @@ class PreparedSource(StoredSource):
     try:
       return unpack(self._records[row])
     except Exception as error:  # of the shard's own checksums, or what a damaged record unpacks to
-      file, _ = self._shards[self._records._reader_idx_and_position(row)[0]].rsplit("[", 1)
-      raise BadRecord(f"{file}:{row}", f"cannot be read: {error}") from error
+      shard = int(np.searchsorted(self._ends, row, side="right"))
+      raise BadRecord(f"{self._shards[shard]}:{row}", f"cannot be read: {error}") from error
 
 
 def pack(record: Record) -> bytes:
