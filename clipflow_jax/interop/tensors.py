@@ -81,22 +81,24 @@ class Row:
 
 
 class Files:
-  """The tensors of a folder's safetensors files, opened lazily. UserError names what is wrong with the folder."""
+  """The tensors of a folder's safetensors files, read lazily. UserError names what is wrong with the folder."""
 
   def __init__(self, folder: Path):
-    self._files: dict[str, Any] = {}
-    self.where: dict[str, str] = {}  # tensor -> file
+    self.where: dict[str, Path] = {}  # tensor -> file
     for file in _weight_files(folder):
       try:
-        opened = safe_open(file, framework="np")
+        with safe_open(file, framework="np") as opened:
+          self.where |= dict.fromkeys(opened.keys(), file)
       except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}); download it again") from error
-      self._files[file.name] = opened
-      self.where |= dict.fromkeys(opened.keys(), file.name)
 
   def __getitem__(self, name: str) -> Any:
-    """A slice of the safetensors library: shape, dtype, and values when indexed."""
-    return self._files[self.where[name]].get_slice(name)
+    """A slice of the safetensors library: shape, dtype, and values when indexed.
+
+    From a file that is opened for it alone: what was read of one that stays open stays in this process's memory.
+    """
+    with safe_open(self.where[name], framework="np") as opened:
+      return opened.get_slice(name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -183,7 +185,9 @@ def read(
         out[slot] = _piece(files[names[layer]], row, whole[1:])
       return out
 
-    return jax.make_array_from_callback(shape, here if shardings is None else shardings[path], part)
+    place = here if shardings is None else shardings[path]
+    # One at a time: what is on its way to a device is in memory twice.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, place, part))
 
   return {path: make(path, row) for path, row in rows.items()}
 
