@@ -63,7 +63,7 @@ class TfdsSource(StoredSource):
 
   def __post_init__(self) -> None:
     given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Fields) if getattr(self, field.name)}
-    known = KNOWN.get(self.name.partition("/")[0].partition(":")[0], Fields())
+    known = KNOWN.get(_base(self.name), Fields())
     self._set(_fields=dataclasses.replace(known, **given))
     self._set(path=str(self.path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     super().__post_init__()
@@ -179,7 +179,7 @@ def _size(name: str) -> str:
   """What downloading it means, by the checksums that TFDS comes with."""
   tfds = _tfds()
   try:
-    builder = tfds.builder_cls(name)
+    builder = tfds.builder_cls(_base(name))
   except tfds.core.DatasetNotFoundError:
     return "TFDS knows no data set of this name"
   except Exception:  # the code of a data set may need anything, TensorFlow first
@@ -189,6 +189,11 @@ def _size(name: str) -> str:
     "; part of it must be fetched by hand first, as TFDS will say" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
   )
   return (f"a download of {size:,} bytes" if size else "TFDS does not tell the size of its download") + by_hand
+
+
+def _base(name: str) -> str:
+  """A data set's name without its config and version."""
+  return name.partition("/")[0].partition(":")[0]
 
 
 def _get(fields: Any, name: str) -> Any:

@@ -98,7 +98,7 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
             member.size,
           )
         tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep, all of them
-  except tarfile.ReadError as error:
+  except (tarfile.TarError, ValueError) as error:  # also numbers in its headers that are none
     if not samples:
       raise UserError(
         f"{path} is not a tar file: {error}; a compressed one cannot be read at random, gunzip it"

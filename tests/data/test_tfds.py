@@ -9,7 +9,7 @@ import pytest
 
 from clipflow_jax.data import sources
 from clipflow_jax.data.example import BadRecord
-from clipflow_jax.data.tfds import TfdsSource
+from clipflow_jax.data.tfds import KNOWN, TfdsSource
 from clipflow_jax.errors import UserError
 from tests import tiny_data
 
@@ -97,6 +97,8 @@ def test_what_is_not_there_is_told_with_the_command_and_the_size_and_nothing_is_
   ("options", "message"),
   [
     ({"name": "imagenet2012"}, "154,642,401,280 bytes; part of it must be fetched by hand"),
+    ({"name": "celeb_a_hq/256"}, "does not tell the size of its download; part of it must be fetched by hand"),
+    ({"name": "coco_captions"}, "68,293,075,820 bytes"),
     ({"name": "no_such_set"}, "TFDS knows no data set of this name"),
     ({}, "data.name is missing"),
     ({"name": "mine"}, "mine has no field 'label': there are .*captions.*; set data.image, data.text"),
@@ -108,3 +110,10 @@ def test_what_the_user_can_mend_is_said_in_one_line(data, options, message):
   with pytest.raises(UserError, match=message) as error:
     TfdsSource(data, **options)
   assert "\n" not in str(error.value)
+
+
+def test_a_set_without_texts_has_one_caption_for_all(tmp_path, monkeypatch):
+  features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(8, 8, 3))})
+  tiny_data.tfds(tmp_path / "faces" / "1.0.0", features, {"train": [{"image": tiny_data.picture(i)} for i in range(3)]})
+  monkeypatch.setitem(KNOWN, "faces", KNOWN["celeb_a_hq"])
+  assert [TfdsSource(tmp_path, 8, "all", name="faces")[i].captions for i in range(3)] == [("a portrait",)] * 3
