@@ -53,7 +53,10 @@ class ParquetSource(StoredSource):
     for file in self._files:
       parquet = _parquet(file)
       if "id" in parquet.schema_arrow.names:
-        yield from (records.clean(str(id)) for id in parquet.read(columns=["id"])["id"].to_pylist())
+        try:
+          yield from (records.clean(str(id)) for id in parquet.read(columns=["id"])["id"].to_pylist())
+        except (OSError, ValueError) as error:
+          raise UserError(f"the column id of {file} cannot be read: {error}") from error
       else:
         yield from (f"{file.stem}/{row}" for row in range(parquet.metadata.num_rows))
 
