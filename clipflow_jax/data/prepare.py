@@ -104,7 +104,7 @@ def _finish(
   folder: Path, parts: list[dict[str, Any]], rows: dict[str, np.ndarray], request: dict[str, Any]
 ) -> dict[str, Any]:
   """What lies beside the shards, from what is known of each and of all records. Returns the statistics."""
-  same = duplicates.find(rows["hash"].tolist(), rows["mean"]) if request["dedup"] else np.zeros(0, np.int64)
+  same = duplicates.find(rows["hash"], rows["mean"]) if request["dedup"] else np.zeros(0, np.int64)
   rows["share"][same] = np.nan
   kept = rows["share"] >= 0
   np.save(folder / INDEX, rows["share"])

@@ -184,7 +184,9 @@ def difference_hash(pixels: np.ndarray) -> int:
   What is resized or compressed anew keeps nearly all bits. Source: Neal Krawetz, "Kind of Like That", 2013 (dHash).
   """
   grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-  return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+  rises = grey[:, 1:] > grey[:, :-1]
+  # A quarter of the bits is two columns, at an edge and in the middle: edges alone are flat in half of all clip art.
+  return int.from_bytes(np.packbits(rises.T.reshape(2, 4, 8).swapaxes(0, 1)).tobytes(), "big")
 
 
 def _encode(pixels: np.ndarray, format: str) -> bytes:
