@@ -36,7 +36,8 @@ class PreparedSource(StoredSource):
   def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    shards = [(path / shard["file"], shard) for path in paths for shard in read_manifest(path)["shards"]]
+    # Only a name: a manifest, as any data, leads nowhere else.
+    shards = [(path / Path(shard["file"]).name, shard) for path in paths for shard in read_manifest(path)["shards"]]
     for file, shard in shards:
       size = file.stat().st_size if file.is_file() else "no"
       if size != shard["bytes"]:

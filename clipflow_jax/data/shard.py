@@ -185,7 +185,7 @@ def difference_hash(pixels: np.ndarray) -> int:
   """
   grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
   rises = grey[:, 1:] > grey[:, :-1]
-  # A quarter of the bits is two columns, at an edge and in the middle: edges alone are flat in half of all clip art.
+  # A quarter of the bits is two columns, at an edge and in the middle: edges alone are often flat.
   return int.from_bytes(np.packbits(rises.T.reshape(2, 4, 8).swapaxes(0, 1)).tobytes(), "big")
 
 

@@ -356,6 +356,16 @@ def test_a_damaged_record_is_a_bad_record_and_the_others_are_read(pictures, tmp_
   assert 9 <= len(good) < 13
 
 
+def test_a_manifest_leads_to_no_other_folder(pictures, tmp_path):
+  run(pictures, tmp_path / "out")
+  file = tmp_path / "out" / "manifest.json"
+  shards = [path.name for path in sorted((tmp_path / "out").glob("*.array_record"))]
+  (tmp_path / "out" / shards[0]).rename(tmp_path / shards[0])
+  file.write_text(file.read_text().replace(shards[0], f"../{shards[0]}"))
+  with pytest.raises(UserError, match=f"out/{shards[0]} has no bytes"):
+    PreparedSource(tmp_path / "out")
+
+
 def test_a_folder_that_is_not_prepared_is_told_how_to(pictures):
   with pytest.raises(
     UserError, match=r"is not a prepared folder .*clipflow prepare --source=folder --input=.*pictures"
