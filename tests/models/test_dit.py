@@ -12,6 +12,8 @@ import pytest
 
 from clipflow_jax.batch import TARGET
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference import image
+from clipflow_jax.inference.image import Sampling
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.objectives import flow
 from clipflow_jax.parallel import sharding
@@ -75,6 +77,14 @@ def test_queries_and_drawer_learn_from_the_pictures(found):
   assert BATCH.image_roles[1].max() & TARGET
   assert all(moved[path] > 0 for path in moved if path.startswith(("queries", "separate_drawer")))
   assert moved["clip_model/vision_tower/patches/kernel"] == 0
+
+
+@pytest.mark.parametrize("guide", ["text", "null"])
+def test_features_are_drawn_away_from_the_empty_prompt_or_from_nothing(params, guide: str):
+  keys = jax.random.split(jax.random.key(0), 2)
+  sampling = Sampling(steps=2, guidance=2.0, guide=guide, eta=0.0)
+  drawn = jax.eval_shape(lambda p: image.draw(MODEL, p, BATCH, BATCH, keys, sampling), params)
+  assert drawn.shape == (2, *MODEL.feature_shape) and drawn.dtype == jnp.float32
 
 
 def test_every_parameter_has_a_place_on_a_mesh_and_one_who_trains_it(params):

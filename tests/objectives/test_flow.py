@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.batch import INPUT, TARGET
+from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.objectives import flow
 from tests import tiny
@@ -133,3 +134,27 @@ def test_times_follow_the_models_shift():
   losses(plain)
   losses(shifted)
   np.testing.assert_allclose(shifted.t, path.shift(plain.t, 5.0), rtol=1e-5)
+
+
+class Asked(Oracle):
+  """An oracle that is a separate drawer: it is given a condition of ones."""
+
+  def conditioning(self, context, place, levels):
+    return jnp.ones((*place.order.shape[:1], place.order.shape[1] * levels, 2, 1))
+
+  def predict(self, x_t, t, given):
+    self.given = np.asarray(given)
+    return x_t, None
+
+
+def test_a_separate_drawer_is_told_nothing_of_some_pictures():
+  asked = Asked(levels=8)
+  settings = dict(levels=8, early=0.0)
+  flow.losses(asked, BATCH, FEATURES, "context", KEYS, **settings, drop=0.5)
+  assert asked.given.shape == (2, 8 * tiny.PICTURES, 2, 1)
+  np.testing.assert_array_equal(asked.given[:, :, 0], asked.given[:, :, 1])  # all of a condition, or nothing
+  assert 0.2 < asked.given.mean() < 0.8
+  flow.losses(asked, BATCH, FEATURES, "context", KEYS, **settings)
+  assert asked.given.all()
+  with pytest.raises(UserError, match=r"drop_condition is of a separate drawer; .* use data.drop_text"):
+    flow.losses(Oracle(levels=1), BATCH, FEATURES, "context", KEYS, levels=1, early=0.0, drop=0.1)
