@@ -94,8 +94,8 @@ class ClipFlow:
     """
     self._need("flow expert", "draw")
     if best_of != 1:
-      sampling = dict(steps=steps, guidance=guidance, seed=seed)
-      return rerank.draw(self, prompts, best_of, judge=judge, **sampling).best
+      how = dict(steps=steps, guidance=guidance, seed=seed)
+      return rerank.draw(self, prompts, best_of, judge=judge, **how).best
     if "sampling" not in self.config:
       raise UserError("this checkpoint was imported without a config; import it again with --config=configs/blip3o.py")
     given = {"steps": steps, "guidance": guidance}
