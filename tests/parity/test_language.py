@@ -214,3 +214,14 @@ def test_bfloat16_is_as_near_as_pytorch_is_to_itself(tmp_path):
     half = copy.deepcopy(model).bfloat16()(torch.tensor(tokens)).logits.float().numpy()
   error = np.abs(run(module, params, tokens)[1] - exact).mean()
   assert error < 1.5 * np.abs(half - exact).mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen2.5-vl"])
+def test_in_bfloat16_the_squared_error_is_below_a_thousandth_of_the_variance(name, tmp_path):
+  torch_model(name).save_pretrained(tmp_path / "saved")
+  tokens = np.random.default_rng(0).integers(3, 97, (2, 96))
+  hidden, logits = run(*huggingface.load(tmp_path / "saved", dtype=jnp.bfloat16), tokens)
+  with torch.no_grad():
+    out = torch_model(name)(torch.tensor(tokens), output_hidden_states=True)
+  for found, exact in ((hidden, out.hidden_states[-1].numpy()), (logits, out.logits.numpy())):
+    assert np.square(np.asarray(found, np.float32) - exact).mean() < 1e-3 * exact.var()
