@@ -40,6 +40,7 @@ def write(folder: Path, gib: float) -> None:
 def measure(folder: str) -> dict[str, float]:
   """In GiB, of this process: its memory before, its peak in a load, all parameters, and the largest."""
   jax.block_until_ready(jax.numpy.zeros(1))
+  huggingface.read_config(Path(folder))  # which imports what a load imports
   Path("/proc/self/clear_refs").write_text("5")  # the peak begins here, not with the imports
   before = resident("VmRSS")
   _, params = huggingface.load(folder)
