@@ -53,6 +53,8 @@ def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array,
     place = Place(batch.image_segments[:, :1], batch.image_order[:, :1], batch.image_positions[:, :1])
     given = bound.conditioning(context, place)
     if sampling.guide == "null" and sampling.guidance != 1.0:
+      if isinstance(given, tuple):
+        raise UserError('sampling guide "null" is of a separate drawer, which this model has not; choose text or early')
       given = jnp.concatenate([given, jnp.zeros_like(given)])
 
     def pair(x_t, t):

@@ -87,6 +87,13 @@ def test_features_are_drawn_away_from_the_empty_prompt_or_from_nothing(params, g
   assert drawn.shape == (2, *MODEL.feature_shape) and drawn.dtype == jnp.float32
 
 
+def test_nothing_is_no_guide_of_the_flow_expert():
+  sampling = Sampling(steps=1, guidance=2.0, guide="null")
+  keys = jax.random.split(jax.random.key(0), 2)
+  with pytest.raises(UserError, match="of a separate drawer, which this model has not; choose text or early"):
+    jax.eval_shape(lambda p: image.draw(tiny.model(), p, BATCH, BATCH, keys, sampling), tiny.params())
+
+
 def test_every_parameter_has_a_place_on_a_mesh_and_one_who_trains_it(params):
   flat = flatten(params)
   for path, leaf in flat.items():
