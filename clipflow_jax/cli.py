@@ -151,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--dedup", action="store_true", help="of pictures that look the same keep the first")
   sub.add_argument("--max-bad-fraction", type=float, default=0.1, help="stop when more records cannot be read")
   sub.add_argument("--option", action="append", default=[], help="KEY=VALUE, another setting of the source; repeatable")
-  sub.add_argument("--beam", action="append", default=[], help="use Apache Beam, with its option --runner=...; repeatable")
+  sub.add_argument(
+    "--beam", action="append", default=[], help="use Apache Beam, with its option --runner=...; repeatable"
+  )
 
   sub = command(
     _cache_features,
@@ -204,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("subject", choices=["data"])
   sub.add_argument("--json", type=Path, help="also write the numbers to this file")
   sub.add_argument("--rounds", type=int, default=5, help="each number is the median of so many (default %(default)d)")
-  sub.add_argument("--peer", default="", help="also measure this other program: torch (in a checkout, with it installed)")
+  sub.add_argument(
+    "--peer", default="", help="also measure this other program: torch (in a checkout, with it installed)"
+  )
 
   sub = command(
     _info,
@@ -213,7 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     config="configs/quickstart.py",
   )
   sub.add_argument("--workdir", type=Path)
-  sub.add_argument("--data", action="store_true", help="write what the model will see of the config's data: pages, PNGs")
+  sub.add_argument(
+    "--data", action="store_true", help="write what the model will see of the config's data: pages, PNGs"
+  )
   sub.add_argument("--output", type=Path, default=Path("inspected"), help="where --data writes (default %(default)s)")
   return parser
 

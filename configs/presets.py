@@ -63,6 +63,7 @@ def tiny(image_size: int = 60) -> dict[str, Any]:
       flow_width=128,
       flow_mlp=256,
       early_layer=1,
+      out_scale=0.0,
       rope_sections=(16, 8, 8),
       **attention,
     ),

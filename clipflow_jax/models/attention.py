@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import Mask, Reach, attend, attend_beside
-from clipflow_jax.models.layers import Linear, RMSNorm
+from clipflow_jax.models.layers import Linear, RMSNorm, scaled_init
 from clipflow_jax.models.rotary import frequencies
 from clipflow_jax.parallel.sharding import shard
 
@@ -78,6 +78,7 @@ class Attention(nn.Module):
   rope_scaling: dict[str, Any] | None = None
   axes: tuple[str, str | None] = ("batch", "sequence")  # where x's rows and slots lie
   kernel: str = "xla"  # of `kernels.attend`
+  out_scale: float = 1.0  # of `layers.scaled_init`
 
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
@@ -109,4 +110,5 @@ class Attention(nn.Module):
       )
       out = attend(q, k, v, mask)
     out = checkpoint_name(out, "attention")
-    return Linear(x.shape[-1], self.out_bias, dtype=self.dtype, name="out")(out), (k, v)
+    init = scaled_init(self.out_scale)
+    return Linear(x.shape[-1], self.out_bias, init, dtype=self.dtype, name="out")(out), (k, v)

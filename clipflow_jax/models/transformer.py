@@ -23,7 +23,11 @@ from clipflow_jax.parallel.sharding import shard
 
 
 class Block(nn.Module):
-  """Pre-norm attention and SwiGLU, residual (Touvron et al. 2023). Arguments and results as `Attention`."""
+  """Pre-norm attention and SwiGLU, residual (Touvron et al. 2023). Arguments and results as `Attention`.
+
+  out_scale: of the initial weights of what is added to the stream (`layers.scaled_init`). At 0 a block begins as the
+  identity, and a small stack learns faster.
+  """
 
   mlp: int
   heads: int
@@ -40,6 +44,7 @@ class Block(nn.Module):
   rope_scaling: dict[str, Any] | None = None
   axes: tuple[str, str | None] = ("batch", "sequence")
   kernel: str = "xla"
+  out_scale: float = 1.0
 
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
@@ -57,11 +62,12 @@ class Block(nn.Module):
       self.rope_scaling,
       self.axes,
       self.kernel,
+      self.out_scale,
       name="attention",
     )
     y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at)
     x = shard(x + y, *self.axes)
-    x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, name="mlp")(
+    x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, out_scale=self.out_scale, name="mlp")(
       RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x)
     )
     return shard(x, *self.axes), kv
@@ -142,6 +148,7 @@ class Transformer(nn.Module):
   unroll: bool = False
   axes: tuple[str, str | None] = ("batch", "sequence")  # where the stream's rows and slots lie
   kernel: str = "xla"  # of `kernels.attend`
+  out_scale: float = 1.0  # of a `Block`
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -160,6 +167,7 @@ class Transformer(nn.Module):
       rope_scaling=self.rope_scaling,
       norm_eps=self.norm_eps,
       kernel=self.kernel,
+      out_scale=self.out_scale,
       dtype=self.dtype,
     )
     self.embed = nn.Embed(
