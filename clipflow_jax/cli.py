@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from clipflow_jax import commands
 from clipflow_jax.errors import UserError
-
-if TYPE_CHECKING:
-  from ml_collections import ConfigDict
-
-START = time.time()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,11 +44,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(prog="clipflow", description="CLIP-Flow: one model that understands and draws images.")
-  commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+  subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
 
   def command(run: Callable, summary: str, example: str, *, config: str | None = None) -> argparse.ArgumentParser:
-    name = run.__name__.strip("_").replace("_", "-")
-    sub = commands.add_parser(
+    name = run.__name__.rstrip("_").replace("_", "-")
+    sub = subparsers.add_parser(
       name,
       help=summary,
       description=summary,
@@ -75,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return sub
 
   sub = command(
-    _quickstart,
+    commands.quickstart,
     "train every stage on the built-in shapes, draw, read, evaluate, and write a report",
     "clipflow quickstart --workdir=quickstart",
     config="configs/quickstart.py",
@@ -83,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--workdir", type=Path, required=True)
 
   sub = command(
-    _train,
+    commands.train,
     "train one stage, or all the stages of a run; the same command resumes",
     "clipflow train --config=configs/contrastive.py --workdir=runs/clip --config.steps=1000",
     config="",
@@ -91,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--workdir", type=Path, required=True)
 
   sub = command(
-    _draw,
+    commands.draw,
     "draw pictures from prompts",
     'clipflow draw --workdir=quickstart --prompt="a red circle" --output=drawn.png',
   )
@@ -107,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--output", type=Path, default=Path("drawn.png"), help="a PNG of all pictures; .npy: their features")
 
   sub = command(
-    _chat,
+    commands.chat,
     "ask about a picture, or talk; one answer with --message, else a conversation",
     'clipflow chat --workdir=quickstart --image=drawn.png --message="what colour is the circle?"',
   )
@@ -116,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--message")
 
   sub = command(
-    _evaluate,
+    commands.evaluate,
     "measure a trained model, or compare two folders of pictures",
     "clipflow evaluate --workdir=quickstart --tasks=zero_shot,questions",
     config="configs/evaluate.py",
@@ -134,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--seed", type=int, default=0)
 
   sub = command(
-    _prepare,
+    commands.prepare,
     "make shards of clean captioned pictures from any source; the same command resumes",
     "clipflow prepare --source=folder --input=photos,drawings --output=data --size=60",
   )
@@ -156,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
   )
 
   sub = command(
-    _cache_features,
+    commands.cache_features,
     "let a run's tower see a config's pictures once, for training on what it saw: --config.data.features=OUTPUT",
     "clipflow cache-features --config=configs/joint.py --workdir=runs/clip --output=features",
     config="",
@@ -168,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--rows", type=int, default=64, help="pictures that a device sees at once (default %(default)d)")
 
   sub = command(
-    _plan,
+    commands.plan,
     "compile the train step for chips that are not there: does it fit, how fast is it, what does it cost",
     "clipflow plan --config=configs/joint.py:model=8b --hardware=v5p-512",
     config="",
@@ -179,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--images", type=float, default=1e6, help="pictures whose cost is asked for (default %(default)g)")
 
   sub = command(
-    _import,
+    commands.import_,
     "make a workdir of pretrained weights, for init_from",
     "clipflow import --from=Qwen/Qwen3-0.6B --output=qwen --check",
   )
@@ -190,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--config", help="the config file of what it is to be used as, such as configs/blip3o.py")
 
   sub = command(
-    _export,
+    commands.export,
     "write a workdir's language model, or its CLIP, as transformers reads it",
     "clipflow export --workdir=runs/joint --output=exported",
   )
@@ -199,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--family", help="a model_type of transformers, such as qwen3 or clip; by default what fits")
 
   sub = command(
-    _bench,
+    commands.bench,
     "measure this machine: how fast data is read and pictures are made ready, beside the most that it could",
     "clipflow bench data --json=bench.json",
   )
@@ -211,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
   )
 
   sub = command(
-    _info,
+    commands.info,
     "show what a config trains, or what a workdir holds",
     "clipflow info --workdir=quickstart",
     config="configs/quickstart.py",
@@ -222,362 +215,6 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("--output", type=Path, default=Path("inspected"), help="where --data writes (default %(default)s)")
   return parser
-
-
-# Commands. Heavy imports are inside: --help and a typo answer at once.
-
-
-def _quickstart(options: argparse.Namespace) -> None:
-  from clipflow_jax.training import stages
-
-  config = load_config(options.config, options.overrides)
-  stages.train(config, options.workdir, _sampler())
-  _report(options.workdir, **config.evaluation)
-
-
-def _train(options: argparse.Namespace) -> None:
-  config = load_config(options.config, options.overrides)
-  _set_environment(config)
-  from clipflow_jax.parallel import distributed
-  from clipflow_jax.training import stages
-
-  with distributed.joined():
-    stages.train(config, options.workdir, _sampler())
-
-
-def _draw(options: argparse.Namespace) -> None:
-  import numpy as np
-
-  from clipflow_jax.inference import show
-
-  prompts = list(options.prompt)
-  if options.prompts:
-    prompts += [line for line in _read_text(options.prompts).splitlines() if line.strip()]
-  prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
-  model = _load(options.workdir)
-  how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
-  how |= dict(best_of=options.best_of, judge=options.judge)
-  try:
-    if options.output.suffix == ".npy":  # all that can be had where there is no pixel decoder
-      pictures = model.draw_features(prompts, **how)
-      np.save(options.output, pictures)
-    else:
-      pictures = model.draw(prompts, **how)
-      show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
-  except (OSError, ValueError) as error:  # a folder that is not there; an ending that is no picture's
-    raise UserError(f"cannot write {options.output}: {error}") from error
-  print(f"drew {len(pictures)} picture(s) into {options.output}")
-
-
-def _chat(options: argparse.Namespace) -> None:
-  from clipflow_jax.data import images
-  from clipflow_jax.data.example import BadRecord
-
-  model = _load(options.workdir)
-  messages: list[dict] = []
-  first: list[dict] = []
-  if options.image:
-    try:
-      first = [{"type": "image", "image": images.decode(options.image, model.image_size)}]
-    except BadRecord as error:
-      raise UserError(f"cannot read the picture {error}") from error
-  while True:
-    try:
-      words = options.message or input("> ")
-    except EOFError:
-      return
-    messages.append({"role": "user", "content": [*first, {"type": "text", "text": words}]})
-    first = []
-    answer = model.chat(messages)
-    messages.append({"role": "assistant", "content": answer})
-    print(answer)
-    if options.message:
-      return
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-  chosen = [name for name in options.tasks.split(",") if name]
-  if options.real or options.fake:
-    found = _compare(options, chosen)
-  elif options.workdir is None:
-    raise UserError("clipflow evaluate needs --workdir=DIR, or --real=DIR and --fake=DIR")
-  elif chosen:
-    found = _measure(options, chosen)
-  else:
-    found = _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
-  if options.json:
-    try:
-      options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"cannot write {options.json}: {error}") from error
-
-
-def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
-  from clipflow_jax.evaluation import folders, inception, report
-
-  chosen = chosen or ["fid"]
-  folders.check(chosen, options.real, options.real if options.statistics else options.fake)
-  by_clip = [name for name in chosen if name in folders.CLIP_TASKS]
-  if by_clip and options.workdir is None:
-    raise UserError(f"{', '.join(by_clip)} need --workdir=DIR, whose CLIP looks at the pictures")
-  rest = [name for name in chosen if name not in by_clip]
-  found = folders.compare_by_clip(by_clip, options.real, options.fake, _load(options.workdir)) if by_clip else {}
-  if rest and not options.inception:
-    raise UserError("give --inception=DIR, Inception's weights; clipflow_jax/interop/inception.py says how to make it")
-  if rest:
-    extractor = inception.Extractor(options.inception, resize=options.resize)
-    if options.statistics:
-      folders.save_statistics(options.real, extractor, options.statistics)
-      print(f"wrote the statistics of {options.real} to {options.statistics}")
-      return {"resize": options.resize, **report.software()}
-    found |= folders.compare(rest, options.real, options.fake, extractor)
-  print("\n".join(f"{name:<28} {value:10.6g}" for name, value in found.items()))
-  return {**found, "resize": options.resize, **report.software()}
-
-
-def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
-  from clipflow_jax.data import mixture
-  from clipflow_jax.evaluation import results, suite
-
-  config = load_config(options.config, options.overrides)
-  known = config.get("tasks", {}).to_dict()
-  names = list(known) if chosen == ["all"] else chosen
-  unknown = [name for name in names if name not in known]
-  if unknown:
-    raise UserError(f"there is no task {unknown[0]!r} in {options.config}; there are {', '.join(known)}")
-  model = _load(options.workdir)
-  source = mixture.shown(model.config.data.source) if "data" in model.config else None
-  run = suite.Run(model, options.workdir / "evaluation", source, config.seed, config.resamples)
-  found = results.write(run, suite.evaluate(run, {name: known[name] for name in names}))
-  print(results.table(found))
-  print(f"result: {run.directory / 'RESULT.json'}, page: {run.directory / 'index.html'}")
-  return found
-
-
-def _prepare(options: argparse.Namespace) -> None:
-  from clipflow_jax.data import sources
-  from clipflow_jax.data.prepare import prepare
-  from clipflow_jax.data.shard import Filters
-
-  settings = dict(kind=options.source, path=options.input, size=options.size, fit=options.fit)
-  for option in options.option:
-    key, equals, value = option.partition("=")
-    if not equals:
-      raise UserError(f"--option={option} is not of the form KEY=VALUE")
-    settings[key] = value
-  prepare(
-    sources.make(settings, "all"),
-    options.output,
-    filters=Filters(options.min_side, options.max_aspect, options.min_caption, options.max_caption),
-    dedup=options.dedup,
-    format=options.format,
-    max_bad_fraction=options.max_bad_fraction,
-    runner=options.beam,
-  )
-
-
-def _cache_features(options: argparse.Namespace) -> None:
-  config = load_config(options.config, options.overrides)
-  if "model" not in config:
-    raise UserError("clipflow cache-features takes the config of one stage, such as configs/joint.py")
-  _set_environment(config)
-  from clipflow_jax.parallel import distributed
-  from clipflow_jax.training import features
-
-  with distributed.joined():
-    found = features.cache(
-      config, options.workdir, options.output, dtype=options.dtype, count=options.count, rows=options.rows
-    )
-  print(f"cached the features of {found['pictures']} pictures: --config.data.features={options.output}")
-
-
-def _import(options: argparse.Namespace) -> None:
-  import jax
-  import numpy as np
-
-  from clipflow_jax.training import exchange
-
-  if options.overrides and not options.config:
-    raise UserError(f"{options.overrides[0]!r} overrides a config that is not named; add --config=FILE")
-  config = load_config(options.config, options.overrides) if options.config else None
-  module, params = exchange.bring_in(options.source, options.output, options.dtype, config)
-  leaves = jax.tree.leaves(params)
-  count = sum(leaf.size for leaf in leaves)
-  print(f"imported {count:,} parameters of {options.source} ({leaves[0].dtype}) into {options.output}")
-  if options.check:
-    for name, value in exchange.check(module, params).items():
-      values = np.asarray(value, np.float32)
-      finite = "finite" if np.isfinite(values).all() else "NOT FINITE"
-      print(f"{name} {list(values.shape)}: mean {values.mean():.4f}, deviation {values.std():.4f}, {finite}")
-
-
-def _export(options: argparse.Namespace) -> None:
-  from clipflow_jax.training import exchange
-
-  family = exchange.give_out(options.workdir, options.output, options.family)
-  print(f"exported {options.workdir} as {family} into {options.output}")
-
-
-def _info(options: argparse.Namespace) -> None:
-  if options.data:
-    _inspect(options)
-    return
-  from clipflow_jax.inference.info import describe_config, describe_workdir
-
-  if options.workdir:
-    print(describe_workdir(options.workdir))
-  else:
-    print(describe_config(load_config(options.config, options.overrides)))
-
-
-def _inspect(options: argparse.Namespace) -> None:
-  from clipflow_jax.data import inspect
-  from clipflow_jax.training import checkpoint, loop
-
-  config = load_config(options.config, options.overrides)
-  for stage in [config.stages[name] for name in config.order] if "order" in config else [config]:
-    start = checkpoint.load(stage.init_from, ()) if stage.init_from else None
-    print(f"{stage.name}: {inspect.write(loop.make_pipeline(stage, start), options.output, stage.name)}")
-  print(f"pages and pictures: {options.output}")
-
-
-def _bench(options: argparse.Namespace) -> None:
-  from clipflow_jax.data import bench
-
-  found = bench.run(rounds=options.rounds, peer=options.peer)
-  for name, value in found.items():
-    print(f"{name:40} {value:.4g}")
-  if options.json:
-    try:
-      options.json.write_text(json.dumps({"subject": options.subject, **found}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"cannot write {options.json}: {error}") from error
-
-
-def _plan(options: argparse.Namespace) -> None:
-  separator = "," if ":" in options.config else ":"
-  named = f"{separator}hardware={options.hardware}" if options.hardware else ""
-  config = load_config(options.config + named, options.overrides)
-  if "hardware" not in config:
-    raise UserError("clipflow plan takes the config of one stage, such as configs/joint.py")
-  _set_environment(config)
-  from clipflow_jax.training import plan_report
-
-  plan_report.write(config, json_file=options.json, search=options.search, images=options.images)
-
-
-# What commands share.
-
-
-def load_config(path: str, overrides: list[str]) -> ConfigDict:
-  """The config of "file.py[:arg]" with "--config.a.b=value" overrides. Files are sought here, then beside the package.
-
-  Raises UserError for a missing file, an unknown key or a value of another type.
-  """
-  from absl import flags
-  from ml_collections import config_flags
-
-  sys.path[:0] = [str(Path(__file__).parent.parent)]  # configs import each other as `configs.x`
-  name, _, argument = path.partition(":")
-  places = [Path(name), Path(__file__).parent.parent / name]
-  found = next((place for place in places if place.is_file()), None)
-  if not found:
-    raise UserError(f"config file {name!r} does not exist (looked here and in {places[1].parent})")
-  values = flags.FlagValues()
-  argv = ["clipflow", f"--config={found}{f':{argument}' if argument else ''}", *overrides]
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-    return values["config"].value
-  except (flags.Error, KeyError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(f"config {path}: {_why(error)}") from error
-
-
-def _set_environment(config: ConfigDict) -> None:
-  """Sets the variables of config.environment, before JAX starts. What the user has set wins; flags come together."""
-  for name, value in config.get("environment", {}).items():
-    given = os.environ.get(name, "")
-    os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
-
-
-def _why(error: Exception) -> str:
-  """One line of an error of ml_collections."""
-  text = str(error)
-  if isinstance(error, KeyError | AttributeError):  # an unknown key: quoted, and quoted again
-    return "unknown key " + text.replace("\\n", "; ").translate(str.maketrans("", "", "\"'\\"))
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  # A config file that fails comes with its traceback, of which the last line tells.
-  return lines[-1] if "Traceback" in text else " ".join(lines)
-
-
-def _load(workdir: Path):
-  from clipflow_jax.inference.pipeline import ClipFlow
-  from clipflow_jax.training import stages
-
-  if not workdir.exists():
-    raise UserError(f"workdir {workdir} does not exist; train one with: clipflow quickstart --workdir={workdir}")
-  return ClipFlow.from_checkpoint(stages.newest(workdir))
-
-
-def _read_text(path: Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _sampler() -> Callable:
-  """What a stage writes while it trains: pictures of a few captions, captions of a few pictures, of the test split."""
-  from clipflow_jax.data import mixture
-  from clipflow_jax.inference.pipeline import ClipFlow
-
-  models: dict[str, ClipFlow] = {}
-
-  def sample(model, config, params, chat, step, writer):
-    pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
-    pipeline.params = params  # the same compiled functions with today's parameters
-    source = mixture.shown(config.data.source)
-    examples = [source[i] for i in range(16)]
-    weights = config.objective.weights
-    if weights.get("flow"):
-      writer.images(step, "drawn", pipeline.draw([e.captions[0] for e in examples]))
-      writer.text(step, "prompts", [e.captions[0] for e in examples])
-    import numpy as np
-
-    images = np.stack([e.image for e in examples])
-    if weights.get("pixels"):
-      writer.images(step, "reconstructed", pipeline.decode(pipeline.encode(images)))
-    if weights.get("language"):
-      writer.images(step, "read", images)
-      writer.text(step, "captions", pipeline.caption(images))
-    if chosen := config.get("evaluate"):
-      from clipflow_jax.evaluation import suite
-
-      writer.scalars(step, suite.measure(pipeline, source, chosen.to_dict()))
-
-  return sample
-
-
-def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> dict:
-  from clipflow_jax.data import mixture, sources
-  from clipflow_jax.evaluation import bars, report
-  from clipflow_jax.training import stages
-
-  model = _load(workdir)
-  print(f"evaluating on {n} pictures")
-  source = mixture.shown(model.config.data.source)
-  shown: tuple[bars.Bar, ...] = ()
-  if isinstance(source, sources.ShapesSource):
-    shown = bars.QUICKSTART
-    metrics, artefacts = report.evaluate_shapes(model, source, n=n, per_category=per_category, seed=seed)
-  else:
-    metrics, artefacts = report.evaluate_folder(model, source, n=n, seed=seed)
-  install = float(os.environ.get("CLIPFLOW_INSTALL_SECONDS", 0)) / 60
-  metrics = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install, **metrics}
-  metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
-  print(bars.table(metrics, shown))
-  print(f"report: {workdir / 'report' / 'index.html'}")
-  return metrics
 
 
 if __name__ == "__main__":

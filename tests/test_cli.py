@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipflow_jax import cli
+from clipflow_jax import cli, commands
 from clipflow_jax.errors import UserError
 from configs import quickstart
 
@@ -76,25 +76,25 @@ def test_no_command_shows_the_help(capsys):
 
 def test_any_key_of_a_config_can_be_overridden():
   overrides = ["--config.steps=7", "--config.data.source.size=32", "--config.optimizer.name=adamw"]
-  config = cli.load_config("configs/contrastive.py", overrides)
+  config = commands.load_config("configs/contrastive.py", overrides)
   assert (config.steps, config.data.source.size, config.optimizer.name) == (7, 32, "adamw")
-  nested = cli.load_config("configs/quickstart.py", ["--config.stages.decoder.steps=3"])
+  nested = commands.load_config("configs/quickstart.py", ["--config.stages.decoder.steps=3"])
   assert nested.stages.decoder.steps == 3
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
 def test_a_config_takes_arguments_behind_a_colon(value):
-  config = cli.load_config(f"configs/quickstart.py:fast={value},seed=9", [])
+  config = commands.load_config(f"configs/quickstart.py:fast={value},seed=9", [])
   assert {stage.seed for stage in config.stages.values()} == {9}
-  slow = cli.load_config("configs/quickstart.py", [])
+  slow = commands.load_config("configs/quickstart.py", [])
   assert all(config.stages[name].steps < slow.stages[name].steps for name in slow.order)
 
 
 def test_a_config_may_lie_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert cli.load_config("configs/contrastive.py", []).name == "contrastive"  # beside the package
+  assert commands.load_config("configs/contrastive.py", []).name == "contrastive"  # beside the package
   Path("mine.py").write_text("from configs import contrastive\nget_config = contrastive.get_config\n")
-  assert cli.load_config("mine.py", ["--config.steps=3"]).steps == 3
+  assert commands.load_config("mine.py", ["--config.steps=3"]).steps == 3
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_a_keyboard_interrupt_is_no_error(monkeypatch):
   def interrupt(options):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(cli, "_info", interrupt)
-  interrupt.__name__ = "_info"
+  monkeypatch.setattr(commands, "info", interrupt)
+  interrupt.__name__ = "info"
   assert cli.main(["info"]) == 130
 
 
@@ -236,7 +236,7 @@ def test_the_program_says_one_line_too(tmp_path):
 
 def test_a_user_error_is_one_line():
   with pytest.raises(UserError) as error:
-    cli.load_config("configs/nowhere.py", [])
+    commands.load_config("configs/nowhere.py", [])
   assert "\n" not in str(error.value)
 
 

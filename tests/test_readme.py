@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipflow_jax import cli
+from clipflow_jax import cli, commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def test_a_command_parses_and_its_config_loads(line):
   options, rest = cli._parser().parse_known_args(shlex.split(line)[1:])
   assert options.command
   if getattr(options, "config", None):
-    cli.load_config(options.config, rest)
+    commands.load_config(options.config, rest)
   else:
     assert not rest
 

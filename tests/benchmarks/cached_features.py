@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import TARGET, Batch
-from clipflow_jax.cli import load_config
+from clipflow_jax.commands import load_config
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective

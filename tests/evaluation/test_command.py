@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from clipflow_jax import cli
+from clipflow_jax import cli, commands
 from clipflow_jax.evaluation import inception
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests.evaluation.test_folders import MeanColours, sets  # noqa: F401
@@ -92,6 +92,6 @@ def test_training_measures_its_tasks_where_it_takes_samples(trained, tmp_path):
   config.evaluate = dict(zero_shot=dict(kind="zero_shot", classes="shapes", n=6))
   told = []
   writer = types.SimpleNamespace(images=print, text=print, scalars=lambda step, values: told.append((step, values)))
-  cli._sampler()(model.model, config, model.params, model.tokenizer, 2, writer)
+  commands._sampler()(model.model, config, model.params, model.tokenizer, 2, writer)
   [(step, values)] = told
   assert step == 2 and set(values) == {f"evaluation/zero_shot/{name}" for name in ("top1", "top5", "mean_per_class")}

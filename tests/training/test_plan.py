@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipflow_jax import cli
+from clipflow_jax import cli, commands
 from clipflow_jax.errors import UserError
 from clipflow_jax.training import hardware, plan, plan_report
 
@@ -86,7 +86,7 @@ def test_a_tpu_that_is_not_there_is_planned_for(tmp_path: Path):
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  config = cli.load_config("configs/generation.py", [])
+  config = commands.load_config("configs/generation.py", [])
   config.hardware = dict(chip="v5p", topology=(2, 2, 1), slices=1)
   with pytest.raises(UserError, match=r"pip install 'clipflow_jax\[tpu\]'"):
     plan.prepare(config)
@@ -94,7 +94,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_config_without_hardware_is_told_of_the_option():
   with pytest.raises(UserError, match="--hardware=v5p-512"):
-    plan.prepare(cli.load_config("configs/generation.py", []))
+    plan.prepare(commands.load_config("configs/generation.py", []))
 
 
 def test_a_run_of_several_stages_is_no_plan(capsys: pytest.CaptureFixture):
