@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from configs import presets, quickstart
 
-STEPS = dict(contrastive=500, decoder=600, joint=2400)
+STEPS = dict(contrastive=500, decoder=600, joint=600)
 LENGTH = dict(contrastive=48, decoder=48, joint=160)
 
 

@@ -7,13 +7,12 @@ from configs import presets
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: as `presets.scale`."""
-  config = presets.stage("joint", steps=2250, train=presets.trains(text=1.0, flow=1.0), ema=0.995)
+  config = presets.stage("joint", steps=800, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   config.data.row = ("converse", "draw", "draw")
   config.data.source.questions = 5
   config.data.length = 128
   config.data.images_per_row = 3
-  config.data.batch_size = 4  # in the same time many small steps learn more than few large ones
-  config.log_every = 50
+  config.data.batch_size = 16
   # The gradient that words send into the text expert is ten to twenty times the flow's: at equal weights the expert
   # learns to read and the flow never learns what a caption says of places.
   config.objective.weights = dict(language=0.1, flow=1.0)
