@@ -98,10 +98,7 @@ def evaluate(options: argparse.Namespace) -> None:
   else:
     found = _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
   if options.json:
-    try:
-      options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"cannot write {options.json}: {error}") from error
+    _write_json(options.json, found)
 
 
 def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
@@ -240,10 +237,7 @@ def bench(options: argparse.Namespace) -> None:
   for name, value in found.items():
     print(f"{name:40} {value:.4g}")
   if options.json:
-    try:
-      options.json.write_text(json.dumps({"subject": options.subject, **found}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"cannot write {options.json}: {error}") from error
+    _write_json(options.json, {"subject": options.subject, **found})
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -316,6 +310,13 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _write_json(path: Path, found: dict) -> None:
+  try:
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _sampler() -> Callable:

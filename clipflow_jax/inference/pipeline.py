@@ -208,7 +208,7 @@ class ClipFlow:
     if not texts:
       raise UserError("nothing to embed: there are no texts")
     self._need("text tower", "embed texts")
-    blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    blank = self._blank()
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid)
     rows = sequence.stack(
       [sequence.pack([sequence.encode(sequence.words(t, blank), self.tokenizer, layout)], layout) for t in texts]
@@ -243,7 +243,7 @@ class ClipFlow:
   def _drawn(self, prompt: str) -> Conversation:
     if prompt:  # as the run asked for pictures; what it drew of no text was asked for by none
       prompt = self.config.data.source.get("draw", ("{caption}",))[0].replace("{caption}", prompt)
-    return sequence.drawn(prompt, np.zeros((self.image_size, self.image_size, 3), np.uint8))
+    return sequence.drawn(prompt, self._blank())
 
   def _rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
     """The conversations as rows, at the shortest of a few lengths that holds them all."""

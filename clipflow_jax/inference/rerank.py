@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.models.layers import Linear
@@ -22,7 +23,6 @@ from clipflow_jax.models.vision import AttentionPool, unit
 if TYPE_CHECKING:
   from clipflow_jax.inference.pipeline import ClipFlow
 
-DESCRIBE = "describe the picture."
 ASK = "does the picture show {}? answer yes or no."
 
 

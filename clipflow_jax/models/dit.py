@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, fourier, standardise
-from clipflow_jax.models.remat import remat
+from clipflow_jax.models.remat import scan
 from clipflow_jax.models.rotary import grid_angles, turn
 from clipflow_jax.parallel.sharding import shard
 
@@ -126,14 +126,8 @@ class DiT(nn.Module):
     def body(block, x):
       return block(x, condition, embedding, angles), None
 
-    scan = nn.scan(
-      remat(body, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.layers,
-      unroll=self.unroll,
-    )
-    x, _ = scan(DiTBlock(self.heads, self.mlp, self.norm_eps, self.kernel, self.dtype, name="layers"), x)
+    layers = scan(body, self.layers, self.remat, self.unroll)
+    x, _ = layers(DiTBlock(self.heads, self.mlp, self.norm_eps, self.kernel, self.dtype, name="layers"), x)
     scale = linear(self.width, "out_modulation")(nn.silu(embedding))[:, None]
     x = standardise(x) * (1 + scale.astype(jnp.float32))
     return Linear(x_t.shape[-1], True, name="head")(x)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, standardise
-from clipflow_jax.models.remat import remat
+from clipflow_jax.models.remat import scan
 from clipflow_jax.models.rotary import turn
 from clipflow_jax.parallel.sharding import shard
 
@@ -157,18 +157,12 @@ class Encoder(nn.Module):
         total = total + weight * (standardise(x) if self.feature_norm else x.astype(jnp.float32))
       return (x, total), None
 
-    scan = nn.scan(
-      remat(body, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.layers,
-      unroll=self.unroll,
-    )
+    layers = scan(body, self.layers, self.remat, self.unroll)
     own = dict(activation=self.activation, layer_scale=self.layer_scale, post_norm=self.post_norm, gated=self.gated)
     own |= dict(sub_norm=self.sub_norm, key_bias=self.key_bias)
     block = EncoderBlock(
       self.heads, self.mlp, self.qk_norm, self.norm_eps, self.kernel, self.dtype, **own, name="layers"
     )
     total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
-    (x, total), _ = scan(block, (x, total), layer_weights)
+    (x, total), _ = layers(block, (x, total), layer_weights)
     return x, total

@@ -12,7 +12,7 @@ from flax import linen as nn
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, to_patches
-from clipflow_jax.models.remat import remat
+from clipflow_jax.models.remat import scan
 from clipflow_jax.models.rotary import grid_angles, turn
 from clipflow_jax.parallel.sharding import shard
 
@@ -101,11 +101,9 @@ class QwenVision(nn.Module):
     def body(block, x, sees_all):
       return block(x, near | sees_all, angles), None
 
-    scan = nn.scan(
-      remat(body, self.remat), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
-    )
+    layers = scan(body, self.layers, self.remat)
     sees_all = jnp.asarray(np.isin(np.arange(self.layers), self.whole))
-    x, _ = scan(QwenBlock(self.heads, self.mlp, self.dtype, name="layers"), x, sees_all)
+    x, _ = layers(QwenBlock(self.heads, self.mlp, self.dtype, name="layers"), x, sees_all)
     x = RMSNorm(dtype=self.dtype, name="out_norm")(x)
     x = x.reshape(b, rows // self.merge, self.merge, columns // self.merge, self.merge, self.width)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, self.merge**2 * self.width)

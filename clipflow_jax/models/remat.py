@@ -37,3 +37,10 @@ def remat(body: Callable, policy: str) -> Callable:
   if policy == "none":
     return body
   return nn.remat(body, prevent_cse=False, policy=POLICIES[policy])  # a scan already keeps its body from being merged
+
+
+def scan(body: Callable, layers: int, policy: str, unroll: bool = False) -> Callable:
+  """`body(block, carry, *per layer)` over so many layers, whose parameters are stacked along axis 0, under `remat`."""
+  return nn.scan(
+    remat(body, policy), variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, unroll=unroll
+  )

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from clipflow_jax.models.attention import Attention, sight, visible
 from clipflow_jax.models.layers import RMSNorm, SwiGLU
-from clipflow_jax.models.remat import remat
+from clipflow_jax.models.remat import scan
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -95,16 +95,7 @@ class Stack(nn.Module):
       x, kv = block(x, positions, mask, past, write_at)
       return x, kv if self.keep_kv else None
 
-    scan = nn.scan(
-      remat(body, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.layers,
-      in_axes=0,
-      out_axes=0,
-      unroll=self.unroll,
-    )
-    return scan(Block(**self.block, name="layers"), x, past)
+    return scan(body, self.layers, self.remat, self.unroll)(Block(**self.block, name="layers"), x, past)
 
 
 class Context(flax.struct.PyTreeNode):
