@@ -46,7 +46,22 @@ def solve(
   eta: float = 0.0,
   keys: jax.Array | None = None,
 ) -> jax.Array:
-  """Walks `noise` f[B, M, T, C] along `times` f32[n+1] (decreasing, from 1 to 0) and returns x at times[-1].
+  """Where `walk` ends. Compiled, it keeps nothing of the way there."""
+  return walk(v, noise, times, method=method, eta=eta, keys=keys)[0]
+
+
+def walk(
+  v: Velocity,
+  noise: jax.Array,
+  times: jax.Array,
+  *,
+  method: str = "euler",
+  eta: float = 0.0,
+  keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Walks `noise` f[B, M, T, C] along `times` f32[n+1] (decreasing, from 1 to 0): (x at times[-1], x at those before).
+
+  The second is f32[n, B, M, T, C].
 
   eta: 0 solves the ODE by `method`. Above 0 each step is instead: predict x, then re-noise to the next level
     with noise that keeps sqrt(1-eta^2) of the present one and takes eta fresh; at 1 all of it is fresh, which
@@ -63,7 +78,7 @@ def solve(
   step = _STEPS[method]
 
   def ode(x, now_next):
-    return step(v, x, *now_next), None
+    return step(v, x, *now_next), x
 
   def renoise(x, now_next_index):
     t, s, index = now_next_index
@@ -72,14 +87,14 @@ def solve(
     kept = clean + velocity
     drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))(keys)
     fresh = jnp.sqrt(1 - eta**2) * kept + eta * drawn
-    return (1 - s) * clean + s * fresh, None
+    return (1 - s) * clean + s * fresh, x
 
   pairs = (times[:-2], times[1:-1])
   if eta:
-    x, _ = jax.lax.scan(renoise, x, (*pairs, jnp.arange(len(times) - 2)))
+    x, way = jax.lax.scan(renoise, x, (*pairs, jnp.arange(len(times) - 2)))
   else:
-    x, _ = jax.lax.scan(ode, x, pairs)
-  return _euler(v, x, times[-2], times[-1])
+    x, way = jax.lax.scan(ode, x, pairs)
+  return _euler(v, x, times[-2], times[-1]), jnp.concatenate([way, x[None]])
 
 
 def start(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -97,3 +97,22 @@ def test_an_unknown_method_and_missing_keys_are_errors():
     solvers.solve(exact_velocity, noise, path.grid(2, 1.0), method="rk4")
   with pytest.raises(ValueError, match="pass keys"):
     solvers.solve(exact_velocity, noise, path.grid(2, 1.0), eta=0.5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_way_begins_as_noise_and_its_last_step_leads_to_the_end(eta: float, noise: jax.Array, keys: jax.Array):
+  times = path.grid(4, 2.0)
+  end, way = solvers.walk(exact_velocity, noise, times, eta=eta, keys=keys)
+  assert way.shape == (4, *noise.shape)
+  np.testing.assert_array_equal(way[0], noise)
+  last = way[-1] + (times[-1] - times[-2]) * exact_velocity(way[-1], jnp.full(noise.shape[:-2], times[-2]))
+  np.testing.assert_allclose(end, last, atol=1e-5)
+  np.testing.assert_array_equal(end, solvers.solve(exact_velocity, noise, times, eta=eta, keys=keys))
+
+
+def test_solving_keeps_nothing_of_the_way(noise: jax.Array, keys: jax.Array):
+  def memory(steps: int) -> int:
+    run = jax.jit(lambda x: solvers.solve(exact_velocity, x, path.grid(steps, 2.0), eta=1.0, keys=keys))
+    return run.lower(noise).compile().memory_analysis().temp_size_in_bytes
+
+  assert memory(64) - memory(4) < noise.nbytes
