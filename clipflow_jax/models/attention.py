@@ -55,6 +55,24 @@ def sight(kernel: str, segments: jax.Array, order: jax.Array) -> Mask:
   return Reach.of(segments, order) if kernel == "splash" else visible(segments, order, segments, order)
 
 
+def looks(
+  q: jax.Array, k: jax.Array, mask: jax.Array | None, past: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
+  """How much of each key every query takes, f[B,Q,h,K], those of the past first; arguments as of `attend_beside`.
+
+  It is what attention makes of values that each point in a direction of their own.
+  """
+  before = 0 if past is None else past[0].shape[1]
+  ways = jnp.eye(before + k.shape[1])
+  v = jnp.broadcast_to(ways[before:, None], (*k.shape[:3], len(ways)))
+  if past is None:
+    out = attend(q, k, v, mask)
+  else:
+    beside = jnp.broadcast_to(ways[:before, None], (*past[0].shape[:3], len(ways)))
+    out = attend_beside(q, k, v, (past[0], beside), mask)
+  return out.reshape(*q.shape[:3], len(ways))
+
+
 class Attention(nn.Module):
   """Grouped-query attention with rotary positions (Ainslie et al. 2023).
 
@@ -63,6 +81,8 @@ class Attention(nn.Module):
   past: keys and values seen besides x's own. Without `write_at` x is M blocks for each of B rows of the past,
     f[B,P,g,k], and mask is bool[B,M,P] (`attend_beside`). With it they are a buffer whose slots
     [write_at, write_at+S) x's own overwrite, and K = P: decoding with static shapes, few queries and no kernel.
+
+  Whoever asks `apply` for intermediates finds `looks` among them.
   """
 
   heads: int
@@ -109,6 +129,8 @@ class Attention(nn.Module):
         for old, new in zip(past, (k, v), strict=True)
       )
       out = attend(q, k, v, mask)
+    if self.is_mutable_collection("intermediates"):
+      self.sow("intermediates", "looks", looks(q, k, mask, past if write_at is None else None))
     out = checkpoint_name(out, "attention")
     init = scaled_init(self.out_scale)
     return Linear(x.shape[-1], self.out_bias, init, dtype=self.dtype, name="out")(out), (k, v)

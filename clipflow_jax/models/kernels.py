@@ -74,8 +74,8 @@ def attend(
   if mask is not None:
     logits = jnp.where(mask[:, None, :, None], logits, -1e30)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, groups, -1, keys)
-  out = jnp.matmul(weights, v).reshape(b, groups, queries, heads // groups, dim)
-  return out.transpose(0, 2, 1, 3, 4).reshape(b, queries, heads * dim)
+  out = jnp.matmul(weights, v).reshape(b, groups, queries, heads // groups, -1)
+  return out.transpose(0, 2, 1, 3, 4).reshape(b, queries, -1)
 
 
 def attend_beside(
@@ -97,7 +97,7 @@ def attend_beside(
   share = heads // groups
   q = q.reshape(b, m, n, groups, share, dim).transpose(0, 3, 1, 4, 2, 5) * (dim**-0.5)  # [B,g,M,h/g,n,k]
   k = k.reshape(b, m, n, groups, dim).transpose(0, 3, 1, 4, 2)
-  v = v.reshape(b, m, n, groups, dim).transpose(0, 3, 1, 2, 4)
+  v = v.reshape(b, m, n, groups, -1).transpose(0, 3, 1, 2, 4)
   past_k = past[0].transpose(0, 2, 3, 1)
   past_v = past[1].transpose(0, 2, 1, 3)
 
@@ -109,7 +109,7 @@ def attend_beside(
   beside = jnp.where(mask[:, None, :, None, None], product(q, past_k), -1e30)
   weights = jax.nn.softmax(jnp.concatenate([beside, product(q, k)], axis=-1), axis=-1).astype(v.dtype)
   out = (product(weights[..., :length], past_v) + product(weights[..., length:], v)).astype(v.dtype)
-  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, heads * dim)
+  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, -1)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -40,7 +40,9 @@ def remat(body: Callable, policy: str) -> Callable:
 
 
 def scan(body: Callable, layers: int, policy: str, unroll: bool = False) -> Callable:
-  """`body(block, carry, *per layer)` over so many layers, whose parameters are stacked along axis 0, under `remat`."""
-  return nn.scan(
-    remat(body, policy), variable_axes={"params": 0}, split_rngs={"params": True}, length=layers, unroll=unroll
-  )
+  """`body(block, carry, *per layer)` over so many layers, whose parameters are stacked along axis 0, under `remat`.
+
+  So are their intermediates, where a caller of `apply` asks for these.
+  """
+  axes = {"params": 0, "intermediates": 0}
+  return nn.scan(remat(body, policy), variable_axes=axes, split_rngs={"params": True}, length=layers, unroll=unroll)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipflow_jax.models.attention import rotate, visible
-from clipflow_jax.models.kernels import attend
+from clipflow_jax.models.attention import looks, rotate, visible
+from clipflow_jax.models.kernels import attend, attend_beside
 from tests import tiny
 
 RULES = settings(derandomize=True, deadline=None, max_examples=100)
@@ -80,6 +80,32 @@ def test_heads_share_keys_in_groups_of_neighbours(arrays):
 
 def test_a_query_that_sees_nothing_stays_finite(arrays):
   assert np.isfinite(attend(*arrays, np.zeros((2, 5, 7), bool))).all()
+
+
+def taken(looked: jax.Array, v: np.ndarray) -> np.ndarray:
+  """What queries get that take so much of each value, f[B,Q,h*k]: two heads to each value."""
+  return np.einsum("bqhk,bkhd->bqhd", looked, np.repeat(v, 2, axis=2)).reshape(*looked.shape[:2], -1)
+
+
+def test_how_much_a_query_takes_of_each_key_makes_up_what_it_gets(arrays):
+  q, k, v = arrays
+  mask = np.random.default_rng(1).random((2, 5, 7)) < 0.6
+  mask[..., 0] = True
+  looked = looks(q, k, mask)
+  np.testing.assert_allclose(looked.sum(axis=-1), 1, atol=1e-6)
+  assert not np.any(looked.transpose(0, 2, 1, 3)[~np.broadcast_to(mask[:, None], (2, 4, 5, 7))])
+  np.testing.assert_allclose(taken(looked, v), attend(q, k, v, mask), atol=1e-6)
+
+
+def test_a_block_takes_of_the_past_and_of_itself(arrays):
+  q, old_k, old_v = arrays
+  q = np.concatenate([q, q])  # two blocks a row
+  k, v = np.random.default_rng(2).normal(size=(2, 4, 5, 2, 8)).astype(np.float32)
+  mask = np.random.default_rng(3).random((2, 2, 7)) < 0.6
+  looked = looks(q, k, mask, (old_k, old_v))
+  assert looked.shape == (4, 5, 4, 12)
+  both = np.concatenate([np.repeat(old_v, 2, axis=0), v], axis=1)
+  np.testing.assert_allclose(taken(looked, both), attend_beside(q, k, v, (old_k, old_v), mask), atol=1e-6)
 
 
 def vectors(seed: int, slots: int) -> jax.Array:

@@ -137,3 +137,22 @@ def test_the_decoders_output_becomes_pixels(params):
   model = tiny.model()
   pixels = jax.eval_shape(lambda p: model.apply({"params": p}, features, method="pixels"), params)
   assert pixels.shape == (2, tiny.SIZE, tiny.SIZE, 3) and pixels.dtype == jnp.uint8
+
+
+def test_who_asks_for_intermediates_gets_the_attention_of_every_layer_and_the_same_results(params, predicted):
+  model, row = tiny.model(), jax.tree.map(lambda leaf: leaf[:1], BATCH)
+
+  def run(bound: ClipFlow):
+    _, context = bound.read(row, bound.features(row))
+    given = bound.conditioning(context, Place(row.image_segments, row.image_order, row.image_positions))
+    return bound.velocity(X_T[:1], T[:1], given)
+
+  velocity, sown = jax.jit(lambda p: model.apply({"params": p}, method=run, mutable=["intermediates"]))(params)
+  np.testing.assert_allclose(velocity, predicted["x"][1][:1], atol=1e-4)
+  parts = sown["intermediates"]["language_model"]
+  looked = {name: parts[name]["layers"]["attention"]["looks"][0] for name in ("text", "flow_early", "flow")}
+  slots, block = tiny.LENGTH, 4 + tiny.TOKENS
+  assert looked["text"].shape == (2, 1, slots, 2, slots)
+  for name in ("flow_early", "flow"):
+    assert looked[name].shape == (1, tiny.PICTURES, block, 2, slots + block)
+    np.testing.assert_allclose(looked[name].sum(axis=-1), 1, atol=1e-5)
