@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from clipflow_jax import commands
+from clipflow_jax.bench.frame import SUBJECTS
 from clipflow_jax.errors import UserError
 
 
@@ -193,15 +194,15 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(
     commands.bench,
-    "measure this machine: how fast data is read and pictures are made ready, beside the most that it could",
-    "clipflow bench data --json=bench.json",
+    "time a piece of work, beside the most that this machine could and in turns with another program",
+    "clipflow bench generation --peer=torch --json=bench.json",
   )
-  sub.add_argument("subject", choices=["data"])
+  sub.add_argument("subject", choices=SUBJECTS)
+  sub.add_argument("--size", default="cpu", help="of configs/bench.py (default %(default)s)")
+  sub.add_argument("--config", help="time the step of this config instead; --config.any.key=value overrides a key")
   sub.add_argument("--json", type=Path, help="also write the numbers to this file")
-  sub.add_argument("--rounds", type=int, default=5, help="each number is the median of so many (default %(default)d)")
-  sub.add_argument(
-    "--peer", default="", help="also measure this other program: torch (in a checkout, with it installed)"
-  )
+  sub.add_argument("--rounds", type=int, default=5, help="turns that each gets (default %(default)d)")
+  sub.add_argument("--peer", default="", help="another program that does the same: torch (in a checkout, installed)")
 
   sub = command(
     commands.info,

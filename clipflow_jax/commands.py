@@ -231,13 +231,16 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-  from clipflow_jax.data import bench
+  from clipflow_jax.bench import frame, report
 
-  found = bench.run(rounds=options.rounds, peer=options.peer)
-  for name, value in found.items():
-    print(f"{name:40} {value:.4g}")
+  config = load_config(options.config or f"configs/bench.py:{options.subject},size={options.size}", options.overrides)
+  ways = json.loads(config.to_json_best_effort())
+  machine = report.machine()
+  found = frame.run(options.subject, ways.get("ways", {"step": ways}), peer=options.peer, rounds=options.rounds)
+  numbers = {"subject": options.subject, "machine": machine} | report.numbers(found)
+  print(report.table(numbers))
   if options.json:
-    _write_json(options.json, {"subject": options.subject, **found})
+    _write_json(options.json, numbers)
 
 
 def plan(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def stages() -> dict[str, ConfigDict]:
     if not hasattr(module, "get_config"):  # what configs are made of
       continue
     config = module.get_config()
-    if "tasks" in config:  # what is measured, not what is trained
+    if "tasks" in config or "ways" in config:  # what is measured or timed, not what is trained
       continue
     if "order" in config:
       found |= {f"{name}/{stage}": config.stages[stage] for stage in config.order}

@@ -1,19 +1,15 @@
-"""PyTorch's DataLoader on the same pictures: python torch_loader.py FOLDER SIDE WORKERS ROUNDS. Prints one JSON object.
-
-The work is bare Pillow's; a worker is a process. Workers are started before the first round and kept.
-"""
+"""PyTorch's DataLoader on the same pictures. The work is bare Pillow's; a worker is a process, started once."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from clipflow_jax.bench.frame import Work, serve
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -29,16 +25,18 @@ class Pictures(torch.utils.data.Dataset):
     return torch.from_numpy(np.array(pixels))
 
 
-def main(folder: str, side: int, workers: int, rounds: int) -> None:
-  pictures = Pictures(folder, side)
+def make(told: dict[str, Any]) -> Work:
+  pictures = Pictures(told["folder"], told["side"])
+  workers = told["workers"]
   loader = torch.utils.data.DataLoader(pictures, batch_size=32, num_workers=workers, persistent_workers=True)
-  rates = []
-  for _ in range(rounds + 1):
-    begin = time.perf_counter()
-    count = sum(len(batch) for batch in loader)
-    rates.append(count / (time.perf_counter() - begin))
-  print(json.dumps({"images_per_second": statistics.median(rates[1:])}))
+
+  def run() -> None:
+    for _ in loader:
+      pass
+
+  run()
+  return Work(run, {"images": float(len(pictures))}, f"DataLoader, {workers} processes")
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], *map(int, sys.argv[2:5]))
+  serve(make)

@@ -1,0 +1,29 @@
+"""The most that this machine does: of matrix products, and of moving bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipflow_jax.bench.frame import Work
+
+
+def work(told: dict[str, Any]) -> Work:
+  """told: name, "matmul" (one large product of dtype) or "copy" (of an array that no cache holds); dtype."""
+  large = jax.default_backend() != "cpu"
+  if told["name"] == "matmul":
+    size = 8192 if large else 1536
+    a = jnp.ones((size, size), told["dtype"])
+    multiply = jax.jit(jnp.matmul)
+    return Work(
+      lambda: multiply(a, a).block_until_ready(),
+      {"flop": 2.0 * size**3},
+      f"a product of {size} x {size} matrices, {told['dtype']}",
+      device=jax.devices()[0].device_kind,
+    )
+  size = 2**30 if large else 2**26
+  b = jnp.ones(size // 4, jnp.float32)
+  add = jax.jit(lambda x: x + 1)
+  return Work(lambda: add(b).block_until_ready(), {"byte": 2.0 * size}, f"{size // 2**20} MiB read and written")
