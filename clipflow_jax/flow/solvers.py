@@ -70,31 +70,53 @@ def walk(
 
   Raises ValueError for an unknown method or eta without keys.
   """
+  step = _step(v, times, method, eta, keys)
+  x, way = jax.lax.scan(lambda x, i: (step(i, x), x), noise.astype(jnp.float32), jnp.arange(len(times) - 2))
+  return _euler(v, x, times[-2], times[-1]), jnp.concatenate([way, x[None]])
+
+
+def advance(
+  v: Velocity,
+  x: jax.Array,
+  times: jax.Array,
+  first: jax.Array | int,
+  last: jax.Array | int,
+  *,
+  method: str = "euler",
+  eta: float = 0.0,
+  keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """A stretch of a `walk`, for those who look on: from x at times[first] to (x at times[last], clean x as seen there).
+
+  first and last may be traced: one program then serves every stretch of every walk as long as `times`. From the last
+  time above 0 the clean x is where the walk ends.
+  """
+  x = jax.lax.fori_loop(first, last, _step(v, times, method, eta, keys), x.astype(jnp.float32))
+  return x, _euler(v, x, times[last], jnp.zeros_like(times[last]))
+
+
+def _step(
+  v: Velocity, times: jax.Array, method: str, eta: float, keys: jax.Array | None
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """(index, x at its time) -> x at the next one."""
   if method not in _STEPS:
     raise ValueError(f"solver method {method!r} is unknown; choose one of {', '.join(METHODS)}")
   if eta and keys is None:
     raise ValueError("eta > 0 draws fresh noise at each step: pass keys, one per row")
-  x = noise.astype(jnp.float32)
-  step = _STEPS[method]
 
-  def ode(x, now_next):
-    return step(v, x, *now_next), x
+  def ode(index, x):
+    return _STEPS[method](v, x, times[index], times[index + 1])
 
-  def renoise(x, now_next_index):
-    t, s, index = now_next_index
+  def renoise(index, x):
+    t, s = times[index], times[index + 1]
     velocity = v(x, _everywhere(t, x))
     clean = x - t * velocity
     kept = clean + velocity
     drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))(keys)
     fresh = jnp.sqrt(1 - eta**2) * kept + eta * drawn
-    return (1 - s) * clean + s * fresh, x
+    return (1 - s) * clean + s * fresh
 
-  pairs = (times[:-2], times[1:-1])
-  if eta:
-    x, way = jax.lax.scan(renoise, x, (*pairs, jnp.arange(len(times) - 2)))
-  else:
-    x, way = jax.lax.scan(ode, x, pairs)
-  return _euler(v, x, times[-2], times[-1]), jnp.concatenate([way, x[None]])
+  return renoise if eta else ode
 
 
 def start(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

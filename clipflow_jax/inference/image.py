@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import guidance, path, solvers
-from clipflow_jax.models.clipflow import ClipFlow, Place
+from clipflow_jax.models.clipflow import ClipFlow, Conditioning, Place
 from clipflow_jax.models.layers import to_pixels
 
 DECODER_STEPS = 10  # of a flow decoder: given the features little is left to decide
@@ -38,45 +40,103 @@ class Sampling:
       raise UserError(f"sampling guide {self.guide!r} is unknown; choose text, null or early")
 
 
+class Drawing(flax.struct.PyTreeNode):
+  """Rows that are being drawn, and all that the next steps need."""
+
+  x: jax.Array  # f32[B,1,T,C] at the time of `step`
+  step: jax.Array  # i32[]
+  given: Conditioning  # what to draw, and behind it where guided by text or nothing, away from what
+
+
 def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> jax.Array:
-  """Standardised features f32[B,T,C] of B rows.
+  """Standardised features f32[B,T,C] of B rows: where `walk` ends."""
+  return walk(model, params, prompts, empty, keys, sampling)[0]
+
+
+def walk(
+  model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+  """(Standardised features f32[B,T,C] of B rows, x_t f32[steps,B,T,C] on the way there, from noise at t=1).
 
   prompts: rows whose first picture is the target; empty: so without text; keys key[B]. A row's picture is a function of
   its prompt and key alone. Pure; jit it with model and sampling closed over.
   """
-  rows = prompts.tokens.shape[0]
-  by_text = sampling.guide == "text" and sampling.guidance != 1.0
-  batch = jax.tree.map(lambda *x: jnp.concatenate(x), prompts, empty) if by_text else prompts
 
-  def run(bound: ClipFlow) -> jax.Array:
-    _, context = bound.read(batch, None)
-    place = Place(batch.image_segments[:, :1], batch.image_order[:, :1], batch.image_positions[:, :1])
-    given = bound.conditioning(context, place)
-    if sampling.guide == "null" and sampling.guidance != 1.0:
-      if isinstance(given, tuple):
-        raise UserError('sampling guide "null" is of a separate drawer, which this model has not; choose text or early')
-      given = jnp.concatenate([given, jnp.zeros_like(given)])
-
-    def pair(x_t, t):
-      if sampling.guide == "early":
-        return bound.predict(x_t, t, given)
-      both = bound.velocity(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), given)
-      return both[:rows], both[rows:]
-
-    if sampling.guidance == 1.0:
-
-      def velocity(x_t, t):
-        return bound.velocity(x_t, t, given)
-
-    else:
-      rule = guidance.internal if sampling.guide == "early" else guidance.classifier_free
-      velocity = rule(pair, sampling.guidance, sampling.interval)
+  def run(bound: ClipFlow) -> tuple[jax.Array, jax.Array]:
+    velocity = _velocity(bound, _given(bound, prompts, empty, sampling), sampling, sampling.guidance)
     noise = solvers.start(keys, (1, *bound.feature_shape))
     times = path.grid(sampling.steps, bound.alpha)
-    x = solvers.solve(velocity, noise, times, method=sampling.method, eta=sampling.eta, keys=keys)
-    return x[:, 0]
+    end, way = solvers.walk(velocity, noise, times, method=sampling.method, eta=sampling.eta, keys=keys)
+    return end[:, 0], way[:, :, 0]
 
   return model.apply({"params": params}, method=run)
+
+
+def begin(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> Drawing:
+  """What `draw` begins with; arguments as there."""
+
+  def run(bound: ClipFlow) -> Drawing:
+    noise = solvers.start(keys, (1, *bound.feature_shape))
+    return Drawing(noise, jnp.int32(0), _given(bound, prompts, empty, sampling))
+
+  return model.apply({"params": params}, method=run)
+
+
+def go_on(
+  model: ClipFlow,
+  params,
+  drawing: Drawing,
+  keys: jax.Array,
+  times: jax.Array,
+  last: jax.Array,
+  scale: jax.Array,
+  *,
+  sampling: Sampling,
+) -> tuple[Drawing, jax.Array]:
+  """Draws on to times[last]: also the features f32[B,T,C] as they are foreseen there, from the last time above 0 drawn.
+
+  times: as `path.grid` makes them, with any number of zeros behind; scale: of the guidance, in the place of
+  sampling's, unless that is 1, which is none. So one program serves every number of steps and every guidance.
+  """
+
+  def run(bound: ClipFlow) -> tuple[Drawing, jax.Array]:
+    velocity = _velocity(bound, drawing.given, sampling, scale)
+    how = dict(method=sampling.method, eta=sampling.eta, keys=keys)
+    x, clean = solvers.advance(velocity, drawing.x, times, drawing.step, last, **how)
+    return drawing.replace(x=x, step=last), clean[:, 0]
+
+  return model.apply({"params": params}, method=run)
+
+
+def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) -> Conditioning:
+  by_text = sampling.guide == "text" and sampling.guidance != 1.0
+  batch = jax.tree.map(lambda *x: jnp.concatenate(x), prompts, empty) if by_text else prompts
+  _, context = bound.read(batch, None)
+  place = Place(batch.image_segments[:, :1], batch.image_order[:, :1], batch.image_positions[:, :1])
+  given = bound.conditioning(context, place)
+  if sampling.guide == "null" and sampling.guidance != 1.0:
+    if isinstance(given, tuple):
+      raise UserError('sampling guide "null" is of a separate drawer, which this model has not; choose text or early')
+    given = jnp.concatenate([given, jnp.zeros_like(given)])
+  return given
+
+
+def _velocity(
+  bound: ClipFlow, given: Conditioning, sampling: Sampling, scale: jax.Array | float
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Guided at this scale, or not at all where sampling's is 1."""
+  if sampling.guidance == 1.0:
+    return lambda x_t, t: bound.velocity(x_t, t, given)
+
+  def pair(x_t, t):
+    if sampling.guide == "early":
+      return bound.predict(x_t, t, given)
+    both = bound.velocity(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), given)
+    rows = x_t.shape[0]
+    return both[:rows], both[rows:]
+
+  rule = guidance.internal if sampling.guide == "early" else guidance.classifier_free
+  return rule(pair, scale, sampling.interval)
 
 
 def decode(model: ClipFlow, params, features: jax.Array, keys: jax.Array) -> jax.Array:

@@ -116,3 +116,18 @@ def test_solving_keeps_nothing_of_the_way(noise: jax.Array, keys: jax.Array):
     return run.lower(noise).compile().memory_analysis().temp_size_in_bytes
 
   assert memory(64) - memory(4) < noise.nbytes
+
+
+@pytest.mark.parametrize("method, eta", [("heun", 0.0), ("euler", 1.0)])
+def test_a_walk_in_stretches_ends_where_the_whole_one_does(method: str, eta: float, noise: jax.Array, keys: jax.Array):
+  times = path.grid(5, 2.0)
+  how = dict(method=method, eta=eta, keys=keys)
+  advance = jax.jit(functools.partial(solvers.advance, exact_velocity, **how))
+  end, way = solvers.walk(exact_velocity, noise, times, **how)
+  x, foreseen = noise, []
+  for first, last in [(0, 0), (0, 2), (2, 4)]:
+    x, clean = advance(x, jnp.pad(times, (0, 3)), first, last)  # of more times than the walk has
+    np.testing.assert_allclose(x, way[last], atol=1e-5)
+    foreseen.append(float(jnp.abs(clean - end).mean()))
+  np.testing.assert_allclose(clean, end, atol=1e-5)
+  assert min(foreseen[:-1]) > 0.01 and advance._cache_size() == 1
