@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -35,14 +36,17 @@ KINDS: dict[str, type] = {
 
 
 def make(config: Mapping[str, Any], split: str) -> Source:
-  """The source that `config.kind` names; the other keys are the fields of its class. "tfds:NAME" also says its name."""
+  """The source that `config.kind` names; the other keys are the fields of its class.
+
+  kind: of KINDS ("tfds:NAME" also says its name), or "module:Class" of your own: a dataclass that is a Source, with a
+  field `split`. UserError for a kind or settings that are not there.
+  """
   options = dict(config)
   kind = options.pop("kind", None)
   if str(kind).startswith("tfds:"):
     kind, options["name"] = kind.split(":", 1)
-  if kind not in KINDS:
-    raise UserError(f"data.kind is {kind!r}: choose one of {', '.join(KINDS)}")
-  settings = {field.name: field for field in dataclasses.fields(KINDS[kind]) if field.init}
+  found = KINDS[kind] if kind in KINDS else _own(kind)
+  settings = {field.name: field for field in dataclasses.fields(found) if field.init}
   del settings["split"]
   unknown = sorted(options.keys() - settings.keys())
   if unknown:
@@ -52,4 +56,19 @@ def make(config: Mapping[str, Any], split: str) -> Source:
       raise UserError(f"data.{name} is missing: {kind!r} data needs it")
     if isinstance(field.default, int | float) and not isinstance(options.get(name, 0), int | float):
       raise UserError(f"data.{name} is {options[name]!r}: give a number")
-  return KINDS[kind](split=split, **options)
+  return found(split=split, **options)
+
+
+def _own(kind: Any) -> type:
+  """The class that "module:Class" names."""
+  if ":" not in str(kind):
+    raise UserError(f"data.kind is {kind!r}: choose one of {', '.join(KINDS)}, or name your own class as module:Class")
+  try:
+    found = pkgutil.resolve_name(kind)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise UserError(
+      f"data.kind is {kind!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
+    ) from error
+  if not dataclasses.is_dataclass(found) or "split" not in {field.name for field in dataclasses.fields(found)}:
+    raise UserError(f"data.kind is {kind!r}, which is no source: make it a dataclass with a field `split`")
+  return found

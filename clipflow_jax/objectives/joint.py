@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,13 @@ NAMES = ("contrastive", "caption", "readout", "language", "flow", "pixels")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """weights: name -> weight, of NAMES. The other fields are those objectives' own settings."""
+  """weights: name -> weight, of NAMES and `own`. The other fields are those objectives' own settings.
+
+  own: name -> "module:function" of an objective of yours, (bound model, batch, key[B]) -> each row's loss f32[B].
+  """
 
   weights: dict[str, float]
+  own: dict[str, str] = dataclasses.field(default_factory=dict)
   levels: int = 1
   early: float = 0.0
   targets: int = 0
@@ -32,11 +38,22 @@ class Objective:
   contrastive_chunk: int = 0  # texts that the batch's images are compared with at once (0: all)
 
   def __post_init__(self):
-    unknown = set(self.weights) - set(NAMES)
+    unknown = set(self.weights) - set(NAMES) - set(self.own)
     if unknown or not any(self.weights.values()):
-      raise ValueError(
-        f"objective weights {dict(self.weights)} must name at least one of {', '.join(NAMES)}, and no other"
-      )
+      known = ", ".join((*NAMES, *self.own))
+      raise ValueError(f"objective weights {dict(self.weights)} must name at least one of {known}, and no other")
+    for name in self.own:
+      if name in NAMES or "_" in name:
+        raise UserError(f"objective.own.{name}: choose a name without underscore that is none of {', '.join(NAMES)}")
+      self._of_own(name)
+
+  def _of_own(self, name: str) -> Callable[[ClipFlow, Batch, jax.Array], jax.Array]:
+    try:
+      return pkgutil.resolve_name(self.own[name])
+    except (ImportError, AttributeError, ValueError) as error:
+      raise UserError(
+        f"objective.own.{name} is {self.own[name]!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
+      ) from error
 
   def counts(self, batch: Batch) -> dict[str, jax.Array]:
     """How many things each sum of `sums` adds up in this batch, at least 1."""
@@ -45,12 +62,13 @@ class Objective:
     counts = {"contrastive": rows, "caption": words, "readout": rows, "language": words}
     counts["flow"] = flow.count(batch, self.targets)
     counts["pixels"] = (batch.image_roles > 0).sum()
+    counts |= dict.fromkeys(self.own, rows)
     return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in counts.items()}
 
   def sums(self, model: ClipFlow, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
     """Each objective's sum over the batch, and its metrics' (objective_metric). model: bound; keys key[B]."""
     on = {name for name, weight in self.weights.items() if weight}
-    if batch.images is None and (blind := sorted(on - {"language", "flow"})):
+    if batch.images is None and (blind := sorted(on - {"language", "flow", *self.own})):
       raise UserError(f"objective.weights: {', '.join(blind)} need pictures, and data.features has none; unset one")
     sums: dict[str, jax.Array] = {}
     if on & {"contrastive", "caption", "readout"}:
@@ -98,6 +116,8 @@ class Objective:
         noise=self.decoder_noise,
         edges=self.decoder_edges,
       )
+    for name in sorted(on & set(self.own)):
+      sums[name] = self._of_own(name)(model, batch, keys).sum()
     return sums
 
   def loss(self, sums: dict[str, jax.Array], counts: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
