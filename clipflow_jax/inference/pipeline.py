@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,15 @@ from clipflow_jax.training.state import Params, merge
 Message = dict[
   str, Any
 ]  # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """What has been written so far. finish: "stop", the model ended it; "length", it may be no longer; "", it goes on."""
+
+  text: str
+  tokens: int
+  finish: str
 
 
 class ClipFlow:
@@ -66,11 +74,11 @@ class ClipFlow:
     prompts: Sequence[str],
     steps: int | None = None,
     guidance: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     best_of: int = 1,
     judge: str = "caption",
   ) -> np.ndarray:
-    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything. best_of, judge: as in `draw_features`."""
+    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything. seed, best_of, judge: as `draw_features`."""
     return self.decode(self.draw_features(prompts, steps, guidance, seed, best_of, judge), seed)
 
   def draw_unconditional(
@@ -84,12 +92,13 @@ class ClipFlow:
     prompts: Sequence[str],
     steps: int | None = None,
     guidance: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     best_of: int = 1,
     judge: str = "caption",
   ) -> np.ndarray:
     """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read.
 
+    seed: one for all, which then differ by their places, or one for each, which is then drawn as with it alone.
     best_of: so many candidates of each are drawn, of which one of `rerank.JUDGES` chooses.
     """
     self._need("flow expert", "draw")
@@ -109,20 +118,20 @@ class ClipFlow:
     both = self._rows([self._drawn(prompt) for prompt in (*prompts, "")])
     rows, empty = jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
 
-    def run(params, rows, keys, empty):
-      empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (keys.shape[0], *x.shape[1:])), empty)
-      return image.draw(self.model, params, rows, empty, keys, sampling)
+    def run(params, rows, seeds, empty):
+      empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (len(seeds), *x.shape[1:])), empty)
+      return image.draw(self.model, params, rows, empty, _keys(seeds), sampling)
 
-    return self._batched(("draw", sampling), run, (rows, self._keys(len(prompts), seed)), empty)
+    return self._batched(("draw", sampling), run, (rows, self._seeds(len(prompts), seed)), empty)
 
-  def decode(self, features: np.ndarray, seed: int = 0) -> np.ndarray:
+  def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""
     self._need("pixel decoder", "decode")
 
-    def run(params, features, keys):
-      return image.decode(self.model, params, features, keys)
+    def run(params, features, seeds):
+      return image.decode(self.model, params, features, _keys(seeds))
 
-    return self._batched(("decode",), run, (np.asarray(features), self._keys(len(features), seed)))
+    return self._batched(("decode",), run, (np.asarray(features), self._seeds(len(features), seed)))
 
   # Reading.
 
@@ -145,6 +154,62 @@ class ClipFlow:
   def chat(self, messages: list[Message]) -> str:
     """The assistant's next words after messages in the usual form, pictures among them as u8[H,W,3] or PIL images."""
     self._need("transformer", "chat")
+    return self._write([self._conversation(messages)])[0]
+
+  def stream(
+    self,
+    talks: Sequence[list[Message]],
+    *,
+    new: Sequence[int],
+    temperature: Sequence[float],
+    seeds: Sequence[int],
+    every: int = 8,
+  ) -> Iterator[list[Written]]:
+    """Goes on with conversations side by side: yields what is written in each, every few words, until all are finished.
+
+    talks: each as in `chat`. new: words at most; temperature: 0 for the likeliest words; seeds: of each. What is
+    written is a function of these alone, whatever is beside it. A character of which a part is missing is held back.
+    """
+    self._need("transformer", "chat")
+    n = len(talks)
+    part = np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+    rows = self._rows([self._conversation(talks[i]) for i in part], prompt=True)
+    heat, noise = np.asarray(temperature, np.float32)[part], self._seeds(n, seeds)[part]
+    room = every << (-(-max(new) // every) - 1).bit_length()  # few lengths, so that few programs are compiled
+    end = self.tokenizer.end
+
+    def begin(params, rows, heat, noise):
+      features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
+      return text.begin(self.model, params, rows, features, room=room, choose=text.sampled(heat, _keys(noise)))
+
+    def go_on(params, writing, heat, noise):
+      return text.go_on(self.model, params, writing, new=every, end=end, choose=text.sampled(heat, _keys(noise)))
+
+    begin = self._compiled.setdefault(("begin", room), jax.jit(begin))
+    go_on = self._compiled.setdefault(("go_on", every), jax.jit(go_on, donate_argnums=1))
+    writing = begin(self.params, rows, heat, noise)
+    words = np.zeros((len(part), 0), np.int32)
+    written: list[Written] = []
+    while not written or not all(one.finish for one in written):
+      writing, more = go_on(self.params, writing, heat, noise)
+      words = np.concatenate([words, more], axis=1)
+      written = [self._written(ids.tolist(), limit) for ids, limit in zip(words, new)]
+      yield written
+
+  def _written(self, ids: list[int], limit: int) -> Written:
+    end = self.tokenizer.end
+    tokens = min(ids.index(end) if end in ids else len(ids), limit)
+    finish = "length" if tokens == limit else "stop" if end in ids else ""
+    words = self.tokenizer.decode(ids[:tokens])
+    return Written(words if finish else words.rstrip("\N{REPLACEMENT CHARACTER}"), tokens, finish)
+
+  def slots(self, asked: list[Message] | str) -> int:
+    """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError where it does not fit."""
+    if isinstance(asked, str):
+      return int(self._rows([self._drawn(asked)]).segments.sum())
+    return int(self._rows([self._conversation(asked)], prompt=True).segments.sum())
+
+  def _conversation(self, messages: list[Message]) -> Conversation:
     turns, pictures = [], []
     for message in messages:
       content = message["content"]
@@ -157,7 +222,7 @@ class ClipFlow:
       turns.append((message["role"], words))
     empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
     images = np.stack(pictures) if pictures else empty
-    return self._write([Conversation(tuple(turns), images, (1,) * len(pictures))])[0]
+    return Conversation(tuple(turns), images, (1,) * len(pictures))
 
   def likelihood(
     self,
@@ -255,8 +320,12 @@ class ClipFlow:
     layout = dataclasses.replace(layout, length=min(limit, -(-longest // 16) * 16))
     return sequence.stack([sequence.pack([example], layout) for example in examples])
 
-  def _keys(self, n: int, seed: int) -> jax.Array:
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(n))
+  def _seeds(self, n: int, seed: int | Sequence[int]) -> np.ndarray:
+    """u32[n,2]: the seed and the place that are each item's noise."""
+    seeds, places = ([seed] * n, range(n)) if isinstance(seed, int) else (seed, [0] * n)
+    if len(seeds) != n:
+      raise UserError(f"{len(seeds)} seeds for {n} items; give one for all, or one for each")
+    return np.stack([np.asarray(seeds, np.int64), np.asarray(places)], axis=1).astype(np.uint32)
 
   def _images(self, images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
@@ -299,3 +368,8 @@ class ClipFlow:
     if not outputs:
       raise UserError("nothing to do: the list is empty")
     return np.concatenate(outputs)
+
+
+def _keys(seeds: jax.Array) -> jax.Array:
+  """key[N] of seeds and places u32[N,2]."""
+  return jax.vmap(lambda one: jax.random.fold_in(jax.random.key(one[0]), one[1]))(seeds)

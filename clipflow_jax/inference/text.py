@@ -2,50 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import Batch
 from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.models.transformer import Context
+
+Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (logits f32[B,V], place of the word i32[B]) -> words i32[B]
 
 
-def generate(model: ClipFlow, params, prompts: Batch, features: jax.Array | None, *, new: int, end: int) -> jax.Array:
-  """Greedy continuation i32[B,new] of B prompts, `end` once a row has ended; features f32[B,N,T,C] of their pictures.
+class Writing(flax.struct.PyTreeNode):
+  """Rows that are being written: all that the next words need."""
 
-  Pure; jit it with model, new and end closed over. The loop stops when all rows have ended.
+  token: jax.Array  # i32[B] chosen, but not yet written
+  slot: jax.Array  # i32[] where in the context's buffer it goes
+  position: jax.Array  # i32[B] its rotary time
+  context: Context  # with room for what will be written
+
+
+def greedy(logits: jax.Array, position: jax.Array) -> jax.Array:
+  """The likeliest words."""
+  return logits.argmax(axis=-1).astype(jnp.int32)
+
+
+def sampled(temperature: jax.Array, keys: jax.Array) -> Choose:
+  """Words drawn from softmax(logits / temperature f32[B]), the likeliest ones at 0, by Gumbel's maximum.
+
+  A word is a function of its row's text and key (keys key[B]) alone.
   """
+
+  def choose(logits: jax.Array, position: jax.Array) -> jax.Array:
+    noise = jax.vmap(lambda key, at: jax.random.gumbel(jax.random.fold_in(key, at), logits.shape[1:]))(keys, position)
+    return (logits + temperature[:, None] * noise).argmax(axis=-1).astype(jnp.int32)
+
+  return choose
+
+
+def begin(
+  model: ClipFlow, params, prompts: Batch, features: jax.Array | None, *, room: int, choose: Choose = greedy
+) -> Writing:
+  """Reads B prompts, features f32[B,N,T,C] of their pictures, and makes room for so many words behind them."""
   rows, length = prompts.tokens.shape
 
-  def run(bound: ClipFlow) -> jax.Array:
+  def run(bound: ClipFlow) -> Writing:
     hidden, context = bound.read(prompts, features)
     valid = prompts.segments > 0
     count = valid.sum(axis=1)
     logits = bound.logits(jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1))[:, 0]
     # New words go behind the prompt's padding; segment and order say what sees what, wherever a slot lies.
-    first_order = jnp.where(valid, prompts.order, -1).max(axis=1) + 1
-    first_position = jnp.where(valid[..., None], prompts.positions, -1).max(axis=(1, 2)) + 1
-    ahead = jnp.arange(new, dtype=jnp.int32)
-    room = [(0, 0), (0, 0), (0, new), (0, 0), (0, 0)]
+    order = jnp.where(valid, prompts.order, -1).max(axis=1) + 1
+    position = jnp.where(valid[..., None], prompts.positions, -1).max(axis=(1, 2)) + 1
+    grown = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
     context = context.replace(
-      keys=jnp.pad(context.keys, room),
-      values=jnp.pad(context.values, room),
-      segments=jnp.concatenate([prompts.segments, jnp.ones((rows, new), jnp.int32)], axis=1),
-      order=jnp.concatenate([prompts.order, first_order[:, None] + ahead], axis=1),
+      keys=jnp.pad(context.keys, grown),
+      values=jnp.pad(context.values, grown),
+      segments=jnp.concatenate([prompts.segments, jnp.ones((rows, room), jnp.int32)], axis=1),
+      order=jnp.concatenate([prompts.order, order[:, None] + jnp.arange(room, dtype=jnp.int32)], axis=1),
     )
-
-    def going(carry):
-      i, token, *_ = carry
-      return (i < new) & jnp.any(token != end)
-
-    def write(carry):
-      i, token, written, context = carry
-      written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], i, axis=1)
-      logits, context = bound.extend(token[:, None], (first_position + i)[:, None], context, length + i)
-      following = logits[:, 0].argmax(axis=-1).astype(jnp.int32)
-      return i + 1, jnp.where(token == end, end, following), written, context
-
-    first = logits.argmax(axis=-1).astype(jnp.int32)
-    start = (jnp.int32(0), first, jnp.full((rows, new), end, jnp.int32), context)
-    return jax.lax.while_loop(going, write, start)[2]
+    return Writing(choose(logits, position), jnp.int32(length), position, context)
 
   return model.apply({"params": params}, method=run)
+
+
+def go_on(
+  model: ClipFlow, params, writing: Writing, *, new: int, end: int, choose: Choose = greedy
+) -> tuple[Writing, jax.Array]:
+  """The next words i32[B,new], `end` once a row has ended. The loop stops when all rows have."""
+  rows = writing.token.shape[0]
+
+  def run(bound: ClipFlow) -> tuple[Writing, jax.Array]:
+    def going(carry):
+      i, now, _ = carry
+      return (i < new) & jnp.any(now.token != end)
+
+    def write(carry):
+      i, now, written = carry
+      written = jax.lax.dynamic_update_slice_in_dim(written, now.token[:, None], i, axis=1)
+      logits, context = bound.extend(now.token[:, None], now.position[:, None], now.context, now.slot)
+      following = choose(logits[:, 0], now.position + 1)
+      token = jnp.where(now.token == end, end, following)
+      return i + 1, Writing(token, now.slot + 1, now.position + 1, context), written
+
+    start = (jnp.int32(0), writing, jnp.full((rows, new), end, jnp.int32))
+    return jax.lax.while_loop(going, write, start)[1:]
+
+  return model.apply({"params": params}, method=run)
+
+
+def generate(model: ClipFlow, params, prompts: Batch, features: jax.Array | None, *, new: int, end: int) -> jax.Array:
+  """Greedy continuation i32[B,new] of B prompts, `end` once a row has ended; features f32[B,N,T,C] of their pictures.
+
+  Pure; jit it with model, new and end closed over.
+  """
+  return go_on(model, params, begin(model, params, prompts, features, room=new), new=new, end=end)[1]
