@@ -36,8 +36,8 @@ UNDERSTANDING = dict(
   coco_captions=dict(kind="captions", data="", n=0),
   vqav2=dict(kind="questions", measure="soft", data="", n=0, suffix=SHORT),
   pope=dict(kind="yes_no", data="", n=0, suffix=SHORT),
-  mmbench=dict(kind="choices", by="letter", data="", n=0),
-  seed=dict(kind="choices", by="words", data="", n=0),
+  mmbench=dict(kind="choices", by="letter", circular=True, data="", n=0),
+  seed=dict(kind="choices", by="words", circular=False, data="", n=0),
   docvqa=dict(kind="questions", measure="anls", data="", n=0, suffix=SHORT),
 )
 

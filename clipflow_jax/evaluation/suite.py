@@ -215,11 +215,11 @@ def yes_no(run, name, *, data: str = "", suffix: str = "", n: int = 0):
   return _ask(run, name, asked, lambda: vqa.YesNo(run.model, suffix), data=data, suffix=suffix)
 
 
-def choices(run, name, *, data: str, by: str = "letter", n: int = 0):
-  """Multiple choice by the likelihood of its letters or of its words."""
+def choices(run, name, *, data: str, by: str = "letter", circular: bool = False, n: int = 0):
+  """Multiple choice by the likelihood of its letters or of its words, circular: with each choice first."""
   asked = _items(run, data, "", n)
-  scorer = vqa.Chooser(run.model, by)
-  return _ask(run, name, asked, lambda: scorer, data=data, by=by)
+  scorer = vqa.Chooser(run.model, by, circular)
+  return _ask(run, name, asked, lambda: scorer, data=data, by=by, circular=circular)
 
 
 def drawn(

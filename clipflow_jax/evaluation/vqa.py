@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,18 +62,34 @@ class Chooser:
   """Multiple choice by likelihood: of each choice's words, or by=letter of its letter under a list of the choices.
 
   accuracy takes the likeliest choice; accuracy_per_token divides by its number of tokens (SEED-Bench's way), which for
-  letters is the same. An item's answer is the choice's words or its letter.
+  letters is the same. An item's answer is the choice's words or its letter. circular: each item is asked once with each
+  choice first, and counts where all of them are answered rightly (Liu et al. 2023, MMBench's CircularEval).
   """
 
   summary = staticmethod(tasks.means)
   HOW = ("words", "letter")
 
-  def __init__(self, model: ClipFlow, by: str = "words"):
+  def __init__(self, model: ClipFlow, by: str = "words", circular: bool = False):
     if by not in self.HOW:
       raise UserError(f"choices are compared by {' or '.join(self.HOW)}, not by {by!r}")
-    self.model, self.by = model, by
+    if circular and by == "words":
+      raise UserError("circular asks with each choice first, which words alone do not show; set by=letter")
+    self.model, self.by, self.circular = model, by, circular
 
   def score(self, items: Sequence[Item]) -> list[Answer]:
+    turned = [list(_turned(item) if self.circular else [item]) for item in items]
+    answers = self._each([item for turns in turned for item in turns])
+    made, start = [], 0
+    for turns in turned:
+      own = answers[start : start + len(turns)]
+      scores = {name: min(one.scores[name] for one in own) for name in own[0].scores}
+      # Of several, the first that is wrong says what went wrong.
+      told = min(own, key=lambda one: one.scores["accuracy"])
+      made.append(Answer(scores, told.written, told.truth))
+      start += len(turns)
+    return made
+
+  def _each(self, items: Sequence[Item]) -> list[Answer]:
     truths = [_choice(item) for item in items]
     asked: list[str] = []
     answers: list[str] = []
@@ -184,6 +201,13 @@ def _choice(item: Item) -> int:
   if len(answer) == 1 and answer in LETTERS[: len(item.choices)]:
     return LETTERS.index(answer)
   raise UserError(f"item {item.id} is answered by {answer!r}, which is none of its choices, nor the letter of one")
+
+
+def _turned(item: Item) -> Iterator[Item]:
+  """The item with each of its choices first, the others behind it in their order."""
+  right = item.choices[_choice(item)]
+  for first in range(len(item.choices)):
+    yield dataclasses.replace(item, choices=item.choices[first:] + item.choices[:first], answers=(right,))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 
 import numpy as np
@@ -311,6 +312,24 @@ def test_choices_are_compared_by_their_letters():
   assert [answer.written for answer in answers] == ["horse", "an"]  # all letters are alike: the first
 
 
+def test_asked_circularly_an_item_counts_where_it_is_right_whichever_choice_is_first():
+  class Knows:
+    """Answers by the letter of the word that it knows; of what it does not know, by A."""
+
+    image_size = 2
+
+    def likelihood(self, questions, answers, images):
+      right = [re.search(r"(\w)\. cat", question) for question in questions]
+      likes = [float(answer == (found[1] if found else "A")) for answer, found in zip(answers, right, strict=True)]
+      return types.SimpleNamespace(log_p=np.array(likes), tokens=np.ones(len(answers)))
+
+  asked = [CHOICES[0], Item("2", picture("red"), "which?", ("an",), ("an", "elephant", "dog"))]
+  plain, circular = (vqa.Chooser(Knows(), "letter", circular).score(asked) for circular in (False, True))
+  assert [answer.scores["accuracy"] for answer in plain] == [1, 1]
+  assert [answer.scores["accuracy"] for answer in circular] == [1, 0]
+  assert (circular[1].written, circular[1].truth) == ("elephant", "an")
+
+
 @pytest.mark.parametrize(
   ("item", "says"),
   [
@@ -323,6 +342,8 @@ def test_choices_that_cannot_be_scored_are_told(item, says):
     vqa.Chooser(Chooser()).score([item])
   with pytest.raises(UserError, match="words or letter, not by 'number'"):
     vqa.Chooser(Chooser(), by="number")
+  with pytest.raises(UserError, match="set by=letter"):
+    vqa.Chooser(Chooser(), circular=True)
 
 
 def test_a_question_without_an_answer_is_told():
