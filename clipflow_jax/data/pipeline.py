@@ -180,31 +180,40 @@ class Pipeline:
       return packed.map(lambda row: sequence.finish(row, self.layout))
 
     parts = {shard: rows(shard).batch(self.batch_size // self.shards, batch_fn=sequence.stack) for shard in shards}
-    return Batches({shard: iter(part) for shard, part in parts.items()}, self.shards)
+    records = {part.name: len(part.source) for part in self.parts}
+    return Batches({shard: iter(part) for shard, part in parts.items()}, self.shards, records)
 
 
 class Batches(Iterator[Batch]):
   """An endless stream of numpy Batches of some shards, one shard's rows behind the other's."""
 
-  def __init__(self, parts: dict[int, grain.DatasetIterator], count: int):
-    """parts: {shard: its part of every batch}, of `count` shards in all."""
+  def __init__(self, parts: dict[int, grain.DatasetIterator], count: int, records: dict[str, int]):
+    """parts: {shard: its part of every batch}, of `count` shards in all. records: {source: how many it has}."""
     self._parts, self._count = dict(sorted(parts.items())), count
+    self._records = {f"records of {name}": number for name, number in records.items()}
 
   def __next__(self) -> Batch:
     parts = [next(part) for part in self._parts.values()]
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
   def get_state(self) -> dict[str, Any]:
-    """{shard: where it stands}: JSON, of the shards that are made here. Moves nothing."""
-    return {f"{shard} of {self._count}": part.get_state() for shard, part in self._parts.items()}
+    """{shard: where it stands}: JSON, of the shards that are made here, and what they are made of. Moves nothing."""
+    return self._records | {f"{shard} of {self._count}": part.get_state() for shard, part in self._parts.items()}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes where `state`, of all shards, says. UserError when it is of another number of shards."""
+    """Goes where `state`, of all shards, says. UserError when it is of another number of shards, or of records."""
+    for name, number in self._records.items():
+      if state.get(name, number) != number:
+        raise UserError(
+          f"the checkpoint's run has {state[name]} {name}, which now has {number}: in which order they come depends on "
+          "it. Bring back what it had, or begin another workdir from this one by init_from"
+        )
     for shard, part in self._parts.items():
       name = f"{shard} of {self._count}"
       if name not in state:
+        there = ", ".join(sorted(state.keys() - self._records)[:3])
         raise UserError(
-          f"the checkpoint's data has the shards {', '.join(list(state)[:3])}, ..., but not {name}: "
+          f"the checkpoint's data has the shards {there}, ..., but not {name}: "
           "set data.shards to what the run began with, or use another workdir"
         )
       part.set_state(state[name])

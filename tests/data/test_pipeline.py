@@ -32,8 +32,10 @@ PACKED = Layout(length=160, images=3, grid=3)
 class Constant:
   """The same two captions under every index."""
 
+  count: int = 1000
+
   def __len__(self) -> int:
-    return 1000
+    return self.count
 
   def __getitem__(self, i: int) -> Example:
     return Example(str(i), np.full((24, 24, 3), i % 256, np.uint8), ("one", "two"), "all", (("how?", "so"),))
@@ -276,6 +278,16 @@ def test_another_number_of_shards_is_another_stream_and_is_refused(chat):
   first, second = (stream(make(chat, shards=shards)) for shards in (2, 4))
   with pytest.raises(UserError, match=r"has the shards 0 of 2, 1 of 2, ..., but not 0 of 4: set data.shards"):
     second.set_state(first.get_state())
+
+
+def test_a_source_that_has_lost_or_gained_records_since_is_refused(chat):
+  def of(count: int):
+    return stream(make(chat, source=Constant(count), tasks={"caption": 1.0}))
+
+  state = of(12).get_state()
+  of(12).set_state(state)  # as it was
+  with pytest.raises(UserError, match=r"run has 12 records of data.source, which now has 11: in which order"):
+    of(11).set_state(state)
 
 
 @pytest.mark.parametrize("shards", [0, 3, 8])
