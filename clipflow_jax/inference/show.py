@@ -1,4 +1,8 @@
-"""Pictures of pictures: contact sheets, rows to compare, training curves."""
+"""Pictures and plots: contact sheets, rows to compare, curves, maps over pictures, attention.
+
+Contact sheets are PIL images, plots are matplotlib figures without pyplot: no window, no global state. Notebooks,
+reports and samples are made of the same functions.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +67,9 @@ def curves(rows: Iterable[Mapping], names: Sequence[str]) -> Figure:
   rows: the objects of metrics.jsonl (`step`, `stage`, scalars); names: the metrics to plot. A panel without
   values stays empty, because stages differ in scale and in what they measure.
   """
-  from matplotlib.figure import Figure  # not pyplot: no window, no global state, Agg when saved
-
   rows = list(rows)
   stages = list(dict.fromkeys(row["stage"] for row in rows if any(name in row for name in names))) or [""]
-  figure = Figure(figsize=(3.2 * len(stages), 2.4 * max(1, len(names))), layout="constrained")
+  figure = _figure(3.2 * len(stages), 2.4 * max(1, len(names)))
   panels = figure.subplots(max(1, len(names)), len(stages), squeeze=False)
   for line, name in zip(panels, names, strict=False):
     for panel, stage in zip(line, stages, strict=True):
@@ -82,6 +84,111 @@ def curves(rows: Iterable[Mapping], names: Sequence[str]) -> Figure:
   return figure
 
 
+def lines(
+  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  x: str,
+  y: str,
+  *,
+  log_x: bool = False,
+  log_y: bool = False,
+) -> Figure:
+  """Curves in one panel. curves: label -> (abscissae, ordinates); x, y: what the axes say."""
+  figure = _figure(6.0, 3.2)
+  panel = figure.subplots()
+  for label, (at, values) in curves.items():
+    panel.plot(at, values, marker="o", markersize=3, label=label)
+  panel.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+  panel.grid(alpha=0.3)
+  panel.legend(fontsize=8)
+  return figure
+
+
+def bars(
+  parts: Mapping[str, Sequence[float]], places: Sequence[str], y: str, limits: Mapping[str, float] | None = None
+) -> Figure:
+  """Stacked bars. parts: label -> a height at each of the places; limits: label -> a height to draw a line at."""
+  figure = _figure(max(5.0, 0.55 * len(places)), 3.2)
+  panel = figure.subplots()
+  at, bottom = np.arange(len(places)), np.zeros(len(places))
+  for label, heights in parts.items():
+    panel.bar(at, heights, bottom=bottom, label=label)
+    bottom = bottom + np.asarray(heights)
+  for label, height in (limits or {}).items():
+    panel.axhline(height, color="black", linestyle="--", linewidth=1)
+    panel.text(at[-1] + 0.5, height, label, fontsize=8, ha="right", va="bottom")
+  panel.set_ylabel(y)
+  panel.set_xticks(at, places, rotation=45 if max(map(len, places)) > 4 else 0, ha="right", fontsize=8)
+  if len(parts) > 1:
+    panel.legend(fontsize=8)
+  return figure
+
+
+def arrows(points: Mapping[str, np.ndarray], vectors: Mapping[str, np.ndarray], x: str, y: str) -> Figure:
+  """A field in a plane. points, vectors: label -> f[N,2], where arrows begin and how far they go."""
+  figure = _figure(5.0, 4.0)
+  panel = figure.subplots()
+  for i, (label, at) in enumerate(points.items()):
+    panel.scatter(*at.T, s=10, color=f"C{i}", label=label)
+    panel.quiver(*at.T, *vectors[label].T, angles="xy", scale_units="xy", scale=1, color=f"C{i}", width=0.004)
+  panel.set(xlabel=x, ylabel=y)
+  panel.grid(alpha=0.3)
+  panel.legend(fontsize=7)
+  return figure
+
+
+def attention(weights: np.ndarray, queries: Sequence[str], keys: Sequence[str]) -> Figure:
+  """How much each query (a line) takes of each key (a column): weights f[Q,K] from 0 to 1."""
+  figure = _figure(1.5 + 0.17 * len(keys), 1.2 + 0.17 * len(queries))
+  panel = figure.subplots()
+  panel.imshow(weights, cmap="magma", vmin=0)
+  panel.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7)
+  panel.set_yticks(range(len(queries)), queries, fontsize=7)
+  return figure
+
+
+def heat(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
+  """Pictures u8[N,H,W,3] under their maps f[N,T], T cells of a square grid: bright where a map is high, u8[N,H,W,3].
+
+  All maps share one scale, from 0 to the highest value.
+  """
+  from matplotlib import colormaps
+
+  n, height, width, _ = images.shape
+  side = round(maps.shape[1] ** 0.5)
+  shares = (maps / max(float(maps.max()), 1e-12)).reshape(n, side, side)
+  cells = colormaps["magma"](shares)[..., :3] * 255
+  glow = np.stack([_stretched(cell.astype(np.uint8), height, width) for cell in cells])
+  grey = images.mean(axis=-1, keepdims=True)
+  return (0.35 * grey + 0.65 * glow).astype(np.uint8)
+
+
+def colours(features: np.ndarray, size: int) -> np.ndarray:
+  """Features f32[N,T,C] as colours, u8[N,size,size,3]: their three principal components are red, green and blue.
+
+  The components are those of all N together, so that like colours are like features.
+  """
+  n, tokens, channels = features.shape
+  side = round(tokens**0.5)
+  flat = features.reshape(-1, channels) - features.reshape(-1, channels).mean(axis=0)
+  _, _, ways = np.linalg.svd(flat, full_matrices=False)
+  parts = flat @ ways[:3].T
+  low, high = np.percentile(parts, [2, 98], axis=0)
+  cells = (255 * np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
+  return np.stack([_stretched(cell, size, size) for cell in cells.reshape(n, side, side, 3)])
+
+
+def _figure(width: float, height: float) -> Figure:
+  """An empty figure; inches."""
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def _stretched(cells: np.ndarray, height: int, width: int) -> np.ndarray:
+  """u8[h,w,3] without smoothing as u8[height,width,3]."""
+  return np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST))
+
+
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
   return ImageFont.load_default(size=_FONT_SIZE)
@@ -89,7 +196,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
   height, width, _ = image.shape
-  return Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+  return Image.fromarray(_stretched(image, height * scale, width * scale))
 
 
 def _wrap(text: str, width: int) -> list[str]:

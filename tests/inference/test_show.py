@@ -64,3 +64,55 @@ def test_curves_have_a_panel_for_each_metric_of_each_stage():
   np.testing.assert_array_equal(shown["flow: loss"].lines[0].get_xydata(), [[4, 2], [5, 2]])
   figure.savefig(io.BytesIO(), format="png")
   assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_lines_are_the_curves_that_are_given():
+  figure = show.lines({"a": ([1, 2], [3.0, 4.0]), "b": ([1], [5.0])}, "time", "loss", log_y=True)
+  (panel,) = figure.axes
+  np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[1, 3], [2, 4]])
+  assert [text.get_text() for text in panel.get_legend().get_texts()] == ["a", "b"]
+  assert (panel.get_xlabel(), panel.get_ylabel(), panel.get_yscale()) == ("time", "loss", "log")
+
+
+def test_bars_are_stacked_beside_their_limits():
+  figure = show.bars({"a": [1.0, 2.0], "b": [3.0, 1.0]}, ["4", "16"], "GiB", {"limit": 3.5})
+  (panel,) = figure.axes
+  tops = [patch.get_y() + patch.get_height() for patch in panel.patches]
+  assert tops == [1.0, 2.0, 4.0, 3.0]
+  assert list(panel.lines[0].get_ydata()) == [3.5, 3.5]
+  assert [tick.get_text() for tick in panel.get_xticklabels()] == ["4", "16"]
+
+
+def test_arrows_begin_at_their_points():
+  points = {"a": np.array([[0.0, 1.0], [2.0, 3.0]])}
+  figure = show.arrows(points, {"a": np.ones((2, 2))}, "first", "second")
+  (panel,) = figure.axes
+  dots, quiver = panel.collections
+  np.testing.assert_array_equal(dots.get_offsets(), points["a"])
+  np.testing.assert_array_equal(quiver.U, [1, 1])
+
+
+def test_attention_is_a_line_for_each_query_and_a_column_for_each_key():
+  weights = np.random.default_rng(0).random((2, 3))
+  (panel,) = show.attention(weights, ["red", "square"], ["a", "red", "square"]).axes
+  np.testing.assert_array_equal(panel.images[0].get_array(), weights)
+  assert [tick.get_text() for tick in panel.get_yticklabels()] == ["red", "square"]
+  assert [tick.get_text() for tick in panel.get_xticklabels()] == ["a", "red", "square"]
+
+
+def test_heat_glows_where_the_map_is_high_and_on_one_scale():
+  maps = np.array([[1.0, 0, 0, 0], [0, 0, 0, 0.5]])
+  warm = show.heat(_pictures(2) * 0, maps)
+  light = warm.astype(int).sum(axis=-1)
+  assert light[0, :10, :10].min() > light[1, 10:, 10:].max() > light[0, 10:, 10:].max()
+  assert warm.shape == (2, 20, 20, 3) and warm.dtype == np.uint8
+
+
+def test_like_features_have_like_colours():
+  kinds = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+  which = np.array([[0, 1, 2, 0], [1, 1, 0, 2]])
+  shown = show.colours(kinds[which], size=4)
+  cells = shown[:, ::2, ::2].reshape(2, 4, 3)
+  assert len({tuple(cell) for cell in cells.reshape(-1, 3)}) == 3
+  for kind in range(3):
+    assert len({tuple(cell) for cell in cells[which == kind]}) == 1
