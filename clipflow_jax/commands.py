@@ -323,17 +323,31 @@ def _write_json(path: Path, found: dict) -> None:
 
 
 def _sampler() -> Callable:
-  """What a stage writes while it trains: pictures of a few captions, captions of a few pictures, of the test split."""
+  """What a stage writes while it trains, of the test split: samples, and what its tasks measure.
+
+  Samples are pictures of a few captions and captions of a few pictures.
+  """
   from clipflow_jax.data import mixture
   from clipflow_jax.inference.pipeline import ClipFlow
+  from clipflow_jax.training.loop import SAMPLES
 
   models: dict[str, ClipFlow] = {}
 
-  def sample(model, config, params, chat, step, writer):
+  def sample(model, config, params, chat, step, writer, due):
     pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
     pipeline.params = params  # the same compiled functions with today's parameters
     source = mixture.shown(config.data.source)
+    if SAMPLES in due:
+      write_samples(pipeline, source, step, writer)
+    if tasks := [name for name in due if name != SAMPLES]:
+      from clipflow_jax.evaluation import suite
+
+      chosen = {name: {k: v for k, v in config.evaluate[name].to_dict().items() if k != "every"} for name in tasks}
+      writer.scalars(step, suite.measure(pipeline, source, chosen))
+
+  def write_samples(pipeline, source, step, writer):
     examples = [source[i] for i in range(16)]
+    config = pipeline.config
     weights = config.objective.weights
     if weights.get("flow"):
       writer.images(step, "drawn", pipeline.draw([e.captions[0] for e in examples]))
@@ -346,10 +360,6 @@ def _sampler() -> Callable:
     if weights.get("language"):
       writer.images(step, "read", images)
       writer.text(step, "captions", pipeline.caption(images))
-    if chosen := config.get("evaluate"):
-      from clipflow_jax.evaluation import suite
-
-      writer.scalars(step, suite.measure(pipeline, source, chosen.to_dict()))
 
   return sample
 

@@ -110,7 +110,9 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       log_every=20,
       checkpoint_every=1000,
       sample_every=0,
-      evaluate=dict(),  # tasks as in configs/evaluate.py, measured on the averaged weights wherever samples are taken
+      # Tasks as in configs/evaluate.py, measured on the averaged weights every so many steps: a task's own `every`, or
+      # sample_every.
+      evaluate=dict(),
       keep=1,
       compilation_cache="",  # a folder for compiled programs, for a faster start the next time
       hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never

@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 
 COMPILING = 3600.0  # seconds that one process may need longer than another before the first step
 
-# (model, config, all parameters, tokenizer, step, writer): writes samples. What is sampled is not training's business.
-Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer], None]
+# (model, config, all parameters, tokenizer, step, writer, what is due): writes that. How is not training's business.
+Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer, list[str]], None]
+SAMPLES = "samples"  # what is due every `config.sample_every` steps, beside the tasks of `config.evaluate`
 
 
 def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> TrainState:
@@ -146,6 +147,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     begin = int(now.step)
     writer = Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)
     meter = Meter()
+    every = {name: task.get("every", config.sample_every) for name, task in config.evaluate.items()}
+    every[SAMPLES] = config.sample_every
     saved = begin
     distributed.barrier("the first step", COMPILING)
     with Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog:
@@ -166,10 +169,11 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           watchdog.beat(f"the checkpoint of step {number}")
           checkpoints.save(number, whole(now), data_state=distributed.gather(batches.get_state()), meta=meta)
           saved = number
-        if sample and config.sample_every and (number % config.sample_every == 0 or number == config.steps):
-          watchdog.beat(f"the samples of step {number}")
+        due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
+        if sample and due:
+          watchdog.beat(f"{', '.join(due)} of step {number}")
           with sharding.unconstrained():  # samples are as many as they are
-            sample(model, config, whole(now).averaged, chat, number, writer)
+            sample(model, config, whole(now).averaged, chat, number, writer, due)
           throughput.start()
         if stopping:
           break

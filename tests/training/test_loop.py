@@ -80,7 +80,7 @@ def test_another_seed_is_another_run(whole, tmp_path):
 def test_samples_are_taken_with_the_averaged_parameters_at_their_steps_and_at_the_end(tmp_path):
   seen = []
 
-  def sample(model, config, params, chat, step, writer):
+  def sample(model, config, params, chat, step, writer, due):
     seen.append((step, jax.device_get(params)))
     writer.text(step, "note", [chat.decode(chat.encode("a red star"))])
 
@@ -93,11 +93,21 @@ def test_samples_are_taken_with_the_averaged_parameters_at_their_steps_and_at_th
   ]
 
 
+def test_each_task_is_due_at_its_own_steps_and_all_at_the_end(tmp_path):
+  seen = []
+  tasks = dict(
+    often=dict(kind="zero_shot", every=2), seldom=dict(kind="zero_shot", every=100), usual=dict(kind="yes_no")
+  )
+  config = tiny_runs.decoder_stage(steps=4, sample_every=3, evaluate=tasks)
+  loop.train(config, tmp_path, lambda *given: seen.append((given[4], set(given[6]))))
+  assert seen == [(2, {"often"}), (3, {"usual", "samples"}), (4, {"often", "seldom", "usual", "samples"})]
+
+
 # Interruption.
 
 
 def terminate_at(when: int):
-  def sample(model, config, params, chat, step, writer):
+  def sample(model, config, params, chat, step, writer, due):
     if step == when:
       os.kill(os.getpid(), signal.SIGTERM)
 
@@ -131,7 +141,7 @@ from pathlib import Path
 from clipflow_jax.training import loop
 from tests import tiny_runs
 
-def sample(model, config, params, chat, step, writer):
+def sample(model, config, params, chat, step, writer, due):
   if step == 3:
     time.sleep(600)  # to be killed here
 
