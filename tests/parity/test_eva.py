@@ -136,3 +136,28 @@ def test_exported_again_its_tensors_are_bitwise_the_same(size, folder, tmp_path)
   wanted, found = tensors(size == "large"), load_file(tmp_path / "out" / "model.safetensors")
   assert wanted.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in wanted.items())
   assert huggingface.load(tmp_path / "out")[0] == module
+
+
+def test_timms_own_towers_see_the_same(size, tmp_path):
+  try:
+    import timm
+  except Exception as error:  # without a torchvision that fits PyTorch its import fails in many ways
+    pytest.skip(f"needs timm and the torchvision of the installed PyTorch: {error}")
+  from safetensors.torch import save_file
+
+  name = f"eva02_{size}_patch14_clip_224"
+  shape = dict(depth=LAYERS, embed_dim=WIDTH, num_heads=HEADS, img_size=SIZE, patch_size=PATCH, mlp_ratio=MLP / WIDTH)
+  model = timm.create_model(name, pretrained=False, num_classes=EMBEDDING, **shape).eval()
+  held = tensors(size == "large")
+  model.load_state_dict(held)  # all of them, and no other
+  save_file(held, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+  module, params = huggingface.load(tmp_path)
+  seen = jax.jit(lambda p: module.apply({"params": p}, IMAGES))(params)
+  last = {}
+  model.blocks[-1].register_forward_hook(lambda block, given, made: last.update(tokens=made))
+  pixels = torch.tensor((IMAGES / 255 - np.array(OPENAI["mean"])) / np.array(OPENAI["std"]), dtype=torch.float32)
+  with torch.no_grad():
+    embedding = model(pixels.permute(0, 3, 1, 2))
+  np.testing.assert_allclose(seen.tokens, last["tokens"][:, 1:], atol=2e-5, rtol=0)
+  np.testing.assert_allclose(seen.embedding, embedding / embedding.norm(dim=-1, keepdim=True), atol=2e-5, rtol=0)
