@@ -11,7 +11,16 @@ from configs import presets
 # features, 64 queries, captions of some 110 words. The vocabulary is smaller still: logits stay as small a part.
 TOWER = dict(image_size=128, patch_size=4, feature_pool=4, width=224, layers=8, heads=4, mlp=1920, embedding=0)
 TEXT = dict(
-  vocabulary=2048, width=256, layers=4, heads=2, kv_heads=1, head_dim=128, mlp=1376, rope_sections=(32, 16, 16)
+  vocabulary=2048,
+  width=256,
+  layers=4,
+  heads=2,
+  kv_heads=1,
+  head_dim=128,
+  mlp=1376,
+  rope_sections=(32, 16, 16),
+  qk_norm=False,
+  qkv_bias=True,
 )
 DRAWER = dict(queries=64, width=224, layers=3, heads=4, mlp=608)
 ADAMW = dict(name="adamw", learning_rate=1e-4, warmup=10, clip=1.0)
@@ -67,8 +76,10 @@ def _understanding() -> dict[str, ConfigDict]:
 
 def _contrastive() -> dict[str, ConfigDict]:
   """CLIP's two towers by their contrast alone, in the proportions of ViT-B/16."""
-  vision = dict(image_size=112, patch_size=16, width=384, layers=6, heads=6, mlp=1536, embedding=256, unroll=True)
-  text = dict(vocabulary=8192, length=32, width=256, layers=6, heads=4, mlp=1024, embedding=256, unroll=True)
+  each = dict(embedding=256, activation="quick_gelu", unroll=True)
+  vision = dict(each, image_size=112, patch_size=16, width=384, layers=6, heads=6, mlp=1536)
+  vision |= dict(has_class=True, patch_bias=False, in_norm=True, pooling="class")
+  text = dict(each, vocabulary=8192, length=32, width=256, layers=6, heads=4, mlp=1024, pooling="end")
   config = _stage("contrastive", dict(clip=dict(vision=vision, text=text)), dict(contrastive=1.0))
   config.train = presets.trains(clip=1.0)
   config.tokenizer.vocabulary = 8192

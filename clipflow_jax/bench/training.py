@@ -62,7 +62,7 @@ def step(told: dict[str, Any]) -> Work:
     {"images": float(rows * config.data.images_per_row), "tokens": float(rows * words)},
     f"{rows} rows of {words} tokens and {config.data.images_per_row} pictures, {count / 1e6:.4g} M parameters "
     f"trained, {jnp.dtype(model.dtype)}, {config.optimizer.name}",
-    flops=float(flops.count(_plain(config, model, objective, lengths), now, batch)),
+    flops=float(flops.count(_plain(config, model, objective), now, batch)),
     bytes=float(moved),
     compile_seconds=compile_seconds,
     dtype=str(jnp.dtype(model.dtype)),
@@ -144,7 +144,7 @@ def _fill(shapes: state.TrainState) -> state.TrainState:
   return dataclasses.replace(now, trained=parameters(shapes.trained), frozen=parameters(shapes.frozen), ema=ema)
 
 
-def _plain(config: ConfigDict, model: ClipFlow, objective: Objective, lengths: list[int]) -> Any:
+def _plain(config: ConfigDict, model: ClipFlow, objective: Objective) -> Any:
   """Forward and backward with nothing done twice, and without the optimizer: what model FLOPs are of."""
 
   def without(fields: Any) -> Any:
@@ -173,9 +173,14 @@ def _for_peer(config: ConfigDict, model: ClipFlow, lengths: list[int]) -> dict[s
   told = {"rows": config.data.batch_size, "lengths": lengths, "dtype": str(jnp.dtype(model.dtype))}
   if config.objective.weights.get("contrastive"):
     return told | {"vision": fields["clip"]["vision"], "text": fields["clip"]["text"]}
-  own = ("flow_width", "flow_mlp", "early_layer", "out_scale", "unroll", "remat")
-  told["transformer"] = {name: value for name, value in fields["transformer"].items() if name not in own}
+  told["transformer"] = _shape(fields["transformer"])
   if config.objective.weights.get("language"):
     return told
   drawer = fields.get("drawer") or config.get("rival")
-  return told | {"drawer": drawer, "vision": fields["clip"]["vision"]} if drawer else None
+  return told | {"drawer": _shape(drawer), "vision": fields["clip"]["vision"]} if drawer else None
+
+
+def _shape(fields: dict[str, Any]) -> dict[str, Any]:
+  """What others have too: neither the flow expert nor how we compute."""
+  ours = ("flow_width", "flow_mlp", "early_layer", "out_scale", "unroll", "remat")
+  return {name: value for name, value in dict(fields).items() if name not in ours}

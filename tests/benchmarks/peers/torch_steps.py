@@ -1,0 +1,41 @@
+"""What the training steps in PyTorch share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+
+from clipflow_jax.bench.frame import Work
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+torch.backends.cuda.matmul.allow_tf32 = True
+torch.manual_seed(0)
+
+
+def work(
+  loss: Callable[[], torch.Tensor],
+  parameters: Iterable[torch.nn.Parameter],
+  counts: dict[str, float],
+  about: str,
+  dtype: str,
+) -> Work:
+  """A step: loss, its gradient, clipped as in every step here, and AdamW in its fused form."""
+  trained = [parameter for parameter in parameters if parameter.requires_grad]
+  optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+  def run() -> None:
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+      value = loss()
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if DEVICE.type == "cuda":
+      torch.cuda.synchronize()
+
+  count = sum(parameter.numel() for parameter in trained)
+  memory = (lambda: float(torch.cuda.max_memory_allocated())) if DEVICE.type == "cuda" else None
+  return Work(run, counts, f"{about}, {count / 1e6:.4g} M parameters trained, {dtype}", memory=memory)
