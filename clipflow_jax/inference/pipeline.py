@@ -24,8 +24,8 @@ from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.models.clipflow import ClipFlow as Model
-from clipflow_jax.training import checkpoint, stages
-from clipflow_jax.training.state import Params, merge
+from clipflow_jax.training import adapters, checkpoint, stages
+from clipflow_jax.training.state import Params
 
 Message = dict[
   str, Any
@@ -58,8 +58,7 @@ class ClipFlow:
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64) -> ClipFlow:
     """From a workdir (its last stage), a checkpoints folder or one step's: averaged parameters where it kept them."""
     read = checkpoint.load(stages.newest(path), ("ema", "trained", "frozen"))
-    state = read.state
-    params = merge(state["ema"] or state["trained"], state["frozen"] or {})
+    params = adapters.plain(read)
     with tempfile.TemporaryDirectory() as scratch:
       chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)))
     config = ConfigDict(read.meta["config"])
@@ -101,10 +100,20 @@ class ClipFlow:
     seed: one for all, which then differ by their places, or one for each, which is then drawn as with it alone.
     best_of: so many candidates of each are drawn, of which one of `rerank.JUDGES` chooses.
     """
-    self._need("flow expert", "draw")
     if best_of != 1:
       how = dict(steps=steps, guidance=guidance, seed=seed)
       return rerank.draw(self, prompts, best_of, judge=judge, **how).best
+    sampling, rows, empty = self._asked(prompts, steps, guidance)
+
+    def run(params, rows, seeds, empty):
+      empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (len(seeds), *x.shape[1:])), empty)
+      return image.draw(self.model, params, rows, empty, keys_of(seeds), sampling)
+
+    return self._batched(("draw", sampling), run, (rows, self._seeds(len(prompts), seed)), empty)
+
+  def _asked(self, prompts: Sequence[str], steps: int | None, guidance: float | None) -> tuple[Sampling, Batch, Batch]:
+    """How to draw, the prompts as N rows, and one row of no prompt. Raises UserError for what cannot be drawn."""
+    self._need("flow expert", "draw")
     if "sampling" not in self.config:
       raise UserError("this checkpoint was imported without a config; import it again with --config=configs/blip3o.py")
     given = {"steps": steps, "guidance": guidance}
@@ -116,20 +125,14 @@ class ClipFlow:
       raise UserError("nothing to draw: there are no prompts")
     # Together, so that they are of one length.
     both = self._rows([self._drawn(prompt) for prompt in (*prompts, "")])
-    rows, empty = jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
-
-    def run(params, rows, seeds, empty):
-      empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (len(seeds), *x.shape[1:])), empty)
-      return image.draw(self.model, params, rows, empty, _keys(seeds), sampling)
-
-    return self._batched(("draw", sampling), run, (rows, self._seeds(len(prompts), seed)), empty)
+    return sampling, jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
 
   def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""
     self._need("pixel decoder", "decode")
 
     def run(params, features, seeds):
-      return image.decode(self.model, params, features, _keys(seeds))
+      return image.decode(self.model, params, features, keys_of(seeds))
 
     return self._batched(("decode",), run, (np.asarray(features), self._seeds(len(features), seed)))
 
@@ -180,10 +183,10 @@ class ClipFlow:
 
     def begin(params, rows, heat, noise):
       features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
-      return text.begin(self.model, params, rows, features, room=room, choose=text.sampled(heat, _keys(noise)))
+      return text.begin(self.model, params, rows, features, room=room, choose=text.sampled(heat, keys_of(noise)))
 
     def go_on(params, writing, heat, noise):
-      return text.go_on(self.model, params, writing, new=every, end=end, choose=text.sampled(heat, _keys(noise)))
+      return text.go_on(self.model, params, writing, new=every, end=end, choose=text.sampled(heat, keys_of(noise)))
 
     begin = self._compiled.setdefault(("begin", room), jax.jit(begin))
     go_on = self._compiled.setdefault(("go_on", every), jax.jit(go_on, donate_argnums=1))
@@ -204,9 +207,11 @@ class ClipFlow:
     return Written(words if finish else words.rstrip("\N{REPLACEMENT CHARACTER}"), tokens, finish)
 
   def slots(self, asked: list[Message] | str) -> int:
-    """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError where it does not fit."""
+    """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done."""
     if isinstance(asked, str):
-      return int(self._rows([self._drawn(asked)]).segments.sum())
+      self._need("pixel decoder", "decode")
+      return int(self._asked([asked], None, None)[1].segments.sum())
+    self._need("transformer", "chat")
     return int(self._rows([self._conversation(asked)], prompt=True).segments.sum())
 
   def _conversation(self, messages: list[Message]) -> Conversation:
@@ -370,6 +375,6 @@ class ClipFlow:
     return np.concatenate(outputs)
 
 
-def _keys(seeds: jax.Array) -> jax.Array:
+def keys_of(seeds: jax.Array) -> jax.Array:
   """key[N] of seeds and places u32[N,2]."""
   return jax.vmap(lambda one: jax.random.fold_in(jax.random.key(one[0]), one[1]))(seeds)
