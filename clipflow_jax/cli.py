@@ -110,6 +110,18 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--message")
 
   sub = command(
+    commands.serve,
+    "answer over HTTP in OpenAI's shapes: chat about pictures, and draw",
+    "clipflow serve --workdir=quickstart --port=8000",
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--host", default="127.0.0.1", help="whose address it has; 0.0.0.0: of all (default %(default)s)")
+  sub.add_argument("--port", type=int, default=8000, help="0: any that is free (default %(default)d)")
+  sub.add_argument("--api-key", help="who asks must send it; ps shows it, and not the environment's CLIPFLOW_API_KEY")
+  sub.add_argument("--batch", type=int, default=16, help="answers computed together (default %(default)d)")
+  sub.add_argument("--queue", type=int, default=128, help="answers that may wait; then 429 (default %(default)d)")
+
+  sub = command(
     commands.evaluate,
     "measure a trained model, or compare two folders of pictures",
     "clipflow evaluate --workdir=quickstart --tasks=zero_shot,questions",

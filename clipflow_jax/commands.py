@@ -87,6 +87,19 @@ def chat(options: argparse.Namespace) -> None:
       return
 
 
+def serve(options: argparse.Namespace) -> None:
+  try:
+    from clipflow_jax.demo import server, service
+  except ImportError as error:
+    raise UserError(f"clipflow serve needs {error.name}: pip install 'clipflow_jax[serve]'") from error
+  if options.batch < 1 or options.queue < 1:
+    raise UserError("--batch and --queue are 1 or more")
+  with server.bind(options.host, options.port) as listening:
+    model, name = _load(options.workdir), options.workdir.resolve().name
+    queue = service.Service(model, name, size=options.batch, limit=options.queue)
+    server.serve(queue, listening, options.api_key or os.environ.get("CLIPFLOW_API_KEY"))
+
+
 def evaluate(options: argparse.Namespace) -> None:
   chosen = [name for name in options.tasks.split(",") if name]
   if options.real or options.fake:

@@ -21,6 +21,7 @@ COMMANDS = (
   "train",
   "draw",
   "chat",
+  "serve",
   "evaluate",
   "prepare",
   "cache-features",
@@ -145,7 +146,7 @@ def test_arguments_that_are_wrong_are_told_in_one_line(capsys, argv, says):
 
 def test_a_workdir_that_is_missing_or_empty_is_told_in_one_line(capsys, tmp_path):
   missing = tmp_path / "nowhere"
-  for argv in (("draw",), ("chat", "--message=how?"), ("evaluate",)):
+  for argv in (("draw",), ("chat", "--message=how?"), ("serve", "--port=0"), ("evaluate",)):
     assert f"workdir {missing} does not exist" in fails(capsys, *argv, f"--workdir={missing}")
     assert f"no checkpoint in {tmp_path}" in fails(capsys, *argv, f"--workdir={tmp_path}")
   assert f"{missing} holds no run" in fails(capsys, "info", f"--workdir={missing}")

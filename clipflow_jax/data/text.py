@@ -103,12 +103,12 @@ class Chat:
   """A tokenizer with its chat template, as token ids per turn.
 
   The template is rendered once per shape of conversation (roles, and where pictures stand), with holes for the words: a
-  training example costs no template, and a repeated piece of text no encoding.
+  training example costs no template, and a repeated piece of text no encoding. remember: how many pieces it keeps.
   """
 
-  def __init__(self, tokenizer: PreTrainedTokenizerFast):
+  def __init__(self, tokenizer: PreTrainedTokenizerFast, remember: int = 65536):
     self.tokenizer = tokenizer
-    self.encode = functools.lru_cache(maxsize=65536)(self._encode)
+    self.encode = functools.lru_cache(maxsize=remember)(self._encode)
     self._frames = functools.lru_cache(maxsize=1024)(self._frames_of)
     self.image = tokenizer.convert_tokens_to_ids(IMAGE)
     if self.image is None or self.image == tokenizer.unk_token_id:

@@ -1,0 +1,1 @@
+"""A model for whoever visits: a web page, and answers over HTTP."""

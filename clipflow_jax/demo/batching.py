@@ -1,0 +1,128 @@
+"""Dynamic batching: one worker owns the model, and computes together what came in for it at about the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# (settings, items of these settings) -> for each step of the computation, the next piece for each item.
+Compute = Callable[[Any, list], Iterator[Sequence]]
+
+
+class Full(Exception):
+  """More waits than may."""
+
+  def __init__(self, seconds: int):
+    super().__init__(f"the queue is full; come again in {seconds} s")
+    self.seconds = seconds
+
+
+class Closed(Exception):
+  """Nothing is taken any more."""
+
+
+class Failed(Exception):
+  """The computation failed; the log says why."""
+
+
+class _End:
+  """Behind the last piece."""
+
+
+class Job:
+  """One item on its way. Iterate for the pieces of its answer, at most up to Failed."""
+
+  def __init__(self, settings: Hashable, item: Any):
+    self.settings, self.item = settings, item
+    self.dropped = False  # nobody waits for it any more
+    self._pieces: asyncio.Queue = asyncio.Queue()
+
+  def put(self, piece: Any) -> None:
+    self._pieces.put_nowait(piece)
+
+  def __aiter__(self) -> Job:
+    return self
+
+  async def __anext__(self) -> Any:
+    piece = await self._pieces.get()
+    if isinstance(piece, _End):
+      raise StopAsyncIteration
+    if isinstance(piece, Failed):
+      raise piece
+    return piece
+
+
+class Batcher:
+  """A bounded queue before a computation that runs in one thread. Lives in one event loop, where `work` has to run.
+
+  compute: see `Compute`; size: items computed together; wait: seconds that the first of a batch waits for company when
+  nothing else is to do; limit: items that may wait.
+  """
+
+  def __init__(self, compute: Compute, *, size: int, wait: float = 0.005, limit: int = 128):
+    self.compute, self.size, self.wait, self.limit = compute, size, wait, limit
+    self.closed = False
+    self.waiting: list[Job] = []
+    self._news = asyncio.Event()
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+    self._seconds = 1.0  # that a batch takes, of late
+
+  def submit(self, settings: Hashable, items: Sequence) -> list[Job]:
+    """A job for each item, all or none. Only items of equal settings are computed together. Raises Full or Closed."""
+    if self.closed:
+      raise Closed("no more is taken: the server is about to stop")
+    if len(self.waiting) + len(items) > self.limit:
+      raise Full(math.ceil(self._seconds * (1 + len(self.waiting) // self.size)))
+    jobs = [Job(settings, item) for item in items]
+    self.waiting += jobs
+    self._news.set()
+    return jobs
+
+  def close(self) -> None:
+    """Takes no more. `work` returns when all that waits is done."""
+    self.closed = True
+    self._news.set()
+
+  async def work(self) -> None:
+    """Computes what comes in, the oldest and those like it first, until closed."""
+    while self.waiting or not self.closed:
+      if not self.waiting:
+        self._news.clear()
+        await self._news.wait()
+        continue
+      if len(self._next()) < self.size and not self.closed:
+        await asyncio.sleep(self.wait)
+      jobs = self._next()
+      self.waiting = [job for job in self.waiting if not job.dropped and job not in jobs]
+      if jobs:
+        await self._answer(jobs)
+
+  def _next(self) -> list[Job]:
+    wanted = [job for job in self.waiting if not job.dropped]
+    return [job for job in wanted if job.settings == wanted[0].settings][: self.size]
+
+  async def _answer(self, jobs: list[Job]) -> None:
+    start = time.monotonic()
+    end: _End | Failed = _End()
+    try:
+      steps = self.compute(jobs[0].settings, [job.item for job in jobs])
+      in_thread = asyncio.get_running_loop().run_in_executor
+      while not all(job.dropped for job in jobs):
+        pieces = await in_thread(self._thread, next, steps, None)
+        if pieces is None:
+          break
+        for job, piece in zip(jobs, pieces, strict=True):
+          job.put(piece)
+    except Exception:  # theirs alone: the worker goes on
+      log.exception("a batch of %d failed", len(jobs))
+      end = Failed("the model failed")
+    for job in jobs:
+      job.put(end)
+    self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - start)

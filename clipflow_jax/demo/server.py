@@ -1,0 +1,281 @@
+"""The model over HTTP in OpenAI's shapes: requests that come in together are computed together, and answered as alone.
+
+An app is a `Gate` (who may come in, how much may be sent, what became of it) before a few routes, which hand their work
+to a `Service` and wait.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import ipaddress
+import json
+import logging
+import secrets
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jinja2
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
+from prometheus_client import exposition
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from clipflow_jax.demo import schemas
+from clipflow_jax.demo.batching import Closed, Failed, Full, Job
+from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
+from clipflow_jax.demo.service import Service, Talk, first, written
+from clipflow_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def make_app(service: Service, api_key: str | None = None) -> Gate:
+  """The app. With an api_key, what is under /v1 is for those who send it as a bearer token."""
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with service.running():
+      yield
+
+  # No page of documentation: it would load scripts from elsewhere.
+  app = FastAPI(title="clipflow", lifespan=lifespan, docs_url=None, redoc_url=None)
+  app.add_exception_handler(HTTPException, _refusal)
+  app.add_exception_handler(RequestValidationError, _invalid)
+  app.add_exception_handler(UserError, _unusable)
+  app.add_exception_handler(jinja2.TemplateError, _unusable)  # a chat template that wants other roles
+  app.add_exception_handler(Full, _full)
+  app.add_exception_handler(Closed, _closed)
+  app.add_exception_handler(Failed, _failed)
+
+  @app.get("/health")
+  async def health() -> dict:
+    return {"status": "ok"}
+
+  @app.get("/ready")
+  async def ready() -> dict:
+    if service.batcher.closed or not service.ready:
+      raise Refused(503, "about to stop" if service.batcher.closed else "still compiling", retry=5)
+    return {"status": "ready"}
+
+  @app.get("/metrics")
+  async def metrics() -> Response:
+    text = exposition.generate_latest(service.metrics.registry)
+    return Response(text, media_type=exposition.CONTENT_TYPE_PLAIN_0_0_4)
+
+  @app.get("/v1/models")
+  async def models() -> dict:
+    return {"object": "list", "data": [described]}
+
+  @app.get("/v1/models/{name}")
+  async def model(name: str) -> dict:
+    service.named(name)
+    return described
+
+  described = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "clipflow"}
+
+  @app.post("/v1/images/generations")
+  async def generations(asked: ImageRequest) -> dict:
+    service.named(asked.model)
+    items, settings = service.drawing(asked)
+    pictures = await first(service.batcher.submit(settings, items))
+    data = [{"b64_json": _png(picture), "seed": item.seed} for picture, item in zip(pictures, items)]
+    return {"created": int(time.time()), "data": data}
+
+  @app.post("/v1/chat/completions", response_model=None)
+  async def completions(asked: ChatRequest) -> dict | Response:
+    service.named(asked.model)
+    item, prompt = await service.talk(asked)
+    (job,) = service.batcher.submit(Talk(), [item])
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    if asked.stream:
+      usage = asked.stream_options is not None and asked.stream_options.include_usage
+      return StreamingResponse(_events(head, job, prompt, usage), media_type="text/event-stream")
+    *_, answer = [so_far async for so_far in written(job)]
+    message = {"role": "assistant", "content": answer.text}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prompt, answer.tokens)}
+
+  return Gate(app, service, api_key)
+
+
+async def _events(head: dict, job: Job, prompt: int, usage: bool) -> AsyncIterator[str]:
+  """Server-sent events of an answer that is being written."""
+
+  def event(data: dict) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+  def chunk(delta: dict, finish: str | None = None) -> str:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+    return event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+
+  sent = 0
+  try:
+    yield chunk({"role": "assistant", "content": ""})
+    async for so_far in written(job):
+      if len(so_far.text) > sent:
+        yield chunk({"content": so_far.text[sent:]})
+        sent = len(so_far.text)
+    yield chunk({}, so_far.finish)
+    if usage:
+      yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(prompt, so_far.tokens)})
+    yield "data: [DONE]\n\n"
+  except Failed as failed:  # the status has been sent long ago
+    yield event(schemas.error(500, str(failed)))
+  finally:
+    job.dropped = True
+
+
+def _usage(prompt: int, completion: int) -> dict:
+  return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _png(picture: np.ndarray) -> str:
+  file = io.BytesIO()
+  Image.fromarray(picture).save(file, "PNG")
+  return base64.b64encode(file.getvalue()).decode()
+
+
+# Errors, all in OpenAI's shape.
+
+
+def _answer(refused: HTTPException) -> JSONResponse:
+  told = schemas.error(
+    refused.status_code, refused.detail, getattr(refused, "param", None), getattr(refused, "code", None)
+  )
+  return JSONResponse(told, refused.status_code, refused.headers)
+
+
+async def _refusal(request: Any, refused: Any) -> JSONResponse:
+  return _answer(refused)
+
+
+async def _invalid(request: Any, invalid: Any) -> JSONResponse:
+  """The first thing that is wrong, and where."""
+  wrong = invalid.errors()[0]
+  place = ".".join(str(step) for step in wrong["loc"][1:])
+  if wrong["type"] == "json_invalid":
+    return _answer(Refused(400, f"the body is not JSON: {wrong['ctx']['error']} at character {wrong['loc'][1]}"))
+  if not place:
+    return _answer(Refused(400, "the body has to be a JSON object, sent with Content-Type: application/json"))
+  if wrong["type"] == "extra_forbidden":
+    return _answer(Refused(400, f"{place}: there is no such field here", param=place, code="unknown_parameter"))
+  return _answer(Refused(400, f"{place}: {wrong['msg']}", param=place))
+
+
+async def _unusable(request: Any, error: Any) -> JSONResponse:
+  return _answer(Refused(400, str(error)))
+
+
+async def _full(request: Any, error: Any) -> JSONResponse:
+  return _answer(Refused(429, str(error), code="queue_full", retry=error.seconds))
+
+
+async def _closed(request: Any, error: Any) -> JSONResponse:
+  return _answer(Refused(503, str(error), retry=5))
+
+
+async def _failed(request: Any, error: Any) -> JSONResponse:
+  return _answer(Refused(500, str(error)))
+
+
+class Gate:
+  """Before the routes: who may come in, and how much may be sent. Behind them: what became of it, for /metrics."""
+
+  def __init__(self, app: FastAPI, service: Service, api_key: str | None):
+    self.app, self.service, self.api_key = app, service, api_key
+    self.routes = {"/health", "/ready", "/metrics", "/v1/models", "/v1/images/generations", "/v1/chat/completions"}
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+      return await self.app(scope, receive, send)
+    route = scope["path"] if scope["path"] in self.routes else "other"
+    start, status, received = time.perf_counter(), 500, 0
+
+    async def watched(message: Message) -> None:
+      nonlocal status
+      status = message.get("status", status)
+      await send(message)
+
+    async def counted() -> Message:
+      nonlocal received
+      message = await receive()
+      received += len(message.get("body", b""))
+      if received > schemas.MAX_BODY:
+        raise self._too_large()
+      return message
+
+    try:
+      await (self._refused(scope) or self.app)(scope, counted, watched)
+    finally:
+      self.service.metrics.requests.labels(route, status).inc()
+      self.service.metrics.seconds.labels(route).observe(time.perf_counter() - start)
+
+  def _refused(self, scope: Scope) -> ASGIApp | None:
+    if not scope["path"].startswith("/v1"):
+      return None
+    headers = dict(scope["headers"])
+    given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
+    if self.api_key and not secrets.compare_digest(given, self.api_key.encode()):
+      return _answer(Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key"))
+    if self.service.batcher.closed:
+      return _answer(Refused(503, "the server is about to stop", retry=5))
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > schemas.MAX_BODY:
+      return _answer(self._too_large())
+    return None
+
+  def _too_large(self) -> Refused:
+    return Refused(413, f"the body is larger than {schemas.MAX_BODY} bytes", code="request_too_large")
+
+
+class Server(uvicorn.Server):
+  """Asked to stop (SIGTERM, SIGINT) it takes no more, finishes what waits and ends with 0; asked again, at once."""
+
+  def __init__(self, config: uvicorn.Config, service: Service):
+    super().__init__(config)
+    self.service = service
+
+  def handle_exit(self, sig: int, frame: Any) -> None:
+    self.force_exit = self.should_exit = self.service.batcher.closed
+    self.service.batcher.close()
+
+  async def on_tick(self, counter: int) -> bool:
+    return await super().on_tick(counter) or self.service.worker.done()
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """A socket that does not listen yet: that the address can be had is known before a model is loaded."""
+  found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+  found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    found.bind((host, port))
+  except (OSError, OverflowError) as error:
+    found.close()
+    raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
+  return found
+
+
+def configured(service: Service, api_key: str | None) -> uvicorn.Config:
+  """How the app is run. An answer that a client does not take is given up 10 s after the last one was computed."""
+  app = make_app(service, api_key)
+  return uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+
+
+def serve(service: Service, listening: socket.socket, api_key: str | None = None) -> None:
+  """Answers until it is asked to stop."""
+  host, port = listening.getsockname()[:2]
+  if not (api_key or ipaddress.ip_address(host).is_loopback):
+    log.warning("there is no API key: whoever reaches %s may use the model", host)
+  host = f"[{host}]" if ":" in host else host
+  print(f"serving {service.name!r} at http://{host}:{port}/v1", flush=True)
+  Server(configured(service, api_key), service).run(sockets=[listening])

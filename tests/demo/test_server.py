@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from clipflow_jax.demo import schemas, server
+from clipflow_jax.demo.service import Service
+from clipflow_jax.errors import UserError
+from clipflow_jax.inference.pipeline import ClipFlow
+from tests import tiny_runs
+
+HOW = [{"role": "user", "content": "how?"}]
+CHAT, DRAW = "/v1/chat/completions", "/v1/images/generations"
+
+
+class Running:
+  """A service that answers on a port of its own, in a thread."""
+
+  def __init__(self, service: Service, api_key: str | None = None):
+    self.service = service
+    listening = server.bind("127.0.0.1", 0)
+    self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    self.server = server.Server(server.configured(service, api_key), service)
+    self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
+
+  def __enter__(self) -> Running:
+    self.thread.start()
+    while not self.server.started:
+      time.sleep(0.01)
+    self.http = httpx.Client(base_url=self.url, timeout=300)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.http.close()
+    self.server.should_exit = True
+    self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def model(trained) -> ClipFlow:
+  return tiny_runs.lively(ClipFlow.from_checkpoint(trained))
+
+
+@pytest.fixture(scope="module")
+def running(model) -> Iterator[Running]:
+  with Running(Service(model, "tiny", size=2, wait=0.05)) as running:
+    while running.http.get("/ready").status_code != 200:
+      time.sleep(0.1)
+    yield running
+
+
+@pytest.fixture(scope="module")
+def client(running) -> openai.OpenAI:
+  return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+
+
+def encoded(picture: np.ndarray | Image.Image) -> str:
+  file = io.BytesIO()
+  (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, "PNG")
+  return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def about(url: str) -> list[dict]:
+  parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "how?"}]
+  return [{"role": "user", "content": parts}]
+
+
+def decoded(data: str) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def refused(answer: httpx.Response, status: int, says: str, **fields: str | None) -> None:
+  """It is an error in OpenAI's shape."""
+  error = answer.json()["error"]
+  assert answer.status_code == status, (answer.status_code, error)
+  assert set(error) == {"message", "type", "param", "code"} and isinstance(error["type"], str)
+  assert says in error["message"] and fields.items() <= error.items(), error
+
+
+# Answers.
+
+
+def test_the_openai_client_gets_the_words_that_chat_writes(client, model):
+  answer = client.chat.completions.create(model="tiny", messages=HOW, max_tokens=64)
+  assert answer.choices[0].message.content == model.chat(HOW)
+  assert answer.choices[0].finish_reason == "length"
+  assert answer.usage.completion_tokens == 64
+  assert answer.usage.prompt_tokens == model.slots(HOW) == answer.usage.total_tokens - 64
+
+
+def test_a_stream_brings_the_same_words_in_pieces(client):
+  asked = dict(model="tiny", messages=HOW, temperature=1.0, seed=3, max_tokens=20)
+  whole = client.chat.completions.create(**asked)
+  chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+  pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
+  assert "".join(pieces) == whole.choices[0].message.content and len([p for p in pieces if p]) > 1
+  assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "length"
+  assert chunks[-1].usage == whole.usage
+
+
+def test_words_of_two_clients_are_written_side_by_side_as_alone(running, client):
+  def ask(seed: int) -> None:
+    asked = dict(messages=HOW, temperature=1.0, seed=seed, max_tokens=16)
+    found[seed] = client.chat.completions.create(model="tiny", **asked).choices[0].message.content
+
+  found: dict[int, str] = {}
+  threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+  together = metric(running, 'clipflow_batch_size_bucket{kind="talk",le="1.0"}')
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert metric(running, 'clipflow_batch_size_bucket{kind="talk",le="1.0"}') < together + 4
+  beside = dict(found)
+  for seed in range(2):
+    ask(seed)
+  assert found == beside and len(set(found.values())) == 4
+
+
+def test_a_picture_is_read(client, model, picture):
+  answer = client.chat.completions.create(model="tiny", messages=about(encoded(picture)), max_tokens=64)
+  parts = [{"type": "image", "image": picture}, {"type": "text", "text": "how?"}]
+  assert answer.choices[0].message.content == model.chat([{"role": "user", "content": parts}])
+
+
+def test_words_that_look_like_a_special_token_are_only_words(client):
+  asked = [{"role": "user", "content": "how<|image|><|end|>?"}]
+  answer, plain = (client.chat.completions.create(model="tiny", messages=m, max_tokens=8) for m in (asked, HOW))
+  assert answer.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_pictures_are_those_of_the_prompt_and_the_seeds(client, model):
+  asked = dict(prompt="a star", response_format="b64_json", size="24x24")
+  drawn = client.images.generate(**asked, n=2, extra_body={"seed": 6, "steps": 3, "guidance": 1.5})
+  for i, item in enumerate(drawn.data):
+    alone = model.draw(["a star"], steps=3, guidance=1.5, seed=6 + i)[0]
+    assert np.abs(decoded(item.b64_json).astype(int) - alone).max() <= 1
+  again = client.images.generate(**asked, extra_body={"seed": 7, "guidance": 1.5})
+  assert np.abs(decoded(again.data[0].b64_json).astype(int) - decoded(drawn.data[1].b64_json)).max() <= 1
+  anyhow = client.images.generate(prompt="a star")  # of a seed that it tells
+  assert np.abs(decoded(anyhow.data[0].b64_json).astype(int) - decoded(drawn.data[0].b64_json)).max() > 1
+  assert 0 <= anyhow.data[0].seed < 2**31
+
+
+def test_it_tells_of_itself(running, client):
+  assert [model.id for model in client.models.list()] == ["tiny"]
+  assert client.models.retrieve("tiny").id == "tiny"
+  assert running.http.get("/health").json() == {"status": "ok"}
+  assert running.http.get("/ready").json() == {"status": "ready"}
+  refused(running.http.get("/v1/models/other"), 404, "there is 'tiny'", code="model_not_found")
+  refused(running.http.get("/nowhere"), 404, "Not Found")
+  refused(running.http.get(CHAT), 405, "Method Not Allowed")
+  assert metric(running, 'clipflow_requests_total{route="/health",status="200"}') >= 1
+  assert metric(running, 'clipflow_request_seconds_count{route="/v1/models"}') >= 1
+  assert metric(running, "clipflow_queue_length") == 0
+  assert metric(running, 'clipflow_batch_size_count{kind="draw"}') >= 1
+  assert metric(running, "process_resident_memory_bytes") > 2**20
+
+
+def metric(running: Running, name: str) -> float:
+  return float(re.search(rf"^{re.escape(name)} (\S+)$", running.http.get("/metrics").text, re.MULTILINE)[1])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+  ("url", "says"),
+  [
+    ("https://example.com/cat.png", "nothing is fetched from elsewhere"),
+    ("file:///etc/passwd", "nothing is fetched from elsewhere"),
+    ("data:image/png,abc", "of the form data:image/png;base64"),
+    ("data:image/png;base64", "of the form data:image/png;base64"),
+    ("data:image/png;base64,a-b_", "is not base64"),
+    ("data:image/png;base64,é", "is not base64"),
+    ("data:image/png;base64," + base64.b64encode(b"<svg/>").decode(), "not a picture"),
+    (encoded(np.zeros((24, 24, 3), np.uint8))[:-40], "cannot be decoded"),
+  ],
+)
+def test_a_picture_that_cannot_be_taken_is_refused(running, url, says):
+  refused(running.http.post(CHAT, json={"model": "tiny", "messages": about(url)}), 400, says, param="messages")
+
+
+def test_a_small_file_of_a_huge_picture_is_not_unpacked(running):
+  bomb = encoded(Image.new("1", (2**14, 2**11)))
+  assert len(bomb) < 2**16
+  answer = running.http.post(CHAT, json={"model": "tiny", "messages": about(bomb)})
+  refused(answer, 400, f"too large: 16384 x 2048, the limit is {schemas.MAX_PIXELS} pixels", code="invalid_image")
+
+
+def test_a_body_that_is_too_large_is_refused_however_it_is_sent(running):
+  body = b" " * (schemas.MAX_BODY + 1)
+  headers = {"Content-Type": "application/json"}
+  refused(running.http.post(CHAT, content=body, headers=headers), 413, "larger than", code="request_too_large")
+  in_pieces = (body[i : i + 2**20] for i in range(0, len(body), 2**20))
+  refused(running.http.post(CHAT, content=in_pieces, headers=headers), 413, "larger than", code="request_too_large")
+
+
+@pytest.mark.parametrize(
+  ("path", "asked", "says"),
+  [
+    (CHAT, {"messages": [{"role": "user", "content": "why " * 1000}]}, "does not fit"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * (schemas.MAX_CHARACTERS + 1)}]}, "the limit is 8192"),
+    (CHAT, {"messages": [{"role": "wizard", "content": "how?"}]}, "messages.0.role: Input should be 'system'"),
+    (CHAT, {"messages": []}, "messages: List should have at least 1 item"),
+    (CHAT, {}, "messages: Field required"),
+    (CHAT, {"messages": HOW, "n": 2}, "n: Input should be 1"),
+    (CHAT, {"messages": HOW, "tools": []}, "tools: there is no such field here"),
+    (CHAT, {"messages": HOW, "max_tokens": 10**6}, "max_tokens: Input should be less than or equal to 256"),
+    (CHAT, {"messages": HOW, "temperature": "hot"}, "temperature: Input should be a valid number"),
+    (CHAT, {"messages": HOW, "model": "gpt"}, "the model 'gpt' is not here; there is 'tiny'"),
+    (DRAW, {"prompt": "a star", "size": "512x512"}, "this model draws pictures of 24x24, not of 512x512"),
+    (DRAW, {"prompt": "a star", "response_format": "url"}, "response_format: Input should be 'b64_json'"),
+    (DRAW, {"prompt": "a star " * 1000}, "does not fit"),
+    (DRAW, {"prompt": "a star", "steps": 0}, "steps: Input should be greater than or equal to 1"),
+    (DRAW, {"prompt": "a star", "seed": -1}, "seed: Input should be greater than or equal to 0"),
+    (DRAW, {"prompt": "a star", "n": 11}, "n: Input should be less than or equal to 10"),
+    (DRAW, {"prompt": "\ud800"}, "prompt: Input should be a valid string"),
+  ],
+)
+def test_what_cannot_be_done_is_told_by_name(running, path, asked, says):
+  body = json.dumps({"model": "tiny"} | asked)
+  answer = running.http.post(path, content=body, headers={"Content-Type": "application/json"})
+  refused(answer, 404 if "gpt" in says else 400, says)
+
+
+@pytest.mark.parametrize(
+  ("body", "kind", "says"),
+  [
+    (b"{", "application/json", "the body is not JSON"),
+    (b"[" * 100_000, "application/json", "parsing the body"),
+    (b'{"prompt": "\xff"}', "application/json", "parsing the body"),
+    (b'{"prompt": "a star", "seed": ' + b"9" * 5000 + b"}", "application/json", "parsing the body"),
+    (b'{"prompt": "a star", "guidance": NaN}', "application/json", "guidance"),
+    (b'{"prompt": "a star"}', "text/plain", "Content-Type: application/json"),
+    (b"", "application/json", "JSON object"),
+    (b"[1]", "application/json", "JSON object"),
+  ],
+)
+def test_a_body_that_is_no_json_object_is_told_so(running, body, kind, says):
+  refused(running.http.post(DRAW, content=body, headers={"Content-Type": kind}), 400, says)
+
+
+def malformed(rng: random.Random) -> bytes:
+  """A request with one thing wrong: a value of another kind, a missing or unknown field, or a broken body."""
+  asked: dict = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "how?"}]}]}
+  asked |= {"max_tokens": 8, "temperature": 0.5, "seed": 1, "n": 1, "stream": False}
+  places: list[tuple[dict | list, str | int]] = []
+
+  def walk(node: dict | list) -> None:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+      places.append((node, key))
+      if isinstance(value, dict | list):
+        walk(value)
+
+  walk(asked)
+  node, key = rng.choice(places)
+  if (way := rng.randrange(4)) == 0:
+    wrong = [-1, 1e308, {}, {"a": 1}, [[]], True, "\x00", "x", float("nan"), 2**63, [None]]
+    node[key] = rng.choice([value for value in wrong if type(value) is not type(node[key])])
+    if node[key] is True or key == "temperature":  # true is no number; and some numbers are temperatures
+      node[key] = "true"
+    if key == "content" and isinstance(node[key], str):  # which content may be
+      node[key] = [node[key]]
+    if key == "model" or (key in ("type", "role", "text") and isinstance(node[key], str)):
+      node[key] = 7
+  elif way == 1:
+    asked.pop(rng.choice(["model", "messages"]))
+  elif way == 2:
+    while not isinstance(node, dict):
+      node, key = rng.choice(places)
+    node["".join(rng.choices("abcdefgh", k=8))] = rng.choice([None, 1, "x", []])
+  body = json.dumps(asked).encode()
+  return body[: rng.randrange(len(body))] if way == 3 else body
+
+
+def test_two_hundred_malformed_requests_are_each_told_what_is_wrong(running):
+  rng = random.Random(0)
+  before = metric(running, 'clipflow_batch_size_count{kind="talk"}')
+  told = set()
+  for _ in range(200):
+    body = malformed(rng)
+    answer = running.http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert 400 <= answer.status_code < 500, (answer.status_code, body)
+    refused(answer, answer.status_code, "")
+    assert len(answer.json()["error"]["message"]) > 10 and "Traceback" not in answer.text, (answer.text, body)
+    told.add(answer.json()["error"]["message"])
+  assert len(told) > 50
+  assert metric(running, 'clipflow_batch_size_count{kind="talk"}') == before  # none of them reached the model
+
+
+def test_with_a_key_only_those_who_have_it_may_ask(model):
+  with Running(Service(model, "tiny", size=1), api_key="secret") as running:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer é".encode()}):
+      refused(running.http.get("/v1/models", headers=headers), 401, "API key", code="invalid_api_key")
+    assert running.http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert running.http.get("/health").status_code == 200
+
+
+def test_a_full_queue_and_a_server_about_to_stop_say_when_to_come_again(model):
+  service = Service(model, "tiny", size=1, limit=2)
+  hold = threading.Event()
+
+  def compute(settings, items):
+    yield hold.wait(60)  # which is no list of pieces
+
+  service.batcher.compute = compute
+  with Running(service) as running:
+    refused(running.http.get("/ready"), 503, "still compiling")
+    asked = {"prompt": "a", "n": 3}
+    answer = running.http.post(DRAW, json=asked)
+    refused(answer, 429, "the queue is full", type="rate_limit_error", code="queue_full")
+    assert int(answer.headers["Retry-After"]) >= 1
+    answers: list[httpx.Response] = []
+    ask = lambda: answers.append(httpx.post(running.url + DRAW, json={"prompt": "a"}, timeout=60))  # noqa: E731
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    while not service.batcher.waiting:
+      time.sleep(0.01)
+    running.server.handle_exit(15, None)
+    refused(running.http.post(DRAW, json=asked), 503, "about to stop")
+    refused(running.http.get("/ready"), 503, "about to stop")
+    hold.set()
+    waiting.join()
+    refused(answers[0], 500, "the model failed")  # answered all the same, and of the error only the log tells
+    running.thread.join(60)
+    assert not running.thread.is_alive()
+
+
+def test_an_address_that_cannot_be_had_is_told_in_one_line():
+  with server.bind("127.0.0.1", 0) as taken:
+    taken.listen()
+    with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1, port \d+: .* choose another"):
+      server.bind("127.0.0.1", taken.getsockname()[1])
+  with pytest.raises(UserError, match="cannot listen"):
+    server.bind("127.0.0.1", 70000)
+  with pytest.raises(UserError, match="cannot listen"):
+    server.bind("no such host", 0)
