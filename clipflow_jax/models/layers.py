@@ -25,7 +25,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-    y = flat_rows(x.astype(self.dtype)) @ kernel.astype(self.dtype)
+    # By these names, not by @ and astype: adapters put functions of theirs in their place (training.adapters).
+    y = jnp.dot(flat_rows(x.astype(self.dtype)), jnp.asarray(kernel, self.dtype))
     y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)

@@ -40,6 +40,14 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"statistics/(mean|std)", (None, None)),
 )
 
+# What `training.adapters` makes of a kernel: which of the kernel's two axes are its own, too.
+MADE: dict[str, tuple[bool, bool]] = {
+  "_lora_a": (True, False),
+  "_lora_b": (False, True),
+  "/codes": (True, True),
+  "/scale": (False, True),
+}
+
 LOGICAL: dict[str, tuple[str, ...]] = {
   "batch": ("slice", "data", "fsdp"),
   "rows": ("slice", "data", "fsdp", "context"),  # of short sequences, kept whole: pictures, captions, noisy blocks
@@ -119,7 +127,10 @@ def match_once(path: str, patterns: list[str], what: str) -> int:
 
 def parameter_axes(path: str, ndim: int) -> tuple[str | None, ...]:
   """Logical axes of the parameter at `path` ("a/b/kernel") with ndim axes, from PARAMETERS."""
-  axes = PARAMETERS[match_once(path, [p for p, _ in PARAMETERS], "sharding table")][1]
+  made = next((ending for ending in MADE if path.endswith(f"/kernel{ending}")), "")
+  axes = PARAMETERS[match_once(path.removesuffix(made), [p for p, _ in PARAMETERS], "sharding table")][1]
+  if made:
+    axes = tuple(axis if own else None for axis, own in zip(axes, MADE[made], strict=True))
   if "layers" in path:
     axes = ("layers", *axes)
   if len(axes) != ndim:
