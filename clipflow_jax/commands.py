@@ -201,6 +201,10 @@ def import_(options: argparse.Namespace) -> None:
 
   if options.overrides and not options.config:
     raise UserError(f"{options.overrides[0]!r} overrides a config that is not named; add --config=FILE")
+  if options.base:
+    count = exchange.bring_in_adapters(Path(options.source), options.base, options.output)
+    print(f"imported {count} matrices of {options.source} beside {options.base} into {options.output}")
+    return
   config = load_config(options.config, options.overrides) if options.config else None
   module, params = exchange.bring_in(options.source, options.output, options.dtype, config)
   leaves = jax.tree.leaves(params)
@@ -216,6 +220,10 @@ def import_(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
   from clipflow_jax.training import exchange
 
+  if options.adapters:
+    count = exchange.give_out_adapters(options.workdir, options.output)
+    print(f"exported the {count} matrices of the adapters of {options.workdir} into {options.output}")
+    return
   family = exchange.give_out(options.workdir, options.output, options.family)
   print(f"exported {options.workdir} as {family} into {options.output}")
 
@@ -224,23 +232,27 @@ def info(options: argparse.Namespace) -> None:
   if options.data:
     _inspect(options)
     return
-  from clipflow_jax.inference.info import describe_config, describe_workdir
+  from clipflow_jax.inference import info, workdir, workdir_page
 
   if options.workdir:
-    print(describe_workdir(options.workdir))
+    run = workdir.look(options.workdir, lambda file: load_config(file, []))
+    print(workdir.describe(run))
+    if options.output:
+      _write_text(options.output, workdir_page.page(run))
+      print(f"page: {options.output}")
   else:
-    print(describe_config(load_config(options.config, options.overrides)))
+    print(info.describe_config(load_config(options.config, options.overrides)))
 
 
 def _inspect(options: argparse.Namespace) -> None:
   from clipflow_jax.data import inspect
-  from clipflow_jax.training import checkpoint, loop
+  from clipflow_jax.training import loop
 
-  config = load_config(options.config, options.overrides)
-  for stage in [config.stages[name] for name in config.order] if "order" in config else [config]:
-    start = checkpoint.load(stage.init_from, ()) if stage.init_from else None
-    print(f"{stage.name}: {inspect.write(loop.make_pipeline(stage, start), options.output, stage.name)}")
-  print(f"pages and pictures: {options.output}")
+  output = options.output or Path("inspected")
+  for stage in _stages(load_config(options.config, options.overrides)):
+    pipeline = loop.make_pipeline(stage, loop.beginnings(stage))
+    print(f"{stage.name}: {inspect.write(pipeline, output, stage.name)}")
+  print(f"pages and pictures: {output}")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -290,9 +302,17 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
     values(argv)
-    return values["config"].value
+    config = values["config"].value
   except (flags.Error, KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f"config {path}: {_why(error)}") from error
+  for stage in _stages(config):
+    if "file" in stage:
+      stage.file = path
+  return config
+
+
+def _stages(config: ConfigDict) -> list[ConfigDict]:
+  return [config.stages[name] for name in config.order] if "order" in config else [config]
 
 
 def _set_environment(config: ConfigDict) -> None:
@@ -329,8 +349,12 @@ def _read_text(path: Path) -> str:
 
 
 def _write_json(path: Path, found: dict) -> None:
+  _write_text(path, json.dumps(found, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
   try:
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
   except OSError as error:
     raise UserError(f"cannot write {path}: {error}") from error
 

@@ -17,8 +17,11 @@ DRAWER = dict(queries=64, width=1792, layers=24, heads=28, mlp=4864, time_steps=
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """arg: model=4b or 8b, the language model's size; from=DIR, an imported checkpoint to train further."""
-  options = presets.arguments(arg, model="8b", **{"from": ""})
+  """arg: model=4b or 8b, the language model's size; from=DIR, an imported checkpoint to train further.
+
+  tower=DIR: the imported EVA-CLIP E/14-plus whose features it draws, which its own checkpoints leave out.
+  """
+  options = presets.arguments(arg, model="8b", tower="", **{"from": ""})
   train = tuple(row for row in presets.trains(flow=1.0) if row[0] != presets.DECODER)  # there is none
   config = presets.stage("blip3o", steps=10_000, train=train, frozen_dtype="bfloat16")
   config.model = _model(options.model)
@@ -34,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
       raise UserError(f"{options['from']} is no imported model; make one with: clipflow import --from=... --output=...")
     fields = json.loads(file.read_text())
     config.model.update(transformer=fields["transformer"], drawer=fields["drawer"])
-    config.init_from = options["from"]
+    config.init_from = ",".join(filter(None, [options["from"], options.tower]))
   return config
 
 

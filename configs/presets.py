@@ -78,8 +78,10 @@ def stage(name: str, **fields: Any) -> ConfigDict:
   config = ConfigDict(
     dict(
       name=name,
+      file="",  # this config's, with its arguments, as the command line was given it
       seed=0,
-      init_from="",  # a workdir whose parameters and tokenizer to begin with
+      # A workdir whose parameters and tokenizer to begin with; of several, commas between, the first that has one.
+      init_from="",
       mesh=dict(fsdp=-1),
       hardware=dict(chip="", topology=(), slices=1),  # what `clipflow plan` compiles for
       environment=dict(),  # variables that the process starts with, the compiler's options among them
@@ -100,6 +102,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
         max_bad_fraction=0.05,
       ),
       objective=dict(weights=dict()),
+      adapters=dict(),  # of `training.adapters.Adapters`; none
       train=(),
       optimizer=dict(name="muon", learning_rate=0.02, adam_learning_rate=1e-2, warmup=20, clip=1.0),
       steps=0,
@@ -139,10 +142,10 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
 
   model: of `models.MODELS`. It brings full rows, and AdamW's rates for weights that are there already. hardware: of
-  `hardware.make`: its mesh, per-chip batch, remat, kernel and environment. from: an imported language model's workdir,
-  to start from (`warm.start`). UserError for what is not there.
+  `hardware.make`: its mesh, per-chip batch, remat, kernel and environment. from, tower: workdirs of an imported
+  language model and of an imported tower, to start from (`warm.start`, `warm.tower`). UserError for what is not there.
   """
-  options = arguments(arg, model="tiny", hardware="", **{"from": ""})
+  options = arguments(arg, model="tiny", hardware="", tower="", **{"from": ""})
   if options.model != "tiny":
     fields = models.make(options.model)
     config.model = fields
@@ -160,6 +163,8 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     config.update(steps=100_000, log_every=100, frozen_dtype="bfloat16")
   if options["from"]:
     warm.start(config, options["from"])
+  if options.tower:
+    warm.tower(config, options.tower)
   if options.hardware:
     found = hardware.make(options.hardware)
     config.hardware = dict(chip=found.chip, topology=found.topology, slices=found.slices)

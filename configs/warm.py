@@ -1,13 +1,16 @@
-"""Starting from an imported language model: it becomes expert `text`, and expert `flow` is fresh beside it."""
+"""Starting from imported weights: a language model becomes expert `text` beside a fresh `flow`, a tower the tower."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
+
+RUN = ("unroll", "remat")  # how a part is computed, which what comes in does not say
 
 
 def start(config: ConfigDict, workdir: str) -> None:
@@ -16,15 +19,43 @@ def start(config: ConfigDict, workdir: str) -> None:
   The flow expert keeps its width and mlp; depth, heads and head dim are the language model's. Where that has no rotary
   sections for rows and columns, half of the frequencies become theirs, which changes nothing for words.
   """
-  file = Path(workdir) / "model.json"
-  if not file.is_file():
-    raise UserError(f"{workdir} is no imported model; make one with: clipflow import --from=... --output={workdir}")
-  fields = json.loads(file.read_text()).get("transformer")
+  fields = _imported(workdir).get("transformer")
   if not fields:
     raise UserError(f"{workdir} holds no language model; import one of the families llama, qwen2, qwen3, qwen2_5_vl")
   ours = config.model.transformer
   quarter = fields["head_dim"] // 8
   sections = fields.get("rope_sections") or (fields["head_dim"] // 2 - 2 * quarter, quarter, quarter)
-  own = {name: ours[name] for name in ("flow_width", "flow_mlp", "early_layer", "unroll", "remat") if name in ours}
+  own = {name: ours[name] for name in ("flow_width", "flow_mlp", "early_layer", *RUN) if name in ours}
   config.model.transformer = dict(fields, rope_sections=tuple(sections), **own)
-  config.init_from = str(workdir)
+  _begin_from(config, workdir)
+
+
+def tower(config: ConfigDict, workdir: str) -> None:
+  """Puts the tower that `clipflow import` wrote to `workdir` into a stage's config, alone or with its text tower.
+
+  Pictures get its size and the pixel decoder its patches, and the statistics of its features are measured at the start.
+  """
+  fields = _imported(workdir).get("clip")
+  if not fields:
+    raise UserError(f"{workdir} holds no tower; import one of the families clip, siglip, eva02_large, dinov2")
+  ours, vision = config.model.clip, fields["vision"]
+  for name, value in fields.items():  # a text tower and how both are compared, where there are two
+    run = {key: ours[name][key] for key in RUN if key in ours[name]} if name in ("vision", "text") else None
+    ours[name] = value if run is None else dict(value, **run)
+  config.data.source.size = vision["image_size"]
+  if config.model.get("pixel_decoder"):
+    config.model.pixel_decoder.update(image_size=vision["image_size"], patch_size=vision["patch_size"])
+  config.measure_features = 4096
+  _begin_from(config, workdir)
+
+
+def _imported(workdir: str) -> dict[str, Any]:
+  """The fields of the model in a workdir of `clipflow import`."""
+  file = Path(workdir) / "model.json"
+  if not file.is_file():
+    raise UserError(f"{workdir} is no imported model; make one with: clipflow import --from=... --output={workdir}")
+  return json.loads(file.read_text())
+
+
+def _begin_from(config: ConfigDict, workdir: str) -> None:
+  config.init_from = ",".join(filter(None, [config.init_from, str(workdir)]))

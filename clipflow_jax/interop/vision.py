@@ -248,8 +248,8 @@ def _processor(kind: str, resample: int) -> Callable[[Any], dict[str, Any]]:
       "do_rescale": True,
       "rescale_factor": 1 / 255,
       "do_normalize": True,
-      "image_mean": list(tower["mean"]),
-      "image_std": list(tower["std"]),
+      "image_mean": list(tower.get("mean", HALF)),
+      "image_std": list(tower.get("std", HALF)),
       "do_convert_rgb": True,
       **({"do_center_crop": True, "crop_size": square} if crops else {}),
     }

@@ -8,9 +8,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import checkpoint, features, flops, optimizer, state, step
+from clipflow_jax.training import adapters, checkpoint, features, flops, optimizer, state, step
+from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
 from clipflow_jax.training.state import Params, TrainState
@@ -60,8 +60,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
 
   # Text, data, model: what a batch is.
-  start = checkpoint.load(config.init_from, ("trained", "ema", "frozen")) if config.init_from else None
-  pipeline = make_pipeline(config, start)
+  starts = beginnings(config, ("trained", "ema", "frozen"))
+  pipeline = make_pipeline(config, starts)
   chat = pipeline.chat
   model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
   errors = f"data_errors.{jax.process_index()}.jsonl" if jax.process_index() else "data_errors.jsonl"
@@ -82,16 +82,17 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   seed = config.seed
   init = jax.jit(lambda: _init(model, example, seed))  # jitted to be traced once, not wherever it is called
   abstract = jax.eval_shape(init)
-  scales = state.multipliers(abstract, config.train)
+  fit = functools.partial(Adapters(**config.adapters).fit, seed=seed)
+  scales = state.multipliers(jax.eval_shape(fit, abstract), config.train)
   tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
 
   # The state, created sharded.
   def fresh(taken):
-    params = state.nest(state.flatten(init()) | taken)
+    params = fit(state.nest(state.flatten(init()) | taken))
     return state.create(params, scales, tx, ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
 
   shapes = jax.eval_shape(fresh, {})
-  shardings = state.shardings(shapes, mesh)
+  shardings = state.shardings(shapes, mesh, config.optimizer.get("offload", ""))
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
   )
@@ -103,7 +104,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       log.info("resumed at step %d", restored.step)
     else:
       # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
-      taken = _take(abstract, start, shardings.params) if start else {}
+      taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh)) if starts else {}
       now = jax.jit(fresh, out_shardings=shardings)(taken)
       del taken
       if config.measure_features and not config.data.get("features"):
@@ -125,7 +126,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       return state.taken_back(now, jax.tree.map(distributed.place, aside, shardings_aside))
 
     # The step, compiled once.
-    pure = step.make(model, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
+    adapted = Adapters(**config.adapters).around(model)
+    pure = step.make(adapted, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
     jitted = jax.jit(
       pure,
       in_shardings=(shardings, batch_sharding),
@@ -173,7 +175,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
         if sample and due:
           watchdog.beat(f"{', '.join(due)} of step {number}")
           with sharding.unconstrained():  # samples are as many as they are
-            sample(model, config, whole(now).averaged, chat, number, writer, due)
+            sample(model, config, Adapters(**config.adapters).merged(whole(now).averaged), chat, number, writer, due)
           throughput.start()
         if stopping:
           break
@@ -188,13 +190,18 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     return whole(now)
 
 
-def make_pipeline(config: ConfigDict, start: checkpoint.Restored | None) -> Pipeline:
-  """What `config.data` says, with the tokenizer of the run that this one starts from, or one of its own."""
+def beginnings(config: ConfigDict, names: tuple[str, ...] = ()) -> list[checkpoint.Restored]:
+  """What `config.init_from` names, in its order: of each state the parts `names`, as `checkpoint.load`."""
+  return [checkpoint.load(path.strip(), names) for path in config.init_from.split(",") if path.strip()]
+
+
+def make_pipeline(config: ConfigDict, starts: Sequence[checkpoint.Restored] = ()) -> Pipeline:
+  """What `config.data` says, with the tokenizer of the first of `starts` that has one, or one of its own."""
   fields = config.data.to_dict()
   parts = mixture.make(fields.pop("source"), "train", fields.pop("features", ""))
   layout = Layout(fields.pop("length"), fields.pop("images_per_row"), ClipFlow(**config.model.to_dict()).grid)
   del fields["max_bad_fraction"]
-  chat = text.Chat(_tokenizer(config, start, parts))
+  chat = text.Chat(_tokenizer(config, starts, parts))
   return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
 
 
@@ -239,27 +246,32 @@ def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
 
 
-def _take(ours: Params, start: checkpoint.Restored, shardings: Params) -> dict[str, jax.Array]:
-  """{path: array} of the parameters that another run has at our path and shape; what was taken and left is logged."""
-  theirs: dict[str, Any] = {}
-  for name in ("frozen", "trained", "ema"):  # the average last: it is what that run would be drawn with
-    theirs |= state.flatten(start.state[name] or {})
+def _take(ours: Params, starts: Sequence[checkpoint.Restored], shardings: Params) -> dict[str, jax.Array]:
+  """{path: array} of the parameters that other runs have at our path and shape, of the first that has each.
+
+  What was taken and left is logged.
+  """
   flat, places = state.flatten(ours), state.flatten(shardings)
-  taken = {
-    path: distributed.place(theirs[path].astype(leaf.dtype), places[path])
-    for path, leaf in flat.items()
-    if path in theirs and theirs[path].shape == leaf.shape
-  }
-  log.info("init_from step %d: took %d parameters of %d", start.step, len(taken), len(flat))
-  for what, paths in (("fresh here", flat.keys() - taken), ("left there", theirs.keys() - taken)):
-    if paths:
-      log.info("  %s: %s", what, ", ".join(sorted(paths)))
+  taken: dict[str, jax.Array] = {}
+  for start in starts:
+    theirs = state.flatten(adapters.plain(start))
+    new = {
+      path: distributed.place(np.asarray(theirs[path], leaf.dtype), places[path])
+      for path, leaf in flat.items()
+      if path in theirs and path not in taken and theirs[path].shape == leaf.shape
+    }
+    taken |= new
+    log.info("init_from step %d: took %d parameters of %d", start.step, len(new), len(flat))
+    if left := sorted(theirs.keys() - new):
+      log.info("  left there: %s", ", ".join(left))
+  if fresh := sorted(flat.keys() - taken):
+    log.info("  fresh here: %s", ", ".join(fresh))
   return taken
 
 
-def _tokenizer(config: ConfigDict, start: checkpoint.Restored | None, parts: tuple[mixture.Part, ...]):
-  """The tokenizer of the run that this one starts from, else one trained on this run's own texts."""
-  if start:
+def _tokenizer(config: ConfigDict, starts: Sequence[checkpoint.Restored], parts: tuple[mixture.Part, ...]):
+  """The tokenizer of a run that this one starts from, else one trained on this run's own texts."""
+  if start := next((start for start in starts if start.meta["tokenizer"]), None):  # a tower alone brings none
     with tempfile.TemporaryDirectory() as scratch:
       return text.from_files(start.meta["tokenizer"], Path(scratch))
   examples = mixture.first(parts, config.tokenizer.examples)

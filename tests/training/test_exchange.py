@@ -15,6 +15,7 @@ from clipflow_jax import cli
 from clipflow_jax.data import text
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import huggingface
+from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.training import checkpoint, exchange, loop
 from clipflow_jax.training.state import flatten, merge
@@ -95,6 +96,42 @@ def test_what_was_trained_goes_out_as_it_came(folder, trained, tmp_path):
   words = [AutoTokenizer.from_pretrained(str(path)) for path in (folder, tmp_path / "out")]
   assert words[0].get_vocab() == words[1].get_vocab() and words[0].chat_template == words[1].chat_template
   assert "Nothing was measured of it" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+  """A SigLIP with both towers, imported: eight tokens wide, pictures of 24 pixels."""
+  family = huggingface.family("siglip")
+  own = dict(width=32, layers=1, heads=2, mlp=48)
+  vision = dict(own, image_size=24, patch_size=12, embedding=0, pooling="attention")
+  words = dict(own, vocabulary=300, length=64, embedding=32, pooling="last", projection_bias=True)
+  module = Clip(vision=vision, text=words, pairwise=True)
+  path = tmp_path_factory.mktemp("siglip")
+  huggingface.save(path / "model", module, tiny.random_params(family.parameters(module)), family="siglip")
+  assert cli.main(["import", f"--from={path / 'model'}", f"--output={path / 'workdir'}"]) == 0
+  return path / "workdir"
+
+
+def test_a_language_model_and_a_tower_of_two_imports_begin_one_run(imported, tower, tmp_path):
+  config = generation_stage(imported)
+  warm.tower(config, str(tower))
+  config.measure_features = 8
+  assert config.init_from == f"{imported},{tower}" and config.model.clip.pairwise
+  del config.model.clip["captioner"]
+  loop.train(config, tmp_path)
+  frozen = flatten(checkpoint.load(tmp_path, ("frozen",)).state["frozen"])
+  for path in (imported, tower):
+    held = flatten(checkpoint.load(path, ("trained",)).state["trained"])
+    assert held and all(np.array_equal(leaf, frozen[name]) for name, leaf in held.items())
+  assert np.std(frozen["statistics/mean"]) > 0  # of this tower's features
+
+
+def test_a_tower_that_is_no_import_is_told(imported, tmp_path):
+  config = generation_stage(imported)
+  with pytest.raises(UserError, match="holds no tower; import one of the families clip"):
+    warm.tower(config, str(imported))
+  with pytest.raises(UserError, match="is no imported model; make one with: clipflow import"):
+    warm.tower(config, str(tmp_path))
 
 
 def test_check_runs_it_once_and_tells(folder, tmp_path, capsys):
