@@ -30,6 +30,7 @@ BASE = [
 ]
 
 NOTEBOOKS = ["ipywidgets>=8.1,<9", "ipykernel>=6.29,<8", "nbclient>=0.10,<0.12"]
+FINETUNE = ["qwix>=0.1.8,<0.2"]
 PARQUET = ["pyarrow>=18,<27"]
 # importlib_resources: etils asks for it when TFDS tells the size of a download, and neither says so.
 TFDS = ["tensorflow-datasets>=4.9.9,<5", "importlib_resources>=6,<8"]
@@ -39,6 +40,7 @@ SERVE = ["fastapi>=0.165,<0.200", "uvicorn>=0.54,<0.60", "prometheus-client>=0.2
 EXTRAS = {
   "gpu": ["jax[cuda12]>=0.10,<0.12"],
   "tpu": ["jax[tpu]>=0.10,<0.12"],
+  "finetune": FINETUNE,
   "parquet": PARQUET,
   "tfds": TFDS,
   "prepare": ["apache-beam>=2.70,<3"],
@@ -58,11 +60,12 @@ EXTRAS = {
     "httpx>=0.28,<0.29",
     *NOTEBOOKS,
     *SERVE,
+    *FINETUNE,
     *PARQUET,
     *TFDS,
   ],
   # The PyTorch that the golden values of the parity tests come from, and BLIP3-o's drawer in it.
-  "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
+  "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43", "peft>=0.19,<0.22"],
 }
 
 setup(

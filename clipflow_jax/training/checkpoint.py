@@ -145,6 +145,19 @@ def load(path: Path | str, names: tuple[str, ...] = ("ema",)) -> Restored:
   return _newest_readable(folders, lambda folder: _read_parts(folder, names))[0]
 
 
+def described(path: Path | str) -> dict[str, Any]:
+  """`meta` of the newest step, of a path as for `load`. Reads no array, and JAX need not look for devices.
+
+  UserError where there is no checkpoint, or its description cannot be read.
+  """
+  place = _absolute(path)
+  folders = _steps(place / "checkpoints") or _steps(place) or [place]
+  try:
+    return json.loads((folders[0] / "meta" / "data.json").read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"no readable checkpoint in {path} ({error}): give the workdir of a run or of an import") from error
+
+
 def _newest_readable(
   folders: list[epath.Path], read: Callable[[epath.Path], Restored]
 ) -> tuple[Restored, list[epath.Path]]:

@@ -22,14 +22,15 @@ from ml_collections import ConfigDict
 
 from clipflow_jax.data import text
 from clipflow_jax.errors import UserError
-from clipflow_jax.interop import huggingface
+from clipflow_jax.interop import huggingface, peft
 from clipflow_jax.interop.family import described
 from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.models.vision import VisionTower
-from clipflow_jax.training import checkpoint, stages
-from clipflow_jax.training.state import Params, flatten, merge, nest
+from clipflow_jax.training import adapters, checkpoint, stages
+from clipflow_jax.training.adapters import Adapters
+from clipflow_jax.training.state import Params, flatten, nest
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
   """
   _refuse(output)
   read = checkpoint.load(stages.newest(workdir), ("ema", "trained", "frozen"))
-  params = merge(read.state["ema"] or read.state["trained"], read.state["frozen"] or {})
+  params = adapters.plain(read)
   with tempfile.TemporaryDirectory() as scratch:
     words = text.from_files(read.meta["tokenizer"], Path(scratch)) if read.meta["tokenizer"] else None
   model = text.with_vocabulary(read.meta["config"]["model"], len(words) if words else 0)
@@ -98,6 +99,66 @@ def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
   name = huggingface.save(output, module, nest(flat), family=family, tokenizer=words)
   (output / "README.md").write_text(_card(workdir, name))
   return name
+
+
+def give_out_adapters(workdir: Path, output: Path) -> int:
+  """Writes what a run's adapters learned beside its language model as a folder of peft's. Returns how many matrices.
+
+  Those of what draws have no place there: they stay, and the log says so. UserError where there are none.
+  """
+  read = checkpoint.load(stages.newest(workdir), ("ema", "trained", "frozen"))
+  ours = Adapters(**read.meta["config"].get("adapters", {}))
+  alone = ours.alone(read.state["ema"] or read.state["trained"] or {})
+  prefix = "language_model/"
+  flat = {path.removeprefix(prefix): leaf for path, leaf in alone.items() if path.startswith(f"{prefix}text/")}
+  if not flat:
+    raise UserError(
+      f"{workdir} has no adapters beside its language model: train some with configs/finetune.py:mode=lora"
+    )
+  if len(flat) < len(alone):
+    log.warning("%d matrices beside what draws stay here: peft knows language models alone", len(alone) - len(flat))
+  peft.save(output, flat, alpha=ours.alpha)
+  return len(flat)
+
+
+def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
+  """Writes the run in `base` with a folder of peft's adapters beside its language model as a workdir, all or nothing.
+
+  Returns how many matrices. What the run's own adapters learned is merged. UserError where they do not fit it.
+  """
+  _refuse(output)
+  learned, alpha = peft.load(source)
+  read = checkpoint.load(stages.newest(base), ("ema", "trained", "frozen"))
+  plain = flatten(adapters.plain(read))
+  learned = {f"language_model/{path}": leaf for path, leaf in learned.items()}
+  for path, leaf in learned.items():
+    beside = plain.get(path[: -len(adapters.A)])
+    axis = -2 if path.endswith(adapters.A) else -1  # of the two that a matrix has, the one that is also the base's
+    if beside is None or beside.shape[0] != leaf.shape[0] or beside.shape[axis] != leaf.shape[axis]:
+      raise UserError(
+        f"{source} does not fit {base}: {path} is {leaf.shape}, beside {getattr(beside, 'shape', 'nothing')}"
+      )
+  rank = next(leaf.shape[-1] for path, leaf in learned.items() if path.endswith(adapters.A))
+  where = "|".join(sorted(path.removesuffix(f"/kernel{adapters.A}") for path in learned if path.endswith(adapters.A)))
+  config = read.meta["config"] | {"adapters": {"rank": rank, "alpha": alpha, "where": where}}
+  state = {
+    "step": np.zeros((), np.int32),
+    "trained": nest(learned),
+    "frozen": nest(plain),
+    "ema": None,
+    "opt_state": {},
+  }
+  output.parent.mkdir(parents=True, exist_ok=True)
+  scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+  try:
+    checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
+    checkpoints.save(0, state, data_state={}, meta={"config": config, "tokenizer": read.meta["tokenizer"]})
+    checkpoints.close()
+    scratch.chmod(0o755)
+    scratch.replace(output)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return len(learned)
 
 
 def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:

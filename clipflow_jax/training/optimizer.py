@@ -25,6 +25,7 @@ class Optimizer:
   learning_rate: its peak, after `warmup` steps from 0 and before a cosine to `final` of it at `steps`.
   adam_learning_rate: the peak for what Muon leaves to Adam. clip: global gradient norm.
   patience: steps in a row with a non-finite gradient that are skipped before the run stops.
+  offload: "host" keeps the moments in the host's memory and brings them to the device within each step; "" never.
   """
 
   steps: int
@@ -38,6 +39,7 @@ class Optimizer:
   b1: float = 0.9
   b2: float = 0.95
   patience: int = 10
+  offload: str = ""
 
   def schedule(self, peak: float) -> optax.Schedule:
     warmup = min(self.warmup, self.steps // 2)
@@ -47,6 +49,8 @@ class Optimizer:
 
   def make(self, scales: dict[str, float]) -> optax.GradientTransformation:
     """The whole chain. scales: {path: learning-rate multiplier} of the trained parameters."""
+    if self.offload not in ("", "host"):
+      raise UserError(f"optimizer.offload {self.offload!r} is unknown; choose host, or '' for none")
     if self.name == "muon":
       rule = optax.contrib.muon(
         self.schedule(self.learning_rate),
@@ -70,7 +74,14 @@ class Optimizer:
     scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda update, scale: update * scale, updates, tree))
     # Never accepted, however many: after `patience` the loop stops instead.
     chain = optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled)
-    return optax.apply_if_finite(chain, np.iinfo(np.int32).max)
+    whole = optax.apply_if_finite(chain, np.iinfo(np.int32).max)
+    if not self.offload:
+      return whole
+
+    def update(grads, state, params=None):
+      return whole.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
+
+    return optax.GradientTransformation(whole.init, update)  # where its result goes is said by the state's shardings
 
 
 def muon_dimensions(params: Params) -> Params:

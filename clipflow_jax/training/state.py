@@ -17,6 +17,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import sharding
 
 Params = dict[str, Any]
+HOST = "pinned_host"  # the host's memory that devices copy from and to by themselves
 
 
 @flax.struct.dataclass
@@ -103,11 +104,20 @@ def taken_back(state: TrainState, aside: Params) -> TrainState:
   return dataclasses.replace(state, frozen=state.frozen | aside)
 
 
-def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-  """A NamedSharding for each leaf of an abstract state: moments and averages follow their parameter."""
+def shardings(state: TrainState, mesh: jax.sharding.Mesh, offload: str = "") -> TrainState:
+  """A NamedSharding for each leaf of an abstract state: moments and averages follow their parameter.
+
+  offload: of `optimizer.Optimizer`: "host" puts moments into the host's memory. UserError where devices reach none.
+  """
   replicated = NamedSharding(mesh, PartitionSpec())
   of_trained = flatten(sharding.of_parameters(state.trained, mesh))
   shapes = {path: leaf.shape for path, leaf in flatten(state.trained).items()}
+  of_moments = of_trained
+  if offload:
+    kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+    if HOST not in kinds:
+      raise UserError(f"optimizer.offload=host: these devices reach {', '.join(kinds)}, and no {HOST}; leave it out")
+    of_moments = {path: place.with_memory_kind(HOST) for path, place in of_trained.items()}
 
   def moment(key_path, leaf):
     names = [str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey)]
@@ -115,7 +125,7 @@ def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     path = "/".join(names)
     if path in shapes and leaf.shape != shapes[path]:
       raise UserError(f"a moment of {path!r} has shape {leaf.shape}, its parameter {shapes[path]}: no rule places it")
-    return of_trained.get(path, replicated)
+    return of_moments.get(path, replicated)
 
   return TrainState(
     step=replicated,

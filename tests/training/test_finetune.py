@@ -1,0 +1,152 @@
+"""Fine-tuning by configs/finetune.py: from a workdir to an adapted one, resumed, drawn with, given to peft."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from clipflow_jax import commands
+from clipflow_jax.errors import UserError
+from clipflow_jax.inference.pipeline import ClipFlow
+from clipflow_jax.training import adapters, checkpoint, exchange, loop, state
+from clipflow_jax.training.optimizer import Optimizer
+from configs import finetune
+from tests import tiny, tiny_data
+
+STATE = ("ema", "trained", "frozen")
+
+
+def of(trained: Path, arg: str, **fields) -> ConfigDict:
+  """Two steps of the config, each with a checkpoint."""
+  config = finetune.get_config(f"from={trained},batch=2,rank=2,tile=8,{arg}")
+  config.update(steps=2, log_every=1, checkpoint_every=1, keep=2, **fields)
+  config.optimizer.update(learning_rate=0.01, warmup=0)
+  return config
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ConfigDict, Path]:
+  """A run whose language model lies in four bits and whose moments wait in the host's memory."""
+  pytest.importorskip("qwix")
+  workdir, config = tmp_path_factory.mktemp("adapted"), of(trained, "mode=qlora,task=converse")
+  config.optimizer.offload = "host"
+  loop.train(config, workdir)
+  return config, workdir
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(adapted: tuple[ConfigDict, Path], tmp_path: Path):
+  config, workdir = adapted
+  stopped = tmp_path / "stopped"
+  shutil.copytree(workdir, stopped)
+  shutil.rmtree(stopped / "checkpoints" / "2")
+  again = loop.train(config, stopped)
+  moments = jax.tree_util.tree_leaves_with_path(again.opt_state)
+  kinds = {leaf.sharding.memory_kind for path, leaf in moments if leaf.ndim}
+  assert kinds == {"pinned_host"}
+  for name in STATE:
+    one, two = (checkpoint.load(place, (name,)).state[name] for place in (workdir, stopped))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_the_base_is_that_of_the_workdir_in_four_bits_and_only_adapters_learn(adapted, trained: Path):
+  _, workdir = adapted
+  read = checkpoint.load(workdir, STATE).state
+  learned, frozen = state.flatten(read["trained"]), state.flatten(read["frozen"])
+  assert all(path.endswith((adapters.A, adapters.B)) for path in learned) and len(learned) == 2 * 7
+  assert {str(leaf.dtype) for path, leaf in frozen.items() if path.endswith("/codes")} == {"int4"}
+  before = state.flatten(adapters.plain(checkpoint.load(trained, STATE)))
+  same = [path for path in frozen if not path.endswith(("kernel/codes", "kernel/scale"))]
+  for path in same:
+    np.testing.assert_array_equal(frozen[path], before[path], err_msg=path)
+  assert len(same) + 7 == len(before)
+
+
+def test_what_draws_and_reads_is_a_plain_model_with_the_adapters_in_it(adapted, trained: Path):
+  _, workdir = adapted
+  before, after = (state.flatten(ClipFlow.from_checkpoint(place).params) for place in (trained, workdir))
+  assert before.keys() == after.keys()
+  changed = {path for path in before if not np.array_equal(before[path], after[path])}
+  assert changed == {path for path in before if re.fullmatch(f"{finetune.READS}/kernel", path)}
+
+
+def test_adapters_go_to_peft_and_come_back_bit_for_bit(adapted, trained: Path, tmp_path: Path):
+  _, workdir = adapted
+  assert exchange.give_out_adapters(workdir, tmp_path / "peft") == 14
+  assert exchange.bring_in_adapters(tmp_path / "peft", trained, tmp_path / "back") == 14
+  back, there = (checkpoint.load(place, STATE) for place in (tmp_path / "back", workdir))
+  jax.tree.map(np.testing.assert_array_equal, back.state["trained"], there.state["trained"])
+  ours = adapters.Adapters(**back.meta["config"]["adapters"])
+  assert (ours.rank, ours.alpha) == (2, 32.0)
+  params = state.flatten(ClipFlow.from_checkpoint(tmp_path / "back").params)
+  path = "language_model/text/layers/mlp/up/kernel"
+  learned = state.flatten(back.state["trained"])
+  product = learned[path + adapters.A] @ learned[path + adapters.B] * 16.0
+  base = state.flatten(adapters.plain(checkpoint.load(trained, STATE)))[path]
+  np.testing.assert_allclose(params[path], base + product, rtol=1e-5, atol=1e-6)
+  with pytest.raises(UserError, match="no adapters beside its language model"):
+    exchange.give_out_adapters(trained, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+  ("mode", "task", "learns"),
+  [
+    ("full", "both", r"(language_model/(embed|text|flow).*|image_.*|flow_head.*)"),
+    ("full", "converse", r"(language_model/(embed|text)|image_).*"),
+    ("lora", "draw", r"language_model/(text|flow|flow_early)/layers/.*/kernel_lora_[ab]"),
+    ("qlora", "converse", r"language_model/text/layers/.*/kernel_lora_[ab]"),
+    ("queries_only", "draw", r"flow_head/.*"),
+  ],
+)
+def test_a_mode_trains_what_it_says(trained: Path, mode: str, task: str, learns: str):
+  config = of(trained, f"mode={mode},task={task}")
+  fit = adapters.Adapters(**config.adapters | (dict(base="") if config.adapters else {})).fit
+  params = jax.eval_shape(lambda: fit(tiny.params(), 0))
+  scales = state.multipliers(params, config.train)
+  chosen = {path for path, scale in scales.items() if scale}
+  assert chosen and all(re.fullmatch(learns, path) for path in chosen)
+
+
+def test_queries_alone_are_trained_where_there_are_queries(trained: Path, monkeypatch: pytest.MonkeyPatch):
+  found = checkpoint.described(trained)
+  transformer = {k: v for k, v in tiny.FIELDS["transformer"].items() if "flow" not in k and k != "early_layer"}
+  found["config"]["model"] |= dict(transformer=transformer, drawer=dict(queries=4, width=32, layers=1, heads=2, mlp=48))
+  monkeypatch.setattr(checkpoint, "described", lambda path: found)
+  config = of(trained, "mode=queries_only,task=draw")
+  scales = state.multipliers({"queries": 0, "separate_drawer": {"entry": {"kernel": 0}}}, config.train)
+  assert scales == {"queries": 1.0, "separate_drawer/entry/kernel": 0.0}
+
+
+def test_data_is_known_by_what_lies_there(trained: Path, tmp_path: Path):
+  folder = tiny_data.folder(tmp_path / "pictures", tiny_data.samples(2))
+  tar = tiny_data.webdataset(tmp_path / "tars" / "0.tar", tiny_data.samples(2))
+  (tmp_path / "prepared").mkdir()
+  (tmp_path / "prepared" / "manifest.json").touch()
+  kinds = [
+    finetune.get_config(f"data={path}").data.source.kind for path in (folder, tar, tar.parent, tmp_path / "prepared")
+  ]
+  assert kinds == ["folder", "webdataset", "webdataset", "prepared"]
+
+
+@pytest.mark.parametrize(
+  ("arg", "said"),
+  [
+    ("mode=half", "choose one of full, lora, qlora, queries_only"),
+    ("task=sing", "choose one of converse, draw, both, talk"),
+    ("mode=queries_only,task=both", "take task=draw"),
+    ("from=nowhere", "no readable checkpoint in nowhere"),
+  ],
+)
+def test_what_cannot_be_done_is_one_line(arg: str, said: str):
+  with pytest.raises(UserError, match=said):
+    commands.load_config(f"configs/finetune.py:{arg}", [])
+
+
+def test_offloading_to_nowhere_is_refused():
+  with pytest.raises(UserError, match="choose host"):
+    Optimizer(10, "adamw", offload="disk").make({})
