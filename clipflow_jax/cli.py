@@ -194,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; by default as it is")
   sub.add_argument("--check", action="store_true", help="run it once and print what comes out")
   sub.add_argument("--config", help="the config file of what it is to be used as, such as configs/blip3o.py")
+  sub.add_argument("--base", type=Path, help="the workdir that adapters of peft, then named by --from, are beside")
 
   sub = command(
     commands.export,
@@ -203,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--workdir", type=Path, required=True)
   sub.add_argument("--output", type=Path, required=True)
   sub.add_argument("--family", help="a model_type of transformers, such as qwen3 or clip; by default what fits")
+  sub.add_argument("--adapters", action="store_true", help="what its adapters learned alone, as peft reads it")
 
   sub = command(
     commands.bench,
