@@ -79,8 +79,9 @@ class Attention(nn.Module):
   x f[B,S,D], positions i32[B,S,3], mask as `kernels.attend` -> (f[B,S,D], (keys, values) f[B,K,g,k]).
 
   past: keys and values seen besides x's own. Without `write_at` x is M blocks for each of B rows of the past,
-    f[B,P,g,k], and mask is bool[B,M,P] (`attend_beside`). With it they are a buffer whose slots
-    [write_at, write_at+S) x's own overwrite, and K = P: decoding with static shapes, few queries and no kernel.
+    f[B,P,g,k], and mask is bool[B,M,P] (`attend_beside`). With write_at, (layer, slot), they are the buffers of all
+    layers, f[L,B,K,g,k], in which x's own overwrite that layer's S slots from there on, and the buffers are returned:
+    decoding with static shapes, few queries and no kernel.
 
   Whoever asks `apply` for intermediates finds `looks` among them.
   """
@@ -118,19 +119,22 @@ class Attention(nn.Module):
     def gather(*each):
       return tuple(shard(a, "batch" if past is not None else self.axes[0], None, "heads") for a in each)
 
+    kept = (k, v)
     if past is None:
       all_k, all_v = gather(k, v)
       out = attend(q, all_k, all_v, mask, self.kernel, self.axes)
     elif write_at is None:
       out = attend_beside(q, k, v, gather(*past), mask, self.kernel)
     else:
-      k, v = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), write_at, axis=1)
+      layer, slot = write_at
+      kept = tuple(
+        jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (layer, 0, slot, 0, 0))
         for old, new in zip(past, (k, v), strict=True)
       )
+      k, v = (jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False) for buffer in kept)
       out = attend(q, k, v, mask)
     if self.is_mutable_collection("intermediates"):
       self.sow("intermediates", "looks", looks(q, k, mask, past if write_at is None else None))
     out = checkpoint_name(out, "attention")
     init = scaled_init(self.out_scale)
-    return Linear(x.shape[-1], self.out_bias, init, dtype=self.dtype, name="out")(out), (k, v)
+    return Linear(x.shape[-1], self.out_bias, init, dtype=self.dtype, name="out")(out), kept

@@ -74,7 +74,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """`layers` Blocks, scanned. past: keys and values stacked over layers, f[L,B,P,g,k] twice.
+  """`layers` Blocks, scanned. past: keys and values stacked over layers, f[L,B,P,g,k] twice; write_at: the slot of
+  them that x's first overwrites.
 
   remat: a name of `remat.POLICIES`. unroll: compile the layers one after the other. A loop stacks what its layers
   leave for the backward pass, which in a tiny stack on CPU costs half as much as the layers; a deep stack without the
@@ -92,10 +93,17 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
     def body(block, x, past):
-      x, kv = block(x, positions, mask, past, write_at)
+      x, kv = block(x, positions, mask, past)
       return x, kv if self.keep_kv else None
 
-    return scan(body, self.layers, self.remat, self.unroll)(Block(**self.block, name="layers"), x, past)
+    def write(block, carry, layer):  # the buffers are carried, and written in place: stacked anew they would be copied
+      x, buffers = carry
+      return block(x, positions, mask, buffers, (layer, write_at)), None
+
+    layers = Block(**self.block, name="layers")
+    if write_at is None:
+      return scan(body, self.layers, self.remat, self.unroll)(layers, x, past)
+    return scan(write, self.layers, self.remat, self.unroll)(layers, (x, past), jnp.arange(self.layers))[0]
 
 
 class Context(flax.struct.PyTreeNode):
