@@ -81,7 +81,7 @@ class Hardware:
   def environment(self) -> dict[str, str]:
     """The environment variables to run with."""
     flags = " ".join(f"--{name}={value}" for name, value, _ in self.flags)
-    tpu = self.chip not in ("cpu", "h100")
+    tpu = self.chip not in ("cpu", "h100", "h200")
     named = {"LIBTPU_INIT_ARGS" if tpu else "XLA_FLAGS": flags} if flags else {}
     return {name: value for name, value, _ in self.variables} | named
 
@@ -92,6 +92,7 @@ class Hardware:
 CHIPS = {
   "cpu": Hardware("cpu", (1,), dict(fsdp=-1), tokens=2048),
   "h100": Hardware("h100", (1,), dict(fsdp=-1), tokens=8192, kernel="cudnn", flags=GPU, variables=GPU_VARIABLES),
+  "h200": Hardware("h200", (1,), dict(fsdp=-1), tokens=8192, kernel="cudnn", flags=GPU, variables=GPU_VARIABLES),
   "v4": Hardware("v4", (2, 2, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
   "v5e": Hardware("v5e", (1, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
   "v5p": Hardware("v5p", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="dots", kernel="splash", flags=V5P),
@@ -112,6 +113,8 @@ PRESETS = {
   "h100x1": _at("h100", 1),
   "h100x8": _at("h100", 8),
   "h100x64": _at("h100", 64, data=8, fsdp=8),  # weights are gathered inside a host, gradients cross the network
+  "h200x1": _at("h200", 1),
+  "h200x8": _at("h200", 8),
   "v5e-16": _at("v5e", 4, 4),
   "v5e-256": _at("v5e", 16, 16, data=2, fsdp=128),
   "v6e-256": _at("v6e", 16, 16, data=4, fsdp=64),

@@ -88,7 +88,8 @@ def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str,
 def test_a_preset_says_what_it_is_made_of(machine: str):
   found = hardware.make(machine)
   chip = chips.CHIPS[found.chip]
-  assert (chip.devices, chip.torus) == (found.cores, len(found.topology) if found.chip not in ("cpu", "h100") else 0)
+  dimensions = len(found.topology) if found.chip not in ("cpu", "h100", "h200") else 0
+  assert (chip.devices, chip.torus) == (found.cores, dimensions)
   for name, value, why in (*found.flags, *found.variables):
     assert name and value and len(why) > 10, name
 

@@ -20,23 +20,28 @@ def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
   say which slice they are in, each place on it is one of theirs. Axes are Auto: linen's constraints are hints to the
   partitioner, which Explicit axes turn into assertions. UserError when the sizes do not fit the devices.
   """
-  unknown = set(sizes) - set(AXES)
-  if unknown:
-    raise UserError(f"mesh axis {sorted(unknown)[0]!r} is unknown; the axes are {', '.join(AXES)}")
-  shape = [int(sizes.get(axis, 1)) for axis in AXES]
-  count = jax.device_count() if devices is None else len(devices)
-  if shape.count(-1) == 1:
-    rest = math.prod(s for s in shape if s != -1)
-    shape[shape.index(-1)] = count // max(rest, 1)  # a size of 0 is refused below
-  if math.prod(shape) != count or min(shape) < 1:
-    wanted = ", ".join(f"{a}={s}" for a, s in zip(AXES, shape, strict=True))
-    raise UserError(f"mesh ({wanted}) does not fit {count} device(s); set one axis to -1 to take what is left")
+  sides = shape(sizes, jax.device_count() if devices is None else len(devices))
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   devices = jax.devices() if devices is None else devices
   slices = {getattr(device, "slice_index", 0) for device in devices}
   if len(slices) == 1:
-    return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
-  if shape[0] != len(slices):
-    raise UserError(f"the devices are {len(slices)} slices, but mesh axis slice is {shape[0]}; set mesh.slice to it")
-  inside, across = [1, *shape[1:]], [shape[0], *[1] * (len(AXES) - 1)]
+    return jax.make_mesh(sides, AXES, axis_types=types, devices=devices)
+  if sides[0] != len(slices):
+    raise UserError(f"the devices are {len(slices)} slices, but mesh axis slice is {sides[0]}; set mesh.slice to it")
+  inside, across = [1, *sides[1:]], [sides[0], *[1] * (len(AXES) - 1)]
   return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+
+
+def shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+  """How many of `count` devices lie along each of `AXES`; UserError as `make`."""
+  unknown = set(sizes) - set(AXES)
+  if unknown:
+    raise UserError(f"mesh axis {sorted(unknown)[0]!r} is unknown; the axes are {', '.join(AXES)}")
+  sides = [int(sizes.get(axis, 1)) for axis in AXES]
+  if sides.count(-1) == 1:
+    rest = math.prod(side for side in sides if side != -1)
+    sides[sides.index(-1)] = count // max(rest, 1)  # a size of 0 is refused below
+  if math.prod(sides) != count or min(sides) < 1:
+    wanted = ", ".join(f"{a}={s}" for a, s in zip(AXES, sides, strict=True))
+    raise UserError(f"mesh ({wanted}) does not fit {count} device(s); set one axis to -1 to take what is left")
+  return tuple(sides)

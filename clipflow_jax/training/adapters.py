@@ -2,7 +2,7 @@
 
 A state with adapters holds, beside or in place of a matrix f[L,in,out] at PATH/kernel:
 
-  PATH/kernel_lora_a  f32[L,in,rank]    random     PATH/kernel/codes  i8 or i4[L,in,out]
+  PATH/kernel_lora_a  f32[L,in,rank]    random     PATH/kernel/codes  i8[L,in,out] or u8[L,in,out/2]
   PATH/kernel_lora_b  f32[L,rank,out]   zero       PATH/kernel/scale  f32[L,in/tile,out]
 
 qwix computes with them while a run trains: it takes the place of the products in the modules of `where`. What is
@@ -71,8 +71,10 @@ class Adapters:
       flat[path + A] = jax.random.uniform(key, (*layers, inputs, self.rank), jnp.float32, -bound, bound)
       flat[path + B] = jnp.zeros((*layers, self.rank, outputs), jnp.float32)
       if self.base:
-        if inputs % self.tile:
-          raise UserError(f"adapters.tile {self.tile} does not divide the {inputs} inputs of {path}; change it")
+        if inputs % self.tile or outputs % 2:
+          raise UserError(
+            f"adapters.tile {self.tile} must divide the {inputs} inputs of {path}, and 2 its {outputs} outputs"
+          )
         flat |= {path + name: leaf for name, leaf in self._quantised(flat.pop(path)).items()}
     return nest(flat)
 
@@ -113,8 +115,10 @@ class Adapters:
   def _quantised(self, matrix: jax.Array) -> dict[str, jax.Array]:
     def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
       made = _qwix().quantize(matrix, BASES[self.base], channelwise_axes=(1,), tiled_axes={0: self.tile})
-      codes = made.qvalue  # those of nf4 are unsigned, which checkpoints cannot hold: the same bits are i4
-      return codes if self.base != "nf4" else jax.lax.bitcast_convert_type(codes, jnp.int4), made.scale
+      codes = made.qvalue
+      if codes.dtype != jnp.int8:  # two to a byte: arrays of four bits do not outlive a program everywhere
+        codes = jax.lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint8)
+      return codes, made.scale
 
     # Layer by layer: what quantises needs several times its input.
     codes, scale = jax.lax.map(one, matrix) if matrix.ndim == 3 else one(matrix)
@@ -123,7 +127,9 @@ class Adapters:
   def _array(self, codes: jax.Array, scale: jax.Array) -> Any:
     """qwix's array of a quantised matrix."""
     codes = jnp.asarray(codes)
-    codes = codes if self.base != "nf4" else jax.lax.bitcast_convert_type(codes, jnp.uint4)
+    if self.base != "int8":
+      codes = jax.lax.bitcast_convert_type(codes, jnp.uint4 if self.base == "nf4" else jnp.int4)
+      codes = codes.reshape(*codes.shape[:-2], -1)
     return _qwix().QArray(qvalue=codes, scale=jnp.asarray(scale), qtype=BASES[self.base])
 
   def _dequantised(self, codes: jax.Array, scale: jax.Array) -> jax.Array:

@@ -70,6 +70,7 @@ CHIPS = {
   "v6e": Chip(PEAK_FLOPS["TPU v6"], 32, 1638e9, 100e9, 12.5e9, products=0.7, torus=2, ring=16, host=8),
   "tpu7x": Chip(2 * PEAK_FLOPS["TPU7x"], 192, 7380e9, 100e9, 12.5e9, products=0.8, torus=3, devices=2),
   "h100": Chip(PEAK_FLOPS["NVIDIA H100"], 79.6, 3350e9, 450e9, 50e9, host=8),
+  "h200": Chip(PEAK_FLOPS["NVIDIA H200"], 131.3, 4800e9, 450e9, 50e9, host=8),  # 141 GB
   # A stand-in that only proves that a mesh compiles: nothing is predicted of it.
   "cpu": Chip(float("nan"), float("nan"), float("nan"), float("nan"), float("nan"), host=1 << 20),
 }

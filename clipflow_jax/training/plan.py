@@ -43,6 +43,7 @@ from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import flops, hlo, optimizer, state, step
+from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.hardware import CHIPS, GIB, REACHED, Chip
 
 # For libtpu's compile-only client: ask no metadata server, take no lock.
@@ -124,24 +125,32 @@ class Program:
   batch: Batch  # likewise
 
   @classmethod
-  def of(cls, config: ConfigDict, mesh: jax.sharding.Mesh, learns: bool = True) -> Program:
-    """learns False leaves the optimizer's work out."""
+  def of(cls, config: ConfigDict, mesh: Any, learns: bool = True) -> Program:
+    """mesh: concrete or abstract. learns False leaves the optimizer's work out."""
     model = ClipFlow(**with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary))
     batch = abstract_batch(config, model)
     objective = Objective(**config.objective)
     params = jax.eval_shape(lambda rows: model.init(jax.random.key(0), rows, method="everything"), batch)["params"]
+    adapters = Adapters(**config.adapters)
+    params = jax.eval_shape(functools.partial(adapters.fit, seed=config.seed), params)
     scales = state.multipliers(params, config.train)
     tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
     tx = tx if learns else optax.apply_if_finite(optax.set_to_zero(), 1)
     kept = dict(ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
     shapes = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, **kept), params)
-    pure = step.make(model, objective, tx, seed=config.seed, ema=config.ema, accumulate=config.accumulate)
-    placed = (state.shardings(shapes, mesh), sharding.of_batch(batch, mesh))
+    adapted = adapters.around(model)
+    pure = step.make(adapted, objective, tx, seed=config.seed, ema=config.ema, accumulate=config.accumulate)
+    return cls(pure, shapes, batch).on(mesh)
+
+  def on(self, mesh: jax.sharding.Mesh) -> Program:
+    """The same step with its state and batch on another mesh, traced no second time."""
+    placed = (state.shardings(self.state, mesh), sharding.of_batch(self.batch, mesh))
 
     def put(leaf, place):
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return cls(pure, *(jax.tree.map(put, *pair) for pair in zip((shapes, batch), placed, strict=True)))
+    pairs = zip((self.state, self.batch), placed, strict=True)
+    return Program(self.pure, *(jax.tree.map(put, *pair) for pair in pairs))
 
   def flops(self) -> int:
     """Of the matrix products of all devices together, in one step."""
