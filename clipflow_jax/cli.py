@@ -221,14 +221,16 @@ def _parser() -> argparse.ArgumentParser:
   sub = command(
     commands.info,
     "show what a config trains, or what a workdir holds",
-    "clipflow info --workdir=quickstart",
+    "clipflow info --workdir=quickstart --output=quickstart.html",
     config="configs/quickstart.py",
   )
   sub.add_argument("--workdir", type=Path)
   sub.add_argument(
     "--data", action="store_true", help="write what the model will see of the config's data: pages, PNGs"
   )
-  sub.add_argument("--output", type=Path, default=Path("inspected"), help="where --data writes (default %(default)s)")
+  sub.add_argument(
+    "--output", type=Path, help="an HTML page of the workdir; of --data, the folder it writes (default inspected)"
+  )
   return parser
 
 

@@ -93,7 +93,8 @@ def test_a_config_takes_arguments_behind_a_colon(value):
 
 def test_a_config_may_lie_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert commands.load_config("configs/contrastive.py", []).name == "contrastive"  # beside the package
+  config = commands.load_config("configs/contrastive.py:model=small", [])  # beside the package
+  assert (config.name, config.file) == ("contrastive", "configs/contrastive.py:model=small")
   Path("mine.py").write_text("from configs import contrastive\nget_config = contrastive.get_config\n")
   assert commands.load_config("mine.py", ["--config.steps=3"]).steps == 3
 
@@ -213,11 +214,12 @@ def test_features_are_cached_for_the_config_of_one_stage(capsys, tmp_path):
   assert f"no checkpoint in {tmp_path}" in fails(capsys, *argv, "--config=configs/joint.py")
 
 
-def test_info_describes_a_config_and_a_workdir(capsys, trained):
+def test_info_describes_a_config_and_a_workdir(capsys, trained, tmp_path):
   assert cli.main(["info", "--config=configs/decoder.py", "--config.steps=77"]) == 0
   assert "77" in capsys.readouterr().out
-  assert cli.main(["info", f"--workdir={trained}"]) == 0
-  assert "step 2 of 2" in capsys.readouterr().out
+  page = tmp_path / "run.html"
+  assert cli.main(["info", f"--workdir={trained}", f"--output={page}"]) == 0
+  assert "step 2 of 2" in capsys.readouterr().out and "step 2 of 2" in page.read_text()
 
 
 def test_a_keyboard_interrupt_is_no_error(monkeypatch):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -18,6 +16,7 @@ from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.data.text import Chat
+from clipflow_jax.webpage import document, inlined
 
 ROLES = {INPUT: "read", TARGET: "drawn", BOTH: "read and drawn"}
 COLOURS = ("#8fb3d9", "#e6b894", "#a5cf9d", "#d9a3c4", "#cfc98a", "#a8a3dc", "#8fd0cb", "#d99a9a")
@@ -77,12 +76,11 @@ def write(pipeline: Pipeline, output: Path, name: str, batches: int = 8) -> Pack
 def page(batch: Batch, layout: Layout, chat: Chat, title: str) -> str:
   """A page that needs nothing beside it: every row's examples, their words by weight, their pictures."""
   rows = "\n".join(_row(batch, i, layout, chat) for i in range(min(SHOWN, len(batch.tokens))))
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-    f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
+  legend = (
     "<p>Green words are learned, the greener the more they weigh; the others are only read. A bar is a row, "
-    f"its colours are the examples packed into it.</p>\n{rows}\n</body></html>\n"
+    "its colours are the examples packed into it.</p>"
   )
+  return document(title, [legend, rows], _STYLE)
 
 
 def _row(batch: Batch, row: int, layout: Layout, chat: Chat) -> str:
@@ -119,22 +117,19 @@ def _pieces(batch: Batch, row: int, slots: np.ndarray, layout: Layout, chat: Cha
 
 
 def _figure(batch: Batch, row: int, n: int, layout: Layout) -> str:
-  file = io.BytesIO()
-  Image.fromarray(pixels(batch, row, n, layout)).save(file, "PNG")
   role = ROLES.get(int(batch.image_roles[row, n]), "absent")
-  image = f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
+  image = f'<img src="{inlined(Image.fromarray(pixels(batch, row, n, layout)))}" alt="">'
   return f'<figure class="{role.split()[-1]}">{image}<figcaption>{role}</figcaption></figure>'
 
 
 _STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.1em } h2 { font-size: 1em; margin: 1.5em 0 .3em }
 .bar { display: flex; height: 14px; background: #eee } .bar i { display: block }
 .card { border-left: 6px solid; padding: .3em .6em; margin: .4em 0; white-space: pre-wrap }
 .card b { color: #888; font-weight: normal; font-size: .85em; margin-right: .6em }
-figure { display: inline-block; margin: 0 .4em; vertical-align: middle; text-align: center }
-figcaption { font-size: .75em; color: #666 }
-figure img { width: 72px; image-rendering: pixelated; border: 1px solid #ccc; display: block }
+figure { display: inline-block; width: auto; margin: 0 .4em; vertical-align: middle; text-align: center }
+figcaption { color: #666 }
+figure img { width: 72px; display: block }
 figure.drawn img { border: 2px solid #3ca650 }
 """
 

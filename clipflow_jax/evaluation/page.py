@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from clipflow_jax.evaluation.bars import Standing
 from clipflow_jax.evaluation.tasks import Answer
+from clipflow_jax.webpage import document, figure, number, table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,16 +70,7 @@ def html(metrics: Mapping[str, Any], artefacts: Artefacts, standings: Sequence[S
     '<h2>Training</h2><img class="wide" src="curves.png" alt="training curves">' if has_curves else "",
     _measured(metrics),
   ]
-  return _page(artefacts.title, sections)
-
-
-def _page(title: str, sections: Iterable[str]) -> str:
-  title = escape(title)
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-    f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
-    f"<body><h1>{title}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
-  )
+  return document(artefacts.title, sections)
 
 
 def results(result: Mapping[str, Any], shown: Mapping[str, Sequence[tuple[str, str, Answer]]]) -> str:
@@ -89,9 +81,9 @@ def results(result: Mapping[str, Any], shown: Mapping[str, Sequence[tuple[str, s
     rows += [
       [escape(c), str(part["count"]), *_metrics(part["metrics"])] for c, part in task.get("by_category", {}).items()
     ]
-    sections.append(f"<h2>{escape(name)}</h2>" + _table(["", "n", *map(escape, task["metrics"])], rows))
+    sections.append(f"<h2>{escape(name)}</h2>" + table(["", "n", *map(escape, task["metrics"])], rows))
     figures = [
-      (_figure(file, question, caption) if file else f"<figure><figcaption>{caption}</figcaption></figure>\n")
+      (figure(file, question, caption) if file else f"<figure><figcaption>{caption}</figcaption></figure>\n")
       for file, question, answer in shown[name]
       for caption in [
         f"<i>{escape(question)}</i><br>{escape(answer.written)}<br><small>truth: {escape(answer.truth)}</small>"
@@ -99,7 +91,7 @@ def results(result: Mapping[str, Any], shown: Mapping[str, Sequence[tuple[str, s
     ]
     sections.append(f'<div class="sheet">{"".join(figures)}</div>')
   rest = {name: value for name, value in result.items() if name != "tasks"}
-  return _page("clipflow evaluation", [*sections, _measured(rest)])
+  return document("clipflow evaluation", [*sections, _measured(rest)])
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -109,11 +101,6 @@ def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
   ]
 
 
-def number(value: object) -> str:
-  """Four significant digits for a float, the plain text of anything else."""
-  return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _bars(standings: Sequence[Standing]) -> str:
   if not standings:
     return ""
@@ -121,7 +108,7 @@ def _bars(standings: Sequence[Standing]) -> str:
     [escape(s.bar.text), f"{s.bar.sense} {number(s.limit)}", _value(s), _mark(s.reached, "reached", "missed")]
     for s in standings
   ]
-  return "<h2>Bars</h2>" + _table(["measure", "bar", "measured", ""], rows)
+  return "<h2>Bars</h2>" + table(["measure", "bar", "measured", ""], rows)
 
 
 def _value(standing: Standing) -> str:
@@ -133,7 +120,7 @@ def _drawings(drawings: Sequence[Drawing], shares: Mapping[str, float]) -> str:
   for group in dict.fromkeys(drawing.group for drawing in drawings):
     share = f": {number(shares[group])} right" if group in shares else ""
     figures = [
-      _figure(drawing_path(i), drawing.prompt, f"{_mark(drawing.right)} {escape(drawing.prompt)}")
+      figure(drawing_path(i), drawing.prompt, f"{_mark(drawing.right)} {escape(drawing.prompt)}")
       for i, drawing in enumerate(drawings)
       if drawing.group == group
     ]
@@ -143,7 +130,7 @@ def _drawings(drawings: Sequence[Drawing], shares: Mapping[str, float]) -> str:
 
 def _readings(readings: Sequence[Reading]) -> str:
   figures = [
-    _figure(
+    figure(
       reading_path(i),
       reading.truth,
       f"<i>{escape(reading.question)}</i><br>{_mark(reading.right)} {escape(reading.written) or '(nothing)'}"
@@ -161,35 +148,10 @@ def _measured(metrics: Mapping[str, Any]) -> str:
   for name, value in metrics.items():
     inner = value.items() if isinstance(value, Mapping) else [("", value)]
     rows += [[escape(f"{name} {key}".strip()), escape(number(v))] for key, v in inner]
-  return "<h2>Everything measured</h2>" + _table(["name", "value"], rows)
-
-
-def _figure(path: str, alternative: str, caption: str) -> str:
-  return f'<figure><img src="{path}" alt="{escape(alternative)}"><figcaption>{caption}</figcaption></figure>\n'
+  return "<h2>Everything measured</h2>" + table(["name", "value"], rows)
 
 
 def _mark(right: bool | None, yes: str = "right", no: str = "wrong") -> str:
   if right is None:
     return ""
   return f'<b class="right">✓ {yes}</b>' if right else f'<b class="wrong">✗ {no}</b>'
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  head = "".join(f"<th>{cell}</th>" for cell in heads)
-  body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-  return f"<table><tr>{head}</tr>\n{body}</table>"
-
-
-_STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; color: #222; }
-body { max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; }
-th, td { text-align: left; padding: .25em .9em .25em 0; border-bottom: 1px solid #ddd; }
-.sheet { display: flex; flex-wrap: wrap; gap: 14px; }
-figure { width: 150px; margin: 0; }
-figure img { width: 150px; image-rendering: pixelated; border: 1px solid #ccc; }
-figcaption { font-size: 12px; }
-.wide { max-width: 100%; }
-.right { color: #17702e; }
-.wrong { color: #b3261e; }
-"""

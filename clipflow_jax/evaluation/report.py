@@ -158,7 +158,7 @@ def write_report(
   reconstructions = {"real": artefacts.real, "decoded": artefacts.decoded}
   write(directory / "reconstructions.png", show.side_by_side(reconstructions).save)
   if rows:
-    write(directory / "curves.png", show.curves(rows, _curve_names(rows)).savefig)
+    write(directory / "curves.png", show.curves(rows).savefig)
   write_text(directory / "captions.txt", "\n".join(map(_lines, artefacts.readings)))
   write_text(directory / "index.html", text)
   write_text(directory / "metrics.json", numbers)
@@ -230,11 +230,6 @@ def _samples(drawings: Sequence[Drawing]) -> Image.Image:
 def _lines(reading: Reading) -> str:
   mark = "right" if reading.right else "wrong"
   return f"{reading.question}\n  wrote ({mark}): {reading.written}\n  truth: {reading.truth}\n"
-
-
-def _curve_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-  names = dict.fromkeys(name for row in rows for name in row)
-  return [name for name in names if "loss" in name or "accuracy" in name]
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:

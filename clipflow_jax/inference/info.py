@@ -1,4 +1,4 @@
-"""What a config would train and what a workdir holds, in words and tables."""
+"""What a config would train, in words and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +18,10 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
-from clipflow_jax.training import checkpoint, stages, state
+from clipflow_jax.training import state
 
 VOCABULARY = 512  # stands for one that only the tokenizer will tell
-WIDTH = 100
+WIDTH = 100  # of a terminal
 
 
 def describe_config(config: ConfigDict) -> str:
@@ -46,31 +45,11 @@ def describe_config(config: ConfigDict) -> str:
   parts = list(dict.fromkeys(part for of_stage in parameters.values() for part in of_stage))
   counts = [(part, *(_share(parameters[stage.name].get(part)) for stage in every)) for part in parts]
   totals = [tuple(map(sum, zip(*parameters[stage.name].values(), strict=True))) for stage in every]
-  text = _table(("stage", "steps", "batch", "objective"), plan)
+  text = table(("stage", "steps", "batch", "objective"), plan)
   text += "\nMillions of parameters, trained / all:\n"
-  text += _table(("part", *parameters), [*counts, ("total", *map(_share, totals))])
+  text += table(("part", *parameters), [*counts, ("total", *map(_share, totals))])
   if any(_has_open_vocabulary(stage.model.to_dict()) for stage in every):
     text += f"\nThe vocabulary is open until a tokenizer is trained or taken over; {VOCABULARY} words are counted.\n"
-  return text
-
-
-def describe_workdir(path: Path | str) -> str:
-  """What a run has left in its workdir: checkpoints, last metrics, samples, report. Reads no arrays.
-
-  Raises UserError when there is no run.
-  """
-  path = Path(path)
-  order = path / stages.ORDER
-  names = json.loads(order.read_text()) if order.exists() else [""]
-  if names == [""] and not any((path / left).exists() for left in ("checkpoints", "metrics.jsonl", "report")):
-    raise UserError(f"{path} holds no run: give the workdir of clipflow train or clipflow quickstart")
-  rows = [row for name in names for row in _stage_rows(path / name, name)]
-  report = path / "report" / "metrics.json"
-  text = f"{path}\n" + _table((), rows)
-  if report.exists():
-    metrics = json.loads(report.read_text())
-    shown = [(name, _number(value)) for name, value in metrics.items() if not isinstance(value, dict)]
-    text += f"\n{report.with_name('index.html')}\n" + _table((), shown)
   return text
 
 
@@ -114,28 +93,8 @@ def _share(counts: tuple[int, ...] | None) -> str:
   return " / ".join(f"{count / 1e6:.3f}" for count in counts) if counts else "-"
 
 
-def _stage_rows(workdir: Path, name: str) -> Iterable[tuple[str, str]]:
-  """(what, its description) of one stage's workdir."""
-  try:
-    read = checkpoint.load(workdir, ())
-    name = read.meta["config"]["name"]
-    done = f"step {read.step} of {read.meta['config']['steps']}"
-  except UserError as error:
-    done = str(error) if (workdir / "checkpoints").exists() else "no checkpoint yet"
-  yield name or workdir.name, done
-  for metrics in stages.history(workdir)[-1:]:
-    values = [f"{key} {_number(value)}" for key, value in metrics.items() if key not in ("step", "stage")]
-    yield "", f"step {metrics['step']}: {', '.join(values)}"
-  samples = sorted(file.name for file in (workdir / "samples").glob("*"))
-  if samples:
-    yield "", f"{len(samples)} samples, the last {workdir / 'samples' / samples[-1]}"
-
-
-def _number(value: Any) -> str:
-  return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table for the terminal; without a header where that is empty."""
   from rich.console import Console
   from rich.table import Table
 

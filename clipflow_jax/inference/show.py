@@ -61,13 +61,15 @@ def side_by_side(rows: Mapping[str, np.ndarray], scale: int = 2) -> Image.Image:
   return sheet
 
 
-def curves(rows: Iterable[Mapping], names: Sequence[str]) -> Figure:
+def curves(rows: Iterable[Mapping], names: Sequence[str] | None = None) -> Figure:
   """Metrics over steps: one column a stage, one line of panels a metric.
 
-  rows: the objects of metrics.jsonl (`step`, `stage`, scalars); names: the metrics to plot. A panel without
-  values stays empty, because stages differ in scale and in what they measure.
+  rows: the objects of metrics.jsonl (`step`, `stage`, scalars); names: the metrics to plot, by default all losses and
+  accuracies. A panel without values stays empty, because stages differ in scale and in what they measure.
   """
   rows = list(rows)
+  if names is None:
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if "loss" in name or "accuracy" in name]
   stages = list(dict.fromkeys(row["stage"] for row in rows if any(name in row for name in names))) or [""]
   figure = _figure(3.2 * len(stages), 2.4 * max(1, len(names)))
   panels = figure.subplots(max(1, len(names)), len(stages), squeeze=False)

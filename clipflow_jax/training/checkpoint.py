@@ -158,6 +158,17 @@ def described(path: Path | str) -> dict[str, Any]:
     raise UserError(f"no readable checkpoint in {path} ({error}): give the workdir of a run or of an import") from error
 
 
+def shapes(folder: Path | str) -> dict[str, Any]:
+  """The state that one step's folder holds, by field: leaves with shape and dtype, no array is read.
+
+  UserError where its description is damaged.
+  """
+  try:
+    return _saved_tree(_absolute(folder))
+  except Exception as error:
+    raise UserError(f"{folder} does not say what it holds ({_reason(error)}): take another step") from error
+
+
 def _newest_readable(
   folders: list[epath.Path], read: Callable[[epath.Path], Restored]
 ) -> tuple[Restored, list[epath.Path]]:

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference.info import VOCABULARY, describe_config, describe_workdir
-from clipflow_jax.training import checkpoint, stages, state
+from clipflow_jax.inference.info import VOCABULARY, describe_config
+from clipflow_jax.training import checkpoint, state
 from configs import presets, quickstart
 from tests import tiny_runs
 
@@ -34,9 +31,6 @@ def tables(text: str) -> tuple[str, str]:
   """The stages and the parts of a config: a stage may be called like a part."""
   plan, _, parts = text.partition("\nMillions of parameters")
   return plan, parts
-
-
-# Configs.
 
 
 def test_a_stage_is_described_by_its_steps_batch_and_objective():
@@ -93,55 +87,3 @@ def test_a_train_table_that_leaves_a_parameter_out_is_an_error():
 def test_a_config_of_nothing_is_an_error(config):
   with pytest.raises(UserError, match="neither a model nor stages"):
     describe_config(ConfigDict(config))
-
-
-# Workdirs.
-
-
-def test_a_stages_workdir_tells_its_step_its_metrics_and_its_samples(trained, tmp_path):
-  shutil.copytree(trained, tmp_path / "run")
-  (tmp_path / "run" / "samples" / "decoder_000002_note.txt").write_text("")
-  text = describe_workdir(tmp_path / "run")
-  assert row(text, "decoder")[1] == "step 2 of 2"
-  assert re.search(r"step 2: .*loss [\d.]+", text)
-  assert "1 samples, the last" in text and "decoder_000002_note.txt" in text.replace("\n", "").replace(" ", "")
-  assert "report" not in text
-
-
-def test_a_run_tells_of_every_stage_and_of_the_report(trained, tmp_path):
-  (tmp_path / "decoder").symlink_to(trained)
-  (tmp_path / stages.ORDER).write_text(json.dumps(["decoder", "generation"]))
-  (tmp_path / "report").mkdir()
-  metrics = {"question_accuracy": 0.123456, "by_category": {"one": 1.0}, "seed": 3, "commit": "abc"}
-  (tmp_path / "report" / "metrics.json").write_text(json.dumps(metrics))
-  text = describe_workdir(str(tmp_path))
-  assert row(text, "decoder")[1] == "step 2 of 2"
-  assert row(text, "generation")[1] == "no checkpoint yet"
-  assert row(text, "question_accuracy") == ["question_accuracy", "0.1235"]
-  assert row(text, "seed")[1] == "3" and row(text, "commit")[1] == "abc"
-  assert "by_category" not in text
-
-
-def test_a_damaged_checkpoint_is_told_and_not_fatal(trained, tmp_path):
-  shutil.copytree(trained, tmp_path / "run")
-  damage(tmp_path / "run")
-  text = describe_workdir(tmp_path / "run")
-  assert "no readable checkpoint" in text and "step 2: " in text
-
-
-def test_metrics_cut_off_by_a_kill_are_those_of_the_line_before(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 7, "loss": 1.5, "mfu": null}\n{"stage": "a", "st')
-  text = describe_workdir(tmp_path)
-  assert "no checkpoint yet" in text and "step 7: loss 1.5, mfu None" in text
-
-
-def test_a_folder_without_a_run_is_an_error(tmp_path):
-  for path in (tmp_path, tmp_path / "nowhere"):
-    with pytest.raises(UserError, match=f"{path} holds no run"):
-      describe_workdir(path)
-
-
-def damage(workdir: Path) -> None:
-  for file in (workdir / "checkpoints" / "2" / "state").rglob("*"):
-    if file.is_file():
-      file.write_bytes(b"")
