@@ -245,6 +245,12 @@ class Server(uvicorn.Server):
     super().__init__(config)
     self.service = service
 
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    host, port = self.servers[0].sockets[0].getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    print(f"serving {self.service.name!r} at http://{host}:{port}/v1", flush=True)
+
   def handle_exit(self, sig: int, frame: Any) -> None:
     self.force_exit = self.should_exit = self.service.batcher.closed
     self.service.batcher.close()
@@ -273,9 +279,7 @@ def configured(service: Service, api_key: str | None) -> uvicorn.Config:
 
 def serve(service: Service, listening: socket.socket, api_key: str | None = None) -> None:
   """Answers until it is asked to stop."""
-  host, port = listening.getsockname()[:2]
+  host = listening.getsockname()[0]
   if not (api_key or ipaddress.ip_address(host).is_loopback):
     log.warning("there is no API key: whoever reaches %s may use the model", host)
-  host = f"[{host}]" if ":" in host else host
-  print(f"serving {service.name!r} at http://{host}:{port}/v1", flush=True)
   Server(configured(service, api_key), service).run(sockets=[listening])

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from clipflow_jax.data.text import Chat
 from clipflow_jax.demo import schemas
-from clipflow_jax.demo.batching import Batcher, Job
+from clipflow_jax.demo.batching import Batcher, Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.forming import Forming
@@ -103,14 +103,19 @@ class Service:
 
   async def _warm_up(self) -> None:
     start = time.perf_counter()
-    for size in {1, self.batcher.size}:
-      with contextlib.suppress(UserError):  # a model that cannot draw, or cannot talk
-        _, settings = self.drawing(ImageRequest(prompt="a", seed=0))
-        await first(self.batcher.submit(settings, [Drawn("a", 0)] * size))
-      with contextlib.suppress(UserError):
-        talk = [{"role": "user", "content": "a"}]
-        self.model.slots(talk)
-        await first(self.batcher.submit(Talk(), [Asked(talk, NEW, 0.0, 0)] * size))
+    try:
+      for size in (1, self.batcher.size):
+        with contextlib.suppress(UserError):  # a model that cannot draw, or cannot talk
+          _, settings = self.drawing(ImageRequest(prompt="a", seed=0))
+          await first(self.batcher.submit(settings, [Drawn("a", 0)] * size))
+        with contextlib.suppress(UserError):
+          talk = [{"role": "user", "content": "a"}]
+          self.model.slots(talk)
+          await first(self.batcher.submit(Talk(), [Asked(talk, NEW, 0.0, 0)] * size))
+    except Full:  # so much in demand, it compiles what is asked for
+      pass
+    except (Closed, Failed):  # about to stop; or the log tells why it will never be ready
+      return
     self.ready = True
     log.info("ready after %.0f s of compilation", time.perf_counter() - start)
 

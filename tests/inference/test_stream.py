@@ -18,7 +18,7 @@ def model(trained) -> ClipFlow:
   return tiny_runs.lively(ClipFlow.from_checkpoint(trained))
 
 
-def written(model: ClipFlow, *talks, new=16, temperature=0.0, seed=0, every=8) -> list[list]:
+def written(model: ClipFlow, *talks, new=64, temperature=0.0, seed=0, every=8) -> list[list]:
   n = len(talks)
   found = list(model.stream(talks, new=[new] * n, temperature=[temperature] * n, seeds=[seed] * n, every=every))
   return [[step[i] for step in found] for i in range(n)]
@@ -34,8 +34,8 @@ def test_what_is_streamed_without_heat_is_what_chat_says(model):
 
 def test_words_are_the_same_alone_and_in_any_company_at_any_heat(model):
   (alone,) = written(model, HOW, temperature=1.0, seed=7)
-  three = written(model, WHERE, HOW, WHERE, temperature=1.0, seed=7)
-  assert three[1][-1] == alone[-1] and three[0][-1] == three[2][-1] != alone[-1]
+  longer, beside = written(model, WHERE, HOW, temperature=1.0, seed=7)
+  assert beside[-1] == alone[-1] != longer[-1]
   (other,) = written(model, HOW, temperature=1.0, seed=8)
   (cold,) = written(model, HOW)
   assert len({alone[-1].text, other[-1].text, cold[-1].text}) == 3
@@ -43,7 +43,7 @@ def test_words_are_the_same_alone_and_in_any_company_at_any_heat(model):
 
 def test_each_writes_as_much_as_it_may_and_stops_where_the_model_does(model):
   how = dict(temperature=[0.0] * 2, seeds=[0] * 2)
-  short, long = list(model.stream([HOW, HOW], new=[3, 16], **how))[-1]
+  short, long = list(model.stream([WHERE, WHERE], new=[3, 64], **how))[-1]
   assert (short.tokens, short.finish) == (3, "length") and long.text.startswith(short.text)
   assert model._written([5, 6, model.tokenizer.end, 7], 16) == model._written([5, 6, model.tokenizer.end], 4)
   assert model._written([5, 6, model.tokenizer.end], 4).finish == "stop"
