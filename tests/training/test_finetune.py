@@ -59,7 +59,7 @@ def test_the_base_is_that_of_the_workdir_in_four_bits_and_only_adapters_learn(ad
   read = checkpoint.load(workdir, STATE).state
   learned, frozen = state.flatten(read["trained"]), state.flatten(read["frozen"])
   assert all(path.endswith((adapters.A, adapters.B)) for path in learned) and len(learned) == 2 * 7
-  assert {str(leaf.dtype) for path, leaf in frozen.items() if path.endswith("/codes")} == {"int4"}
+  assert {str(leaf.dtype) for path, leaf in frozen.items() if path.endswith("/codes")} == {"uint8"}
   before = state.flatten(adapters.plain(checkpoint.load(trained, STATE)))
   same = [path for path in frozen if not path.endswith(("kernel/codes", "kernel/scale"))]
   for path in same:
@@ -96,7 +96,7 @@ def test_adapters_go_to_peft_and_come_back_bit_for_bit(adapted, trained: Path, t
 @pytest.mark.parametrize(
   ("mode", "task", "learns"),
   [
-    ("full", "both", r"(language_model/(embed|text|flow).*|image_.*|flow_head.*)"),
+    ("full", "both", r"(language_model/(embed|text|flow|early_norm).*|image_.*|flow_head.*)"),
     ("full", "converse", r"(language_model/(embed|text)|image_).*"),
     ("lora", "draw", r"language_model/(text|flow|flow_early)/layers/.*/kernel_lora_[ab]"),
     ("qlora", "converse", r"language_model/text/layers/.*/kernel_lora_[ab]"),
@@ -105,7 +105,7 @@ def test_adapters_go_to_peft_and_come_back_bit_for_bit(adapted, trained: Path, t
 )
 def test_a_mode_trains_what_it_says(trained: Path, mode: str, task: str, learns: str):
   config = of(trained, f"mode={mode},task={task}")
-  fit = adapters.Adapters(**config.adapters | (dict(base="") if config.adapters else {})).fit
+  fit = adapters.Adapters(**config.adapters).fit
   params = jax.eval_shape(lambda: fit(tiny.params(), 0))
   scales = state.multipliers(params, config.train)
   chosen = {path for path, scale in scales.items() if scale}
