@@ -73,9 +73,19 @@ def attend(
   logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(b, groups, queries, -1, keys)
   if mask is not None:
     logits = jnp.where(mask[:, None, :, None], logits, -1e30)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, groups, -1, keys)
-  out = jnp.matmul(weights, v).reshape(b, groups, queries, heads // groups, -1)
-  return out.transpose(0, 2, 1, 3, 4).reshape(b, queries, -1)
+  weights, total = _weights(logits)
+  weights = weights.astype(v.dtype).reshape(b, groups, -1, keys)
+  out = jnp.matmul(weights, v, preferred_element_type=jnp.float32).reshape(b, groups, queries, heads // groups, -1)
+  return (out / total).astype(v.dtype).transpose(0, 2, 1, 3, 4).reshape(b, queries, -1)
+
+
+def _weights(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Softmax of f32[...,K] before it is divided by its sum, and that, f32[...,1].
+
+  To divide what is then made of the values costs a pass over these less, forwards and backwards.
+  """
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+  return weights, weights.sum(axis=-1, keepdims=True)
 
 
 def attend_beside(
@@ -107,9 +117,10 @@ def attend_beside(
     return out.reshape(b, groups, m, share, n, right.shape[-1])
 
   beside = jnp.where(mask[:, None, :, None, None], product(q, past_k), -1e30)
-  weights = jax.nn.softmax(jnp.concatenate([beside, product(q, k)], axis=-1), axis=-1).astype(v.dtype)
-  out = (product(weights[..., :length], past_v) + product(weights[..., length:], v)).astype(v.dtype)
-  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, -1)
+  weights, total = _weights(jnp.concatenate([beside, product(q, k)], axis=-1))
+  weights = weights.astype(v.dtype)
+  out = (product(weights[..., :length], past_v) + product(weights[..., length:], v)) / total
+  return out.astype(v.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, -1)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
