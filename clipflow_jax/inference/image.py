@@ -101,8 +101,9 @@ def go_on(
 
   def run(bound: ClipFlow) -> tuple[Drawing, jax.Array]:
     velocity = _velocity(bound, drawing.given, sampling, scale)
-    how = dict(method=sampling.method, eta=sampling.eta, keys=keys)
-    x, clean = solvers.advance(velocity, drawing.x, times, drawing.step, last, **how)
+    x, clean = solvers.advance(
+      velocity, drawing.x, times, drawing.step, last, method=sampling.method, eta=sampling.eta, keys=keys
+    )
     return drawing.replace(x=x, step=last), clean[:, 0]
 
   return model.apply({"params": params}, method=run)
