@@ -78,7 +78,9 @@ class ClipFlow:
     judge: str = "caption",
   ) -> np.ndarray:
     """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything. seed, best_of, judge: as `draw_features`."""
-    return self.decode(self.draw_features(prompts, steps, guidance, seed, best_of, judge), seed)
+    if best_of != 1:
+      return self.decode(self.draw_features(prompts, steps, guidance, seed, best_of, judge), seed)
+    return self._draw(prompts, steps, guidance, seed, pixels=True)
 
   def draw_unconditional(
     self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0
@@ -103,13 +105,29 @@ class ClipFlow:
     if best_of != 1:
       how = dict(steps=steps, guidance=guidance, seed=seed)
       return rerank.draw(self, prompts, best_of, judge=judge, **how).best
+    return self._draw(prompts, steps, guidance, seed, pixels=False)
+
+  def _draw(
+    self,
+    prompts: Sequence[str],
+    steps: int | None,
+    guidance: float | None,
+    seed: int | Sequence[int],
+    *,
+    pixels: bool,
+  ) -> np.ndarray:
+    """Features of the prompts, or their pictures: of one program, from words to pixels."""
     sampling, rows, empty = self._asked(prompts, steps, guidance)
+    if pixels:
+      self._need("pixel decoder", "decode")
 
     def run(params, rows, seeds, empty):
       empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (len(seeds), *x.shape[1:])), empty)
-      return image.draw(self.model, params, rows, empty, keys_of(seeds), sampling)
+      keys = keys_of(seeds)
+      features = image.draw(self.model, params, rows, empty, keys, sampling)
+      return image.decode(self.model, params, features, keys) if pixels else features
 
-    return self._batched(("draw", sampling), run, (rows, self._seeds(len(prompts), seed)), empty)
+    return self._batched(("draw", sampling, pixels), run, (rows, self._seeds(len(prompts), seed)), empty)
 
   def _asked(self, prompts: Sequence[str], steps: int | None, guidance: float | None) -> tuple[Sampling, Batch, Batch]:
     """How to draw, the prompts as N rows, and one row of no prompt. Raises UserError for what cannot be drawn."""
@@ -146,18 +164,22 @@ class ClipFlow:
 
     return self._batched(("encode",), run, (self._images(images),))
 
-  def caption(self, images: np.ndarray) -> list[str]:
-    """A full description of each picture."""
-    return self.answer(images, [DESCRIBE] * len(images))
+  def caption(self, images: np.ndarray, new: int = 64) -> list[str]:
+    """A full description of each picture, of so many tokens at most."""
+    return self.answer(images, [DESCRIBE] * len(images), new)
 
-  def answer(self, images: np.ndarray, questions: Sequence[str]) -> list[str]:
-    """An answer to one question about each picture."""
-    return self._write([sequence.asked(picture, q) for picture, q in zip(self._images(images), questions, strict=True)])
+  def answer(self, images: np.ndarray, questions: Sequence[str], new: int = 64) -> list[str]:
+    """An answer to one question about each picture, of so many tokens at most."""
+    asked = [sequence.asked(picture, q) for picture, q in zip(self._images(images), questions, strict=True)]
+    return self._write(asked, new)
 
-  def chat(self, messages: list[Message]) -> str:
-    """The assistant's next words after messages in the usual form, pictures among them as u8[H,W,3] or PIL images."""
+  def chat(self, messages: list[Message], new: int = 64) -> str:
+    """The assistant's next words after messages in the usual form, pictures among them as u8[H,W,3] or PIL images.
+
+    new: tokens at most.
+    """
     self._need("transformer", "chat")
-    return self._write([self._conversation(messages)])[0]
+    return self._write([self._conversation(messages)], new)[0]
 
   def stream(
     self,
@@ -178,7 +200,7 @@ class ClipFlow:
     part = np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
     rows = self._rows([self._conversation(talks[i]) for i in part], prompt=True)
     heat, noise = np.asarray(temperature, np.float32)[part], self._seeds(n, seeds)[part]
-    room = every << (-(-max(new) // every) - 1).bit_length()  # few lengths, so that few programs are compiled
+    room = _bucket(max(new), every)
     end = self.tokenizer.end
 
     def begin(params, rows, heat, noise):
@@ -295,17 +317,21 @@ class ClipFlow:
 
   # What all of them share.
 
-  def _write(self, conversations: Sequence[Conversation], new: int = 64) -> list[str]:
+  def _write(self, conversations: Sequence[Conversation], new: int) -> list[str]:
     self._need("transformer", "write")
     if not conversations:
       raise UserError("nothing to read: there are no pictures")
+    if new < 1:
+      raise UserError(f"{new} tokens are no answer; let it write at least 1")
+    room = _bucket(new)
     rows = self._rows(conversations, prompt=True)
 
     def run(params, rows):
       features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
-      return text.generate(self.model, params, rows, features, new=new, end=self.tokenizer.end)
+      return text.generate(self.model, params, rows, features, new=room, end=self.tokenizer.end)
 
-    return [self.tokenizer.decode(ids.tolist()) for ids in self._batched(("write", new), run, (rows,))]
+    written = self._batched(("write", room), run, (rows,))
+    return [self.tokenizer.decode(ids[:new].tolist()) for ids in written]
 
   def _blank(self) -> np.ndarray:
     return np.zeros((self.image_size, self.image_size, 3), np.uint8)
@@ -322,7 +348,7 @@ class ClipFlow:
     layout = Layout(limit, pictures, self.model.grid)
     examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
     longest = max(len(e["tokens"]) for e in examples)
-    layout = dataclasses.replace(layout, length=min(limit, -(-longest // 16) * 16))
+    layout = dataclasses.replace(layout, length=min(limit, _bucket(longest)))
     return sequence.stack([sequence.pack([example], layout) for example in examples])
 
   def _seeds(self, n: int, seed: int | Sequence[int]) -> np.ndarray:
@@ -373,6 +399,11 @@ class ClipFlow:
     if not outputs:
       raise UserError("nothing to do: the list is empty")
     return np.concatenate(outputs)
+
+
+def _bucket(length: int, least: int = 16) -> int:
+  """The length that is compiled for: one of few, twice as long each, so that few programs are."""
+  return least << (-(-length // least) - 1).bit_length()
 
 
 def keys_of(seeds: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from clipflow_jax.batch import Batch
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.models.transformer import Context
+from clipflow_jax.training.state import Params
 
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (logits f32[B,V], place of the word i32[B]) -> words i32[B]
 
@@ -69,31 +70,34 @@ def begin(
 
 
 def go_on(
-  model: ClipFlow, params, writing: Writing, *, new: int, end: int, choose: Choose = greedy
+  model: ClipFlow, params: Params, writing: Writing, *, new: int, end: int, choose: Choose = greedy
 ) -> tuple[Writing, jax.Array]:
   """The next words i32[B,new], `end` once a row has ended. The loop stops when all rows have."""
-  rows = writing.token.shape[0]
-
-  def run(bound: ClipFlow) -> tuple[Writing, jax.Array]:
-    def going(carry):
-      i, now, _ = carry
-      return (i < new) & jnp.any(now.token != end)
-
-    def write(carry):
-      i, now, written = carry
-      written = jax.lax.dynamic_update_slice_in_dim(written, now.token[:, None], i, axis=1)
-      logits, context = bound.extend(now.token[:, None], now.position[:, None], now.context, now.slot)
-      following = choose(logits[:, 0], now.position + 1)
-      token = jnp.where(now.token == end, end, following)
-      return i + 1, Writing(token, now.slot + 1, now.position + 1, context), written
-
-    start = (jnp.int32(0), writing, jnp.full((rows, new), end, jnp.int32))
-    return jax.lax.while_loop(going, write, start)[1:]
-
-  # One after the other, the layers' weights are taken from their stack once, before the loop over words; a loop over
-  # layers in it would copy them all for each word, which on CPU is half of the time.
+  # One layer after the other, each with its own weights, taken from their stack before the loop over words: a loop over
+  # layers in it would copy all of them for each word, which on CPU is half of the time.
   unrolled = model.clone(transformer={**model.transformer, "unroll": True})
-  return unrolled.apply({"params": params}, method=run)
+  stack = params["language_model"]["text"]["layers"]
+  layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(model.transformer["layers"])]
+
+  def with_stack() -> Params:  # within the loop: what takes the layers from it again undoes it, and none is made
+    text = {"layers": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
+    return {**params, "language_model": {**params["language_model"], "text": text}}
+
+  def going(carry):
+    i, now, _ = carry
+    return (i < new) & jnp.any(now.token != end)
+
+  def write(carry):
+    i, now, written = carry
+    written = jax.lax.dynamic_update_slice_in_dim(written, now.token[:, None], i, axis=1)
+    words = now.token[:, None], now.position[:, None], now.context, now.slot
+    logits, context = unrolled.apply({"params": with_stack()}, *words, method="extend")
+    following = choose(logits[:, 0], now.position + 1)
+    token = jnp.where(now.token == end, end, following)
+    return i + 1, Writing(token, now.slot + 1, now.position + 1, context), written
+
+  start = (jnp.int32(0), writing, jnp.full((writing.token.shape[0], new), end, jnp.int32))
+  return jax.lax.while_loop(going, write, start)[1:]
 
 
 def generate(model: ClipFlow, params, prompts: Batch, features: jax.Array | None, *, new: int, end: int) -> jax.Array:

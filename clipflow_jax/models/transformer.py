@@ -244,5 +244,9 @@ class Transformer(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden f[..., D] -> f32[..., V]. (A loss over many slots takes the `unembedding` instead, a part at a time.)"""
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = self.embed.attend(rows) if self.tie_embeddings else self.head(rows)
+    if self.tie_embeddings:  # on the left as it lies in memory: turned for each word it costs more than the product
+      matrix = self.embed.embedding.astype(rows.dtype)
+      out = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ()))).T
+    else:
+      out = self.head(rows)
     return out.reshape(*hidden.shape[:-1], self.vocabulary).astype(jnp.float32)

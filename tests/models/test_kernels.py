@@ -31,11 +31,18 @@ def drawn(seed: int, queries: int, keys: int, dtype=jnp.float32):
 
 @pytest.fixture(params=["cudnn", "splash"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-  """Each kernel that this machine can run: Pallas by its interpreter."""
+  """Each kernel, or where it does not run what takes the same arguments: Pallas's interpreter, jax.nn's plain way."""
   if request.param == "splash":
     monkeypatch.setattr(kernels, "splash", functools.partial(kernels.splash, interpret=True))
   elif jax.default_backend() != "gpu":
-    pytest.skip("cuDNN runs on NVIDIA GPUs, and there is none here")
+    monkeypatch.setitem(kernels.PLATFORMS, "cudnn", ())
+    plain = jax.nn.dot_product_attention
+
+    def instead(*qkv, mask, implementation):
+      assert implementation == "cudnn"
+      return plain(*qkv, mask=mask, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
   return request.param
 
 
