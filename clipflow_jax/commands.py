@@ -364,7 +364,10 @@ def _sampler() -> Callable:
 
   Samples are pictures of a few captions and captions of a few pictures.
   """
+  import numpy as np
+
   from clipflow_jax.data import mixture
+  from clipflow_jax.inference import show
   from clipflow_jax.inference.pipeline import ClipFlow
   from clipflow_jax.training.loop import SAMPLES
 
@@ -384,19 +387,18 @@ def _sampler() -> Callable:
 
   def write_samples(pipeline, source, step, writer):
     examples = [source[i] for i in range(16)]
-    config = pipeline.config
-    weights = config.objective.weights
+    images, prompts = np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
+    weights = pipeline.config.objective.weights
     if weights.get("flow"):
-      writer.images(step, "drawn", pipeline.draw([e.captions[0] for e in examples]))
-      writer.text(step, "prompts", [e.captions[0] for e in examples])
-    import numpy as np
-
-    images = np.stack([e.image for e in examples])
+      writer.image(step, "drawn", show.grid(pipeline.draw(prompts), 8, prompts))
+      writer.text(step, "prompts", prompts)
     if weights.get("pixels"):
-      writer.images(step, "reconstructed", pipeline.decode(pipeline.encode(images)))
+      decoded = pipeline.decode(pipeline.encode(images))
+      writer.image(step, "reconstructed", show.grid(decoded, 8))
     if weights.get("language"):
-      writer.images(step, "read", images)
-      writer.text(step, "captions", pipeline.caption(images))
+      written = pipeline.caption(images)
+      writer.image(step, "read", show.grid(images, 8, written))
+      writer.text(step, "captions", written)
 
   return sample
 

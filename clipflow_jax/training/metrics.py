@@ -11,11 +11,14 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+  from PIL import Image
 
 # Dense bf16 FLOP/s of one JAX device by how its `device_kind` begins, the longer of two that fit first.
 # Sources: cloud.google.com/tpu/docs (a page for each version); NVIDIA's data sheets, without sparsity.
@@ -183,15 +186,12 @@ class Writer:
       self._tensorboard.add_scalar(name, value, step)
     self._progress.show(step, values)
 
-  def images(self, step: int, name: str, images: np.ndarray) -> None:
-    """images: u8[N,H,W,3], written as one contact sheet to samples/STAGE_STEP_NAME.png."""
+  def image(self, step: int, name: str, sheet: Image.Image) -> None:
+    """One picture, such as a sheet of many, to samples/STAGE_STEP_NAME.png."""
     if not self._active:
       return
-    from PIL import Image
-
-    sheet = contact_sheet(images)
-    Image.fromarray(sheet).save(self._sample_path(step, name, "png"))
-    self._tensorboard.add_image(name, sheet, step, dataformats="HWC")
+    sheet.save(self._sample_path(step, name, "png"))
+    self._tensorboard.add_image(name, np.asarray(sheet), step, dataformats="HWC")
 
   def text(self, step: int, name: str, texts: list[str]) -> None:
     """One text a line, to samples/STAGE_STEP_NAME.txt."""
@@ -208,17 +208,6 @@ class Writer:
 
   def _sample_path(self, step: int, name: str, suffix: str) -> Path:
     return self._samples / f"{self._stage}_{step:06d}_{name}.{suffix}"
-
-
-def contact_sheet(images: np.ndarray, gap: int = 2) -> np.ndarray:
-  """u8[N,H,W,3] -> u8[H',W',3]: row by row in a grid about as wide as high, white between and after them."""
-  count, height, width, _ = images.shape
-  columns = math.ceil(math.sqrt(count))
-  rows = math.ceil(count / columns)
-  cells = np.full((rows * columns, height + gap, width + gap, 3), 255, np.uint8)
-  cells[:count, :height, :width] = images
-  sheet = cells.reshape(rows, columns, height + gap, width + gap, 3).swapaxes(1, 2)
-  return sheet.reshape(rows * (height + gap), columns * (width + gap), 3)[:-gap, :-gap]
 
 
 def _drop_later_steps(path: Path, stage: str, resume_step: int) -> None:

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from clipflow_jax.training import metrics
-from clipflow_jax.training.metrics import Meter, Throughput, Writer, contact_sheet, peak_flops, summary
+from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops, summary
 
 SPEED = {
   "step_time": 0.1734,
@@ -188,17 +186,17 @@ def test_writer_writes_tensorboard_files_a_stage_each(tmp_path: Path):
 
 
 def test_writer_writes_pictures_and_texts_to_samples(tmp_path: Path):
-  images = np.random.default_rng(0).integers(0, 256, (5, 8, 6, 3), np.uint8)
+  picture = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
   writer = Writer(tmp_path, stage="flow", total_steps=10)
-  writer.images(7, "drawn", images)
+  writer.image(7, "drawn", Image.fromarray(picture))
   writer.text(7, "captions", ["a red circle", "größer"])
   writer.close()
   assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
     "flow_000007_captions.txt",
     "flow_000007_drawn.png",
   ]
-  sheet = np.asarray(Image.open(tmp_path / "samples" / "flow_000007_drawn.png"))
-  np.testing.assert_array_equal(sheet, contact_sheet(images))
+  written = np.asarray(Image.open(tmp_path / "samples" / "flow_000007_drawn.png"))
+  np.testing.assert_array_equal(written, picture)
   text = (tmp_path / "samples" / "flow_000007_captions.txt").read_text(encoding="utf-8")
   assert text == "a red circle\ngrößer\n"
 
@@ -207,23 +205,11 @@ def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   writer = Writer(tmp_path, stage="flow", total_steps=10)
   writer.scalars(5, {"loss": 0.5})
-  writer.images(5, "drawn", np.zeros((1, 4, 4, 3), np.uint8))
+  writer.image(5, "drawn", Image.new("RGB", (4, 4)))
   writer.text(5, "captions", ["a"])
   writer.close()
   assert list(tmp_path.iterdir()) == []
   assert capsys.readouterr().out == ""
-
-
-@given(count=st.integers(1, 17), height=st.integers(1, 5), width=st.integers(1, 5), gap=st.integers(1, 3))
-def test_a_contact_sheet_shows_every_picture_once(count: int, height: int, width: int, gap: int):
-  images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((height, width, 3), np.uint8)
-  sheet = contact_sheet(images, gap)
-  columns = (sheet.shape[1] + gap) // (width + gap)
-  assert columns == math.ceil(math.sqrt(count))
-  for i, image in enumerate(images):
-    top, left = i // columns * (height + gap), i % columns * (width + gap)
-    np.testing.assert_array_equal(sheet[top : top + height, left : left + width], image)
-  assert (sheet != 255).all(-1).sum() == count * height * width
 
 
 def test_the_line_follows_one_order_and_rounds():
