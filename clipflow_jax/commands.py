@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -98,6 +99,18 @@ def serve(options: argparse.Namespace) -> None:
     model, name = _load(options.workdir), options.workdir.resolve().name
     queue = service.Service(model, name, size=options.batch, limit=options.queue)
     server.serve(queue, listening, options.api_key or os.environ.get("CLIPFLOW_API_KEY"))
+
+
+def demo(options: argparse.Namespace) -> None:
+  try:
+    from clipflow_jax.demo import page
+  except ImportError as error:
+    raise UserError(f"clipflow demo needs {error.name}: pip install 'clipflow_jax[demo]'") from error
+  door = page.Door.make(options.host, options.port, options.auth)
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  served = page.launch(_load(options.workdir), options.workdir, door)
+  print(f"the page is at {served.local_url}", flush=True)
+  served.block_thread()
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ COMMANDS = (
   "train",
   "draw",
   "chat",
+  "demo",
   "serve",
   "evaluate",
   "prepare",

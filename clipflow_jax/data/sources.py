@@ -45,7 +45,7 @@ def make(config: Mapping[str, Any], split: str) -> Source:
   kind = options.pop("kind", None)
   if str(kind).startswith("tfds:"):
     kind, options["name"] = kind.split(":", 1)
-  found = KINDS[kind] if kind in KINDS else _own(kind)
+  found: type = KINDS[kind] if kind in KINDS else _own(kind)
   settings = {field.name: field for field in dataclasses.fields(found) if field.init}
   del settings["split"]
   unknown = sorted(options.keys() - settings.keys())
@@ -59,7 +59,7 @@ def make(config: Mapping[str, Any], split: str) -> Source:
   return found(split=split, **options)
 
 
-def _own(kind: Any) -> type:
+def _own(kind: Any) -> Any:
   """The class that "module:Class" names."""
   if ":" not in str(kind):
     raise UserError(f"data.kind is {kind!r}: choose one of {', '.join(KINDS)}, or name your own class as module:Class")

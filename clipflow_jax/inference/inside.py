@@ -89,13 +89,13 @@ class Inside:
 
     It is the training loss at one time instead of times by chance, without what it has of the early head.
     """
-    x = self._model.encode(pictures)
-    noise = np.random.default_rng(seed).normal(size=x.shape).astype(np.float32)
+    x = jnp.asarray(self._model.encode(pictures))
+    noise = jnp.asarray(np.random.default_rng(seed).normal(size=x.shape), jnp.float32)
     found = []
     for t in times:
-      x_t = np.asarray(path.interpolate(x, noise, jnp.full(len(x), t)))
+      x_t = path.interpolate(x, noise, jnp.full(len(x), t))
       truth = np.asarray(path.velocity(x, x_t, jnp.full(len(x), t)))  # capped near t=0 as the network's is
-      fields = self.fields(prompts, x_t, t)
+      fields = self.fields(prompts, np.asarray(x_t), t)
       found.append([np.square(v - truth).mean(axis=(1, 2)) for v in (fields.prompted, fields.unprompted)])
     prompted, unprompted = np.array(found).swapaxes(0, 1)
     return prompted, unprompted
@@ -112,7 +112,7 @@ class Inside:
     rows.segments[1 + np.arange(len(slots)), slots] = 0
     x = np.broadcast_to(x_t, (len(slots) + 1, *x_t.shape))
     v, _ = self._predict(self._model.params, rows, x, np.float32(t))
-    clean = path.clean(v, x, jnp.full(len(x), np.float32(t)))
+    clean = path.clean(v, jnp.asarray(x), jnp.full(len(x), np.float32(t)))
     return self._words(row)[: len(slots)], np.asarray(clean)
 
   # Attention.

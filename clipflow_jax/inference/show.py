@@ -130,7 +130,7 @@ def arrows(points: Mapping[str, np.ndarray], vectors: Mapping[str, np.ndarray], 
   figure = _figure(5.0, 4.0)
   panel = figure.subplots()
   for i, (label, at) in enumerate(points.items()):
-    panel.scatter(*at.T, s=10, color=f"C{i}", label=label)
+    panel.scatter(at[:, 0], at[:, 1], s=10, color=f"C{i}", label=label)
     panel.quiver(*at.T, *vectors[label].T, angles="xy", scale_units="xy", scale=1, color=f"C{i}", width=0.004)
   panel.set(xlabel=x, ylabel=y)
   panel.grid(alpha=0.3)

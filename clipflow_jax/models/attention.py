@@ -119,7 +119,7 @@ class Attention(nn.Module):
     def gather(*each):
       return tuple(shard(a, "batch" if past is not None else self.axes[0], None, "heads") for a in each)
 
-    kept = (k, v)
+    kept: tuple[jax.Array, ...] = (k, v)
     if past is None:
       all_k, all_v = gather(k, v)
       out = attend(q, all_k, all_v, mask, self.kernel, self.axes)

@@ -91,7 +91,9 @@ def test_training_measures_the_tasks_that_are_due(trained, tmp_path):
   config = ConfigDict(model.config.to_dict())
   config.evaluate = dict(zero_shot=dict(kind="zero_shot", classes="shapes", n=6, every=2), other=dict(kind="yes_no"))
   told = []
-  writer = types.SimpleNamespace(image=lambda *_: None, text=print, scalars=lambda step, values: told.append((step, values)))
+  writer = types.SimpleNamespace(
+    image=lambda *_: None, text=print, scalars=lambda step, values: told.append((step, values))
+  )
   commands._sampler()(model.model, config, model.params, model.tokenizer, 2, writer, ["samples", "zero_shot"])
   [(step, values)] = told
   assert step == 2 and set(values) == {f"evaluation/zero_shot/{name}" for name in ("top1", "top5", "mean_per_class")}

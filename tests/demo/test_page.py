@@ -1,0 +1,290 @@
+"""The page in a real browser: what a visitor does with it, and what a hostile one tries."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipflow_jax import cli
+from clipflow_jax.data import images
+from clipflow_jax.inference.pipeline import ClipFlow
+from tests import tiny_runs
+
+pytestmark = [
+  pytest.mark.slow,
+  # gradio asks pandas for what pandas is about to change.
+  pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting'", "ignore:The copy keyword is deprecated"),
+]
+page = pytest.importorskip("clipflow_jax.demo.page", reason="it needs gradio: pip install 'clipflow_jax[demo]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="it needs a driver: pip install playwright")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PATIENCE = 60_000  # milliseconds, on a machine that compiles other things too
+CHAT, FROM, TO = range(3)  # the page's file inputs
+
+
+@pytest.fixture(scope="module")
+def model(trained) -> ClipFlow:
+  return tiny_runs.lively(ClipFlow.from_checkpoint(trained))
+
+
+@pytest.fixture(scope="module")
+def reached() -> Iterator[set[str]]:
+  """Every host that this process connects to."""
+  hosts: set[str] = set()
+  connect = socket.socket.connect
+
+  def told(self: socket.socket, address: Any) -> None:
+    hosts.add(str(address[0]) if isinstance(address, tuple) else "a file")
+    connect(self, address)
+
+  patch = pytest.MonkeyPatch()
+  patch.setattr(socket.socket, "connect", told)
+  yield hosts
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def served(model, trained, reached, tmp_path_factory) -> Iterator[str]:
+  """The address of a running page."""
+  patch = pytest.MonkeyPatch()
+  patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+  blocks = page.launch(model, trained, page.Door.make("127.0.0.1", 0, None))
+  yield blocks.local_url
+  blocks.close()
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def visit(served) -> Iterator[Any]:
+  """One visitor's tab; `requests` are all the addresses that it asks for, `complaints` the browser's."""
+  if not CHROMIUM:
+    pytest.skip("there is no Chromium: apt-get install chromium")
+  with playwright.sync_playwright() as driver:
+    as_root = ["--no-sandbox"] if os.getuid() == 0 else []
+    browser = driver.chromium.launch(executable_path=CHROMIUM, args=as_root)
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(PATIENCE)
+    tab.requests, tab.complaints = [], []
+    tab.on("request", lambda request: tab.requests.append(request.url))
+    tab.on("console", lambda message: tab.complaints.append(message.text))
+    tab.goto(served)
+    tab.get_by_role("button", name="Draw", exact=True).wait_for()  # by then it listens
+    yield tab
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+  """Files that are no pictures, each with what is said of it."""
+
+  def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+  header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+  bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+  script = b'<svg xmlns="http://www.w3.org/2000/svg"><script>window.top.harmed = 1</script></svg>'
+  found = {
+    "text.png": (b"this is no picture", "text.png: not a picture"),
+    "bomb.png": (bomb, "bomb.png: too large"),
+    "script.svg": (script, "script.svg: not a picture"),
+    "huge.png": (bytes(page.MOST_BYTES + 1), "exceed the maximum allowed size"),
+  }
+  folder = tmp_path_factory.mktemp("hostile")
+  for name, (data, _) in found.items():
+    (folder / name).write_bytes(data)
+  return {name: (folder / name, says) for name, (_, says) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def red(tmp_path_factory) -> Path:
+  file = tmp_path_factory.mktemp("pictures") / "red.png"
+  Image.new("RGB", (90, 60), "red").save(file)
+  return file
+
+
+def watch(visit, selector: str) -> None:
+  """Notes every text that the first such element has, from now on."""
+  visit.evaluate(
+    """selector => {
+      window.noted = [];
+      const note = () => {
+        const text = document.querySelector(selector)?.innerText.trim();
+        if (text && text != window.noted.at(-1)) window.noted.push(text);
+      };
+      new MutationObserver(note).observe(document.body, {subtree: true, childList: true, characterData: true});
+    }""",
+    selector,
+  )
+
+
+def open_tab(visit, name: str) -> None:
+  visit.get_by_role("tab", name=name).click()
+
+
+def attach(visit, place: int, file: Path, *, arrives: bool = True) -> None:
+  entry = visit.locator("input[type=file]").nth(place)
+  if not arrives:
+    entry.set_input_files(file)
+    return
+  before = visit.locator(".thumbnail-item").count()
+  with visit.expect_response(lambda answer: "/upload?" in answer.url or answer.url.endswith("/upload")):
+    entry.set_input_files(file)
+  visit.wait_for_function("n => document.querySelectorAll('.thumbnail-item').length > n", arg=before)
+
+
+def ask(visit, words: str) -> None:
+  visit.get_by_placeholder("Attach a picture and ask").fill(words)
+  visit.locator("button.submit-button").first.click()
+
+
+def shown(visit, locator) -> np.ndarray:
+  """The picture in an <img>, u8[H,W,3]."""
+  data = visit.request.get(locator.get_attribute("src")).body()
+  return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_a_drawing_forms_and_is_the_one_that_the_command_draws(visit, model):
+  visit.get_by_label("Prompt").fill("a red circle")
+  visit.get_by_label("number input for Steps").fill("24")
+  visit.get_by_label("number input for Best of").fill("2")
+  watch(visit, ".pixels label")
+  visit.get_by_role("button", name="Draw", exact=True).click()
+  visit.get_by_text("a red circle, seed 0").wait_for()
+  on_the_way = [text for text in visit.evaluate("noted") if text.endswith("of 24")]
+  assert len(on_the_way) > 2, on_the_way
+  expected = np.asarray(page.enlarged(model.draw(["a red circle"], steps=24, best_of=2)[0]))
+  found = shown(visit, visit.locator(".pixels img").first)
+  np.testing.assert_allclose(found, expected.astype(float), atol=1)  # drawn by two programs
+
+
+def test_the_answer_about_a_picture_streams_and_is_what_chat_says(visit, model, red):
+  open_tab(visit, "Chat")
+  attach(visit, CHAT, red)
+  watch(visit, "[data-testid=bot]")
+  ask(visit, "what colour is it?")
+  parts = [
+    {"type": "image", "image": images.decode(red, model.image_size)},
+    {"type": "text", "text": "what colour is it?"},
+  ]
+  answer = model.chat([{"role": "user", "content": parts}])
+  visit.wait_for_function("answer => noted.at(-1) == answer", arg=answer.strip())
+  partly = visit.evaluate("noted")
+  assert len(partly) > 2 and len(set(map(len, partly))) > 2, partly
+  assert visit.locator("[data-testid=user] img").count() == 1
+
+
+def test_a_walk_leads_from_a_prompt_to_a_picture(visit, model, red):
+  open_tab(visit, "Interpolate")
+  visit.get_by_placeholder("A prompt, or attach").first.fill("a star")
+  attach(visit, TO, red)
+  visit.get_by_label("number input for Pictures").fill("3")
+  visit.get_by_role("button", name="Interpolate", exact=True).click()
+  row = visit.get_by_test_id("image").or_(visit.locator(".pixels img")).last
+  row.wait_for()
+  assert shown(visit, row).shape[0] > 2 * model.image_size
+
+
+def test_the_gallery_has_what_was_drawn(visit):
+  open_tab(visit, "Gallery")
+  visit.get_by_text("a red circle, seed 0").last.wait_for()
+  artifacts = os.environ.get("CLIPFLOW_ARTIFACTS")
+  if artifacts:
+    open_tab(visit, "Draw")
+    visit.screenshot(path=Path(artifacts) / "page.png")
+
+
+@pytest.mark.parametrize("name", ["text.png", "bomb.png", "script.svg", "huge.png"])
+def test_a_hostile_file_is_refused_in_words_and_the_page_goes_on(visit, hostile, name):
+  file, says = hostile[name]
+  open_tab(visit, "Chat")
+  visit.get_by_role("button", name="New conversation").click()
+  attach(visit, CHAT, file, arrives=name != "huge.png")
+  if name != "huge.png":
+    visit.locator("button.submit-button").first.click()
+  visit.get_by_test_id("toast-body").filter(has_text=says).wait_for()
+  watch(visit, "[data-testid=bot]")
+  ask(visit, f"<img src=x onerror='window.harmed = 1'> {name}?")
+  visit.wait_for_function("noted.length > 0 && noted.at(-1) != '…'")
+  said = 0
+  while said != (said := visit.evaluate("noted.length")):  # what is sent while it still writes is not taken
+    visit.wait_for_timeout(2000)
+  assert visit.evaluate("window.harmed") is None
+
+
+def test_neither_the_browser_nor_the_server_asks_another_host_for_anything(visit, served, reached):
+  assert len(visit.requests) > 20
+  assert not [url for url in visit.requests if not url.startswith((served, "data:", "blob:" + served))]
+  assert not [text for text in visit.complaints if "Content Security Policy" in text]
+  assert reached <= {"127.0.0.1", "::1", "localhost", "a file"}
+
+
+# Without a browser.
+
+
+def test_requests_that_no_page_makes_are_refused(served):
+  with httpx.Client(base_url=served) as client:
+    assert client.post("/gradio_api/queue/join", content=bytes(page.MOST_BYTES * 2)).status_code == 413
+    assert client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411
+    assert client.get("/", headers={"host": "example.org"}).status_code == 400
+    assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
+    assert "default-src 'self'" in client.get("/").headers["content-security-policy"]
+
+
+def test_a_picture_named_by_its_address_is_not_fetched(served):
+  link = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
+  with httpx.Client(base_url=served, timeout=60) as client:
+    (chat,) = [
+      call["id"]
+      for call in client.get("/config").json()["dependencies"]
+      if call["targets"][0][1] == "submit" and len(call["inputs"]) == 3
+    ]
+    data = [{"text": "what is it?", "files": [link]}, None, None]
+    call = {"data": data, "fn_index": chat, "session_hash": "visitor"}
+    assert client.post("/gradio_api/queue/join", json=call).status_code == 200
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "visitor"}) as events:
+      said = [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")]
+  (end,) = [event for event in said if event["msg"] == "process_completed"]
+  assert not end["success"] and "only uploaded pictures" in end["output"]["error"]
+
+
+def test_who_has_no_account_does_not_come_in(model, trained, tmp_path):
+  (tmp_path / "accounts").write_text("ada:one:two\n\nbob:three\n")
+  door = page.Door.make("127.0.0.1", 0, tmp_path / "accounts")
+  assert door.accounts == [("ada", "one:two"), ("bob", "three")]
+  blocks = page.launch(model, trained, door)
+  try:
+    with httpx.Client(base_url=blocks.local_url) as client:
+      assert client.get("/config").status_code == 401
+      assert client.post("/login", data={"username": "ada", "password": "three"}).status_code == 400
+      assert client.post("/login", data={"username": "ada", "password": "one:two"}).status_code == 200
+      assert client.get("/config").status_code == 200
+  finally:
+    blocks.close()
+
+
+def test_a_door_that_must_not_or_cannot_be_is_told_in_one_line(capsys, tmp_path):
+  (tmp_path / "accounts").write_text("ada\n")
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    for option, says in (
+      ("--host=0.0.0.0", "add --auth=FILE"),
+      (f"--auth={tmp_path / 'none'}", "cannot read"),
+      (f"--auth={tmp_path / 'accounts'}", "has other lines than USER:PASSWORD"),
+      (f"--port={taken.getsockname()[1]}", "cannot listen on 127.0.0.1"),
+    ):
+      assert cli.main(["demo", "--workdir=nowhere", option]) == 2
+      said = capsys.readouterr().err
+      assert says in said and said.count("\n") == 1
