@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,21 +20,23 @@ START = time.time()
 
 
 def quickstart(options: argparse.Namespace) -> None:
+  from clipflow_jax.evaluation import sampler
   from clipflow_jax.training import stages
 
   config = load_config(options.config, options.overrides)
-  stages.train(config, options.workdir, _sampler())
+  stages.train(config, options.workdir, sampler.make())
   _report(options.workdir, **config.evaluation)
 
 
 def train(options: argparse.Namespace) -> None:
   config = load_config(options.config, options.overrides)
   _set_environment(config)
+  from clipflow_jax.evaluation import sampler
   from clipflow_jax.parallel import distributed
   from clipflow_jax.training import stages
 
   with distributed.joined():
-    stages.train(config, options.workdir, _sampler())
+    stages.train(config, options.workdir, sampler.make())
 
 
 def draw(options: argparse.Namespace) -> None:
@@ -370,50 +371,6 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
   except OSError as error:
     raise UserError(f"cannot write {path}: {error}") from error
-
-
-def _sampler() -> Callable:
-  """What a stage writes while it trains, of the test split: samples, and what its tasks measure.
-
-  Samples are pictures of a few captions and captions of a few pictures.
-  """
-  import numpy as np
-
-  from clipflow_jax.data import mixture
-  from clipflow_jax.inference import show
-  from clipflow_jax.inference.pipeline import ClipFlow
-  from clipflow_jax.training.loop import SAMPLES
-
-  models: dict[str, ClipFlow] = {}
-
-  def sample(model, config, params, chat, step, writer, due):
-    pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
-    pipeline.params = params  # the same compiled functions with today's parameters
-    source = mixture.shown(config.data.source)
-    if SAMPLES in due:
-      write_samples(pipeline, source, step, writer)
-    if tasks := [name for name in due if name != SAMPLES]:
-      from clipflow_jax.evaluation import suite
-
-      chosen = {name: {k: v for k, v in config.evaluate[name].to_dict().items() if k != "every"} for name in tasks}
-      writer.scalars(step, suite.measure(pipeline, source, chosen))
-
-  def write_samples(pipeline, source, step, writer):
-    examples = [source[i] for i in range(16)]
-    images, prompts = np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
-    weights = pipeline.config.objective.weights
-    if weights.get("flow"):
-      writer.image(step, "drawn", show.grid(pipeline.draw(prompts), 8, prompts))
-      writer.text(step, "prompts", prompts)
-    if weights.get("pixels"):
-      decoded = pipeline.decode(pipeline.encode(images))
-      writer.image(step, "reconstructed", show.grid(decoded, 8))
-    if weights.get("language"):
-      written = pipeline.caption(images)
-      writer.image(step, "read", show.grid(images, 8, written))
-      writer.text(step, "captions", written)
-
-  return sample
 
 
 def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> dict:

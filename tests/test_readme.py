@@ -27,6 +27,8 @@ def test_there_are_commands():
 def test_a_command_parses_and_its_config_loads(line):
   options, rest = cli._parser().parse_known_args(shlex.split(line)[1:])
   assert options.command
+  if "from=" in (getattr(options, "config", None) or ""):
+    return  # a workdir that is made by an earlier line: tests/training/test_finetune.py
   if getattr(options, "config", None):
     commands.load_config(options.config, rest)
   else:

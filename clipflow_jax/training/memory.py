@@ -4,7 +4,7 @@ No compiler for a GPU runs without one. What lives from step to step is known al
 the shapes of the state and from how the mesh divides them, and so are the gradients. What a step makes in between is
 estimated from the traced step: the most that is alive at once when its operations run in the order that they are
 written in and each makes its whole result, divided by the devices. A compiler fuses many, and cuDNN's attention makes
-no scores, so that this is more than it will be: what fits here fits there.
+no scores, which is less; its scratch space and fragmentation, which are more, are not in it.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _how(kind: str, report: Report) -> str:
   """How a kind of memory is known, where no compiler has said it."""
   if report["compile_s"] is not None:
     return ""
-  return "  exact" if kind in memory.EXACT else "  estimated: no more than this"
+  return "  exact" if kind in memory.EXACT else "  estimated"
 
 
 def _memory(report: Report) -> str:

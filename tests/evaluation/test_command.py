@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from clipflow_jax import cli, commands
-from clipflow_jax.evaluation import inception
+from clipflow_jax import cli
+from clipflow_jax.evaluation import inception, sampler
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests.evaluation.test_folders import MeanColours, sets  # noqa: F401
 
@@ -94,6 +94,6 @@ def test_training_measures_the_tasks_that_are_due(trained, tmp_path):
   writer = types.SimpleNamespace(
     image=lambda *_: None, text=print, scalars=lambda step, values: told.append((step, values))
   )
-  commands._sampler()(model.model, config, model.params, model.tokenizer, 2, writer, ["samples", "zero_shot"])
+  sampler.make()(model.model, config, model.params, model.tokenizer, 2, writer, ["samples", "zero_shot"])
   [(step, values)] = told
   assert step == 2 and set(values) == {f"evaluation/zero_shot/{name}" for name in ("top1", "top5", "mean_per_class")}

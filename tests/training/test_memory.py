@@ -62,5 +62,5 @@ def test_what_lives_from_step_to_step_is_known_to_the_byte(config: ConfigDict):
   assert report["host_gib"] * 2**30 == pytest.approx(2 * kinds["trained"], rel=0.01)
   assert math.isclose(sum(kinds.values()), report["hbm_per_chip_gib"] * 2**30) and kinds["activations"] > 0
   said = plan_report.text(report)
-  assert "not compiled: such GPUs are not here" in said and "estimated: no more than this" in said
+  assert "not compiled: such GPUs are not here" in said and "  estimated" in said
   assert np.all([line.endswith("exact") for line in said.splitlines() if line.startswith(("  trained", "  frozen"))])

@@ -1,0 +1,47 @@
+"""What a stage writes while it trains, of the test split: samples, and what its tasks measure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clipflow_jax.data import mixture
+from clipflow_jax.data.sources import Source
+from clipflow_jax.evaluation import suite
+from clipflow_jax.inference import show
+from clipflow_jax.inference.pipeline import ClipFlow
+from clipflow_jax.training import loop
+from clipflow_jax.training.metrics import Writer
+
+
+def make() -> loop.Sampler:
+  """For `loop.train`. It keeps a stage's compiled functions from one time to the next."""
+  models: dict[str, ClipFlow] = {}
+
+  def sample(model, config, params, chat, step, writer, due):
+    pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
+    pipeline.params = params  # the same compiled functions with today's parameters
+    source = mixture.shown(config.data.source)
+    if loop.SAMPLES in due:
+      _write(pipeline, source, step, writer)
+    if tasks := [name for name in due if name != loop.SAMPLES]:
+      chosen = {name: {k: v for k, v in config.evaluate[name].to_dict().items() if k != "every"} for name in tasks}
+      writer.scalars(step, suite.measure(pipeline, source, chosen))
+
+  return sample
+
+
+def _write(pipeline: ClipFlow, source: Source, step: int, writer: Writer) -> None:
+  """Pictures of a few captions and captions of a few pictures, as far as the stage learns to make them."""
+  examples = [source[i] for i in range(16)]
+  images, prompts = np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
+  weights = pipeline.config.objective.weights
+  if weights.get("flow"):
+    writer.image(step, "drawn", show.grid(pipeline.draw(prompts), 8, prompts))
+    writer.text(step, "prompts", prompts)
+  if weights.get("pixels"):
+    decoded = pipeline.decode(pipeline.encode(images))
+    writer.image(step, "reconstructed", show.grid(decoded, 8))
+  if weights.get("language"):
+    written = pipeline.caption(images)
+    writer.image(step, "read", show.grid(images, 8, written))
+    writer.text(step, "captions", written)
