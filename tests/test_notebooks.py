@@ -19,6 +19,7 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, trained, monkeypatch):
   monkeypatch.setenv("CLIPFLOW_WORKDIR", str(trained))
+  monkeypatch.setenv("CLIPFLOW_STEPS", "2")  # of what a notebook trains
   notebook = nbformat.read(path, as_version=4)
   nbclient.NotebookClient(notebook, timeout=300).execute()
   shown = [
