@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from flax import linen as nn
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import blip3o, eva, language, qwen_vision, tensors, vision
 from clipflow_jax.interop.family import Family
+from clipflow_jax.interop.new_folder import written_whole
 
 # transformers warns at import that PyTorch is absent; configurations need none.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -74,12 +73,7 @@ def save(
     rows = tensors.plan(chosen.rows, flat)
   except ValueError as error:
     raise UserError(f"a {chosen.name} checkpoint cannot hold this model: {error}") from error
-  path = Path(path)
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise UserError(f"{path} is there already; give a new folder")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-  try:
+  with written_whole(Path(path)) as scratch:
     kinds = {str(np.dtype(leaf.dtype)) for leaf in flat.values()}
     _write_config(scratch, chosen, _merge(dict(config or {}), described), kinds)
     _write_tensors(scratch, tensors.theirs(rows, flat))
@@ -88,10 +82,6 @@ def save(
       (scratch / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
     if tokenizer is not None:
       tokenizer.save_pretrained(scratch)
-    scratch.chmod(0o755)
-    scratch.replace(path)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
   return chosen.name
 
 

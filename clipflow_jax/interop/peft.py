@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.interop import tensors
 from clipflow_jax.interop.family import need
 from clipflow_jax.interop.language import LAYERS, ROWS
+from clipflow_jax.interop.new_folder import written_whole
 from clipflow_jax.interop.tensors import LINEAR, Row
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,8 +54,6 @@ def save(path: Path, flat: Mapping[str, Any], *, alpha: float, base: str = "") -
     rows = tensors.plan(TABLE, flat)
   except ValueError as error:
     raise UserError(f"peft's format cannot hold these adapters: {error}") from error
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise UserError(f"{path} is there already; give a new folder")
   rank = next(leaf.shape[-1] for name, leaf in flat.items() if name.endswith("_lora_a"))
   config = {
     "peft_type": "LORA",
@@ -70,16 +67,10 @@ def save(path: Path, flat: Mapping[str, Any], *, alpha: float, base: str = "") -
     "inference_mode": True,
     "target_modules": sorted({row.theirs.split(".")[-3] for row in rows.values()}),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-  try:
+  with written_whole(path) as scratch:
     (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     made = {name: tensor.make() for name, tensor in tensors.theirs(rows, flat).items()}
     save_file(made, scratch / WEIGHTS, metadata={"format": "pt"})
-    scratch.chmod(0o755)
-    scratch.replace(path)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], float]:

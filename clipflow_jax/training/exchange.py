@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from clipflow_jax.data import text
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import huggingface, peft
 from clipflow_jax.interop.family import described
+from clipflow_jax.interop.new_folder import refuse, written_whole
 from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.transformer import Transformer
@@ -60,16 +60,14 @@ def bring_in(
 
   config: of the stage that the workdir is to be used as, such as configs/blip3o.py; its model becomes what came in.
   """
-  _refuse(output)
+  refuse(output)
   folder = huggingface.find(source)
   module, params = huggingface.load(folder, dtype=dtype)
   inside, place = PLACES[type(module)]
   fields = described(module)
   for name in reversed(list(filter(None, place.split("/")))):
     fields = {name: fields}
-  output.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-  try:
+  with written_whole(output) as scratch:
     meta = {"config": _config(config, fields), "tokenizer": _tokenizer(folder, module)}
     flat = {f"{inside}/{path}".lstrip("/"): leaf for path, leaf in flatten(params).items()}
     state = {"step": np.zeros((), np.int32), "trained": nest(flat), "frozen": {}, "ema": None, "opt_state": {}}
@@ -77,10 +75,6 @@ def bring_in(
     checkpoints.save(0, state, data_state={}, meta=meta)
     checkpoints.close()
     (scratch / MODEL).write_text(json.dumps(fields, indent=2))
-    scratch.chmod(0o755)
-    scratch.replace(output)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
   return module, params
 
 
@@ -89,7 +83,7 @@ def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
 
   family: a `model_type`; None takes the language model where there is one. UserError as `huggingface.save`.
   """
-  _refuse(output)
+  refuse(output)
   read = checkpoint.load(stages.newest(workdir), ("ema", "trained", "frozen"))
   params = adapters.plain(read)
   with tempfile.TemporaryDirectory() as scratch:
@@ -126,7 +120,7 @@ def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
 
   Returns how many matrices. What the run's own adapters learned is merged. UserError where they do not fit it.
   """
-  _refuse(output)
+  refuse(output)
   learned, alpha = peft.load(source)
   read = checkpoint.load(stages.newest(base), ("ema", "trained", "frozen"))
   plain = flatten(adapters.plain(read))
@@ -148,16 +142,10 @@ def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
     "ema": None,
     "opt_state": {},
   }
-  output.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-  try:
+  with written_whole(output) as scratch:
     checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
     checkpoints.save(0, state, data_state={}, meta={"config": config, "tokenizer": read.meta["tokenizer"]})
     checkpoints.close()
-    scratch.chmod(0o755)
-    scratch.replace(output)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
   return len(learned)
 
 
@@ -206,11 +194,6 @@ def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:
   else:
     method, inputs = see, (pictures(module.image_size),)
   return jax.jit(lambda p, *x: module.apply({"params": p}, *x, method=method))(params, *inputs)
-
-
-def _refuse(output: Path) -> None:
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise UserError(f"{output} is there already; give a new folder")
 
 
 def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
