@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
       )
     return sub
 
+  def listens(sub: argparse.ArgumentParser, port: int) -> None:
+    sub.add_argument("--host", default="127.0.0.1", help="whose address it has; 0.0.0.0: of all (default %(default)s)")
+    sub.add_argument("--port", type=int, default=port, help="0: any that is free (default %(default)d)")
+
   sub = command(
     commands.quickstart,
     "train every stage on the built-in shapes, draw, read, evaluate, and write a report",
@@ -115,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow serve --workdir=quickstart --port=8000",
   )
   sub.add_argument("--workdir", type=Path, required=True)
-  sub.add_argument("--host", default="127.0.0.1", help="whose address it has; 0.0.0.0: of all (default %(default)s)")
-  sub.add_argument("--port", type=int, default=8000, help="0: any that is free (default %(default)d)")
+  listens(sub, port=8000)
   sub.add_argument("--api-key", help="who asks must send it; ps shows it, and not the environment's CLIPFLOW_API_KEY")
   sub.add_argument("--batch", type=int, default=16, help="answers computed together (default %(default)d)")
   sub.add_argument("--queue", type=int, default=128, help="answers that may wait; then 429 (default %(default)d)")
@@ -127,8 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow demo --workdir=quickstart",
   )
   sub.add_argument("--workdir", type=Path, required=True)
-  sub.add_argument("--host", default="127.0.0.1", help="whose address it has; 0.0.0.0: of all (default %(default)s)")
-  sub.add_argument("--port", type=int, default=7860, help="0: any that is free (default %(default)d)")
+  listens(sub, port=7860)
   sub.add_argument("--auth", type=Path, help="a file of lines USER:PASSWORD: who may come in")
 
   sub = command(

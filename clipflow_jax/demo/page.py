@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import ipaddress
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from clipflow_jax.data.example import BadRecord
-from clipflow_jax.demo import server
+from clipflow_jax.demo.address import bind, is_loopback
 from clipflow_jax.demo.answers import MOST_CHARACTERS, Answers, End, enlarged, samples
 from clipflow_jax.demo.guard import Guard
 from clipflow_jax.errors import UserError
@@ -54,16 +53,16 @@ class Door:
   def make(cls, host: str, port: int, file: Path | None) -> Door:
     """port 0: any that is free; file: of lines USER:PASSWORD. Raises UserError for what cannot or must not be."""
     accounts = _accounts(file) if file else []
-    if not accounts and not _is_loopback(host):
+    if not accounts and not is_loopback(host):
       raise UserError(f"--host={host} lets in whoever reaches this machine; add --auth=FILE with lines USER:PASSWORD")
-    with server.bind(host, port) as found:
+    with bind(host, port) as found:
       return cls(host, found.getsockname()[1], accounts)
 
 
 def launch(model: ClipFlow, workdir: Path, door: Door) -> gr.Blocks:
   """The running page at `local_url`; `block_thread` waits for its end, `close` ends it."""
   guards = [Middleware(Guard, most_bytes=MOST_BYTES + (64 << 10))]  # with room for what stands around a file
-  if _is_loopback(door.host):  # a name that another site lets point here is not ours
+  if is_loopback(door.host):  # a name that another site lets point here is not ours
     guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"]))
   blocks = build(model, workdir)
   blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
@@ -257,10 +256,3 @@ def _accounts(file: Path) -> list[tuple[str, str]]:
   if not pairs or not all(user and password for user, _, password in pairs):
     raise UserError(f"{file} has other lines than USER:PASSWORD")
   return [(user, password) for user, _, password in pairs]
-
-
-def _is_loopback(host: str) -> bool:
-  try:
-    return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-  except ValueError:
-    return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import ipaddress
 import json
 import logging
 import secrets
@@ -31,6 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipflow_jax.demo import schemas
+from clipflow_jax.demo.address import is_loopback
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
 from clipflow_jax.demo.service import Service, Talk, first, written
@@ -259,18 +259,6 @@ class Server(uvicorn.Server):
     return await super().on_tick(counter) or self.service.worker.done()
 
 
-def bind(host: str, port: int) -> socket.socket:
-  """A socket that does not listen yet: that the address can be had is known before a model is loaded."""
-  found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-  found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-  try:
-    found.bind((host, port))
-  except (OSError, OverflowError) as error:
-    found.close()
-    raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
-  return found
-
-
 def configured(service: Service, api_key: str | None) -> uvicorn.Config:
   """How the app is run. An answer that a client does not take is given up 10 s after the last one was computed."""
   app = make_app(service, api_key)
@@ -280,6 +268,6 @@ def configured(service: Service, api_key: str | None) -> uvicorn.Config:
 def serve(service: Service, listening: socket.socket, api_key: str | None = None) -> None:
   """Answers until it is asked to stop."""
   host = listening.getsockname()[0]
-  if not (api_key or ipaddress.ip_address(host).is_loopback):
+  if not (api_key or is_loopback(host)):
     log.warning("there is no API key: whoever reaches %s may use the model", host)
   Server(configured(service, api_key), service).run(sockets=[listening])

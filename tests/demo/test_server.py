@@ -21,7 +21,7 @@ import openai
 import pytest
 from PIL import Image
 
-from clipflow_jax.demo import schemas, server
+from clipflow_jax.demo import address, schemas, server
 from clipflow_jax.demo.service import Service
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.pipeline import ClipFlow
@@ -37,7 +37,7 @@ class Running:
 
   def __init__(self, service: Service, api_key: str | None = None):
     self.service = service
-    listening = server.bind("127.0.0.1", 0)
+    listening = address.bind("127.0.0.1", 0)
     self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     self.server = server.Server(server.configured(service, api_key), service)
     self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
@@ -386,11 +386,11 @@ def test_the_command_ends_with_0_when_what_it_was_asked_for_is_answered(trained)
 
 
 def test_an_address_that_cannot_be_had_is_told_in_one_line():
-  with server.bind("127.0.0.1", 0) as taken:
+  with address.bind("127.0.0.1", 0) as taken:
     taken.listen()
     with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1, port \d+: .* choose another"):
-      server.bind("127.0.0.1", taken.getsockname()[1])
+      address.bind("127.0.0.1", taken.getsockname()[1])
   with pytest.raises(UserError, match="cannot listen"):
-    server.bind("127.0.0.1", 70000)
+    address.bind("127.0.0.1", 70000)
   with pytest.raises(UserError, match="cannot listen"):
-    server.bind("no such host", 0)
+    address.bind("no such host", 0)

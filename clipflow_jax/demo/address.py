@@ -1,0 +1,28 @@
+"""Where the page and the server listen."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from clipflow_jax.errors import UserError
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """A socket that does not listen yet: that the address can be had is known before a model is loaded."""
+  found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+  found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    found.bind((host, port))
+  except (OSError, OverflowError) as error:
+    found.close()
+    raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
+  return found
+
+
+def is_loopback(host: str) -> bool:
+  """Whether only this machine reaches what listens there."""
+  try:
+    return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+  except ValueError:
+    return False
