@@ -91,12 +91,12 @@ def chat(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
   try:
-    from clipflow_jax.demo import server, service
+    from clipflow_jax.demo import address, server, service
   except ImportError as error:
     raise UserError(f"clipflow serve needs {error.name}: pip install 'clipflow_jax[serve]'") from error
   if options.batch < 1 or options.queue < 1:
     raise UserError("--batch and --queue are 1 or more")
-  with server.bind(options.host, options.port) as listening:
+  with address.bind(options.host, options.port) as listening:
     model, name = _load(options.workdir), options.workdir.resolve().name
     queue = service.Service(model, name, size=options.batch, limit=options.queue)
     server.serve(queue, listening, options.api_key or os.environ.get("CLIPFLOW_API_KEY"))
@@ -291,7 +291,9 @@ def plan(options: argparse.Namespace) -> None:
   _set_environment(config)
   from clipflow_jax.training import plan_report
 
-  plan_report.write(config, json_file=options.json, search=options.search, images=options.images)
+  report = plan_report.make(config, search=options.search, images=options.images)
+  if options.json:
+    _write_json(options.json, report)
 
 
 # What commands share.

@@ -20,7 +20,6 @@ or .tar files or their folder, such as BLIP3o-60k's pairs of caption and picture
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -124,13 +123,6 @@ def _place(config: ConfigDict, name: str) -> None:
   rows = -(-config.data.batch_size // found.devices) * found.devices
   config.data.update(batch_size=rows, shards=found.devices, bins=rows)
   if config.model.get("dtype") == "bfloat16":
-    _set(config.model, kernel=found.kernel, remat=found.remat)
+    from clipflow_jax.training.plan import with_values
 
-
-def _set(fields: ConfigDict, **values: Any) -> None:
-  """Sets those of `values` that the model's parts have, at any depth."""
-  for key, value in fields.items():
-    if isinstance(value, ConfigDict):
-      _set(value, **values)
-    elif key in values:
-      fields[key] = values[key]
+    config.model = ConfigDict(with_values(config.model.to_dict(), kernel=found.kernel, remat=found.remat))

@@ -7,7 +7,6 @@ peer's. Of the others one always waits while one runs, so that what the machine 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import resource
@@ -177,9 +176,3 @@ def run(
       for worker in workers:
         worker.stop()
   return found
-
-
-def maker(place: str) -> Callable[[dict[str, Any]], Work]:
-  """The function of "module:function"."""
-  module, _, name = place.partition(":")
-  return getattr(importlib.import_module(module), name)

@@ -21,6 +21,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.training import flops, optimizer, state
 from clipflow_jax.training import step as steps
+from clipflow_jax.training.plan import with_values
 
 UNEVEN = 0.4  # captions packed in a row are so much longer and shorter than their mean, evenly between
 
@@ -147,13 +148,8 @@ def _fill(shapes: state.TrainState) -> state.TrainState:
 def _plain(config: ConfigDict, model: ClipFlow, objective: Objective) -> Any:
   """Forward and backward with nothing done twice, and without the optimizer: what model FLOPs are of."""
 
-  def without(fields: Any) -> Any:
-    if not isinstance(fields, dict):
-      return fields
-    return {name: "none" if name == "remat" else without(value) for name, value in fields.items()}
-
-  fields = without(with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary)) | dict(kernel="xla")
-  plain = ClipFlow(**fields)
+  fields = with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary)
+  plain = ClipFlow(**with_values(fields, remat="none", kernel="xla"))
   at_once = dataclasses.replace(objective, vocabulary_chunk=0, contrastive_chunk=0)
 
   def gradient(now: state.TrainState, batch: Batch) -> Any:

@@ -40,9 +40,7 @@ def estimate(config: ConfigDict) -> Report:
   """
   chip, count = CHIPS[config.hardware.chip], math.prod(config.hardware.topology) * config.hardware.slices
   mesh = AbstractMesh(meshes.shape(config.mesh, count), meshes.AXES)
-  fields = plan._with(config.model.to_dict(), kernel="xla")  # cuDNN's cannot be traced here
-  traced = ConfigDict(config.to_dict() | dict(model=fields))
-  plain = ConfigDict(config.to_dict() | dict(model=plan._with(fields, remat="none")))
+  traced = plan.with_model(config, kernel="xla")  # cuDNN's cannot be traced here
   with jax.sharding.use_abstract_mesh(mesh):
     program = Program.of(traced, mesh)
     kinds = program.memory()
@@ -50,27 +48,14 @@ def estimate(config: ConfigDict) -> Report:
     step = Program.of(traced, mesh, learns=False)
     between = peak(jax.make_jaxpr(step.pure)(step.state, step.batch).jaxpr) / count
     kinds["activations"] = max(0.0, between - kinds["gradients"])
-    flops = dict(
-      model_flops_per_step=Program.of(plain, mesh, learns=False).flops(), hardware_flops_per_step=program.flops()
-    )
+    report = plan.describe(config, mesh, count, program)
   host = kinds.pop("moments") if config.optimizer.get("offload") else 0.0
   used = sum(kinds.values()) / GIB
-  report = dict(
-    stage=config.name,
-    hardware=dict(config.hardware.to_dict(), chips=count),
-    mesh=dict(mesh.shape),
-    batch_size=config.data.batch_size,
-    remat=str(config.model.transformer.get("remat", "none")),
-    parameters={
-      name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(getattr(program.state, name)))
-      for name in ("trained", "frozen")
-    },
-    hbm_limit_gib=chip.hbm_gib,
+  report |= dict(
     hbm_per_chip_gib=used,
     memory_gib={kind: size / GIB for kind, size in kinds.items()},
     host_gib=host / GIB,
     fits=used <= chip.hbm_gib,
-    **flops,
   )
   if not report["fits"]:
     report |= dict(missing_gib=used - chip.hbm_gib, largest=program.largest())

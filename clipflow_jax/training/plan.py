@@ -186,22 +186,7 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
   chips = len(found) // chip.devices
   with jax.set_mesh(mesh):
     program = Program.of(config, mesh)
-    plain = ConfigDict(config.to_dict() | dict(model=_with(config.model.to_dict(), remat="none", kernel="xla")))
-    counted = ConfigDict(config.to_dict() | dict(model=_with(config.model.to_dict(), kernel="xla")))
-    report: Report = dict(
-      stage=config.name,
-      hardware=dict(config.hardware.to_dict(), chips=chips),
-      mesh=dict(mesh.shape),
-      batch_size=config.data.batch_size,
-      remat=str(config.model.transformer.get("remat", "none")),
-      parameters={
-        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(getattr(program.state, name)))
-        for name in ("trained", "frozen")
-      },
-      model_flops_per_step=Program.of(plain, mesh, learns=False).flops(),
-      hardware_flops_per_step=Program.of(counted, mesh).flops(),
-      hbm_limit_gib=None if math.isnan(chip.hbm_gib) else chip.hbm_gib,
-    )
+    report = describe(config, mesh, chips, Program.of(with_model(config, kernel="xla"), mesh))
     before = time.perf_counter()
     try:
       compiled = program.compile()
@@ -211,6 +196,27 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
       return report | dict(compile_s=time.perf_counter() - before) | does_not_fit(str(error), chip)
     report["compile_s"] = time.perf_counter() - before
   return report | _memory(compiled, program, chip) | predict(compiled.as_text(), report, mesh, chip, program, images)
+
+
+def describe(
+  config: ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, chips: int, traced: Program
+) -> Report:
+  """What is known of a stage without a compiler. traced: its step with kernel xla, whose products can be counted."""
+  limit = CHIPS[config.hardware.chip].hbm_gib
+  return dict(
+    stage=config.name,
+    hardware=dict(config.hardware.to_dict(), chips=chips),
+    mesh=dict(mesh.shape),
+    batch_size=config.data.batch_size,
+    remat=str(config.model.transformer.get("remat", "none")),
+    parameters={
+      name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(getattr(traced.state, name)))
+      for name in ("trained", "frozen")
+    },
+    model_flops_per_step=Program.of(with_model(config, remat="none", kernel="xla"), mesh, learns=False).flops(),
+    hardware_flops_per_step=traced.flops(),
+    hbm_limit_gib=None if math.isnan(limit) else limit,
+  )
 
 
 def predict(text: str, report: Report, mesh: jax.sharding.Mesh, chip: Chip, program: Program, images: float) -> Report:
@@ -321,7 +327,7 @@ def search(config: ConfigDict, images: float = 1e6) -> Iterator[Report]:
       continue
     other = config.copy_and_resolve_references()
     other.mesh = {axis: int(size) for axis, size in mesh.items()}
-    other.model = _with(config.model.to_dict(), remat=remat)
+    other.model = with_values(config.model.to_dict(), remat=remat)
     other.data.batch_size = config.data.batch_size * rows
     try:
       yield plan(other, images)
@@ -334,10 +340,16 @@ def best(reports: list[Report]) -> list[Report]:
   return sorted((r for r in reports if r["fits"]), key=lambda r: -(r["images_per_s_per_chip"] or 0))
 
 
-def _with(fields: dict[str, Any], **values: Any) -> dict[str, Any]:
+def with_model(config: ConfigDict, **values: Any) -> ConfigDict:
+  """A copy of a stage's config, its model `with_values`."""
+  return ConfigDict(config.to_dict() | dict(model=with_values(config.model.to_dict(), **values)))
+
+
+def with_values(fields: dict[str, Any], **values: Any) -> dict[str, Any]:
   """Model fields with every key of `values` that they have set to its value, at any depth."""
   return {
-    key: _with(value, **values) if isinstance(value, dict) else values.get(key, value) for key, value in fields.items()
+    key: with_values(value, **values) if isinstance(value, dict) else values.get(key, value)
+    for key, value in fields.items()
   }
 
 

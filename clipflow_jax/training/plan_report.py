@@ -1,9 +1,6 @@
-"""What `clipflow plan` prints and writes."""
+"""What `clipflow plan` finds, and prints of it."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -12,8 +9,8 @@ from clipflow_jax.training import memory, plan
 from clipflow_jax.training.plan import Report
 
 
-def write(config: ConfigDict, *, json_file: Path | None, search: bool, images: float) -> None:
-  """Plans one stage, or with `search` many of its kind; prints what was found and writes it as JSON."""
+def make(config: ConfigDict, *, search: bool, images: float) -> Report:
+  """Plans one stage, or with `search` many of its kind, and prints what was found."""
   plan.prepare(config)
   if not search:
     report = memory.estimate(config) if memory.absent(config.hardware) else plan.plan(config, images)
@@ -28,11 +25,7 @@ def write(config: ConfigDict, *, json_file: Path | None, search: bool, images: f
       raise UserError("nothing that was tried fits; take more chips, a smaller model or shorter rows")
     print("\nThe best that fit:", *map(_line, fitting[:5]), sep="\n")
     report = fitting[0] | {"tried": reports}
-  if json_file:
-    try:
-      json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"cannot write {json_file}: {error}") from error
+  return report
 
 
 def text(report: Report) -> str:
