@@ -1,4 +1,9 @@
-"""The one error for bad input."""
+"""The one error for bad input, and what raises it for the user's own code that a setting names."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
 
 
 class UserError(Exception):
@@ -6,3 +11,13 @@ class UserError(Exception):
 
   The command line prints it without a traceback and exits with code 2.
   """
+
+
+def resolve(setting: str, place: str) -> Any:
+  """What "module:name" names, of the user's own code; setting: where that was said. UserError where it is not there."""
+  try:
+    return pkgutil.resolve_name(place)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise UserError(
+      f"{setting} is {place!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
+    ) from error

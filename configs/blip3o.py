@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from clipflow_jax.errors import UserError
 from clipflow_jax.interop.blip3o import PICTURE
-from configs import models, presets
+from configs import models, presets, warm
 
 PROMPT = "Please generate image based on the following caption: {caption}"
 DRAWER = dict(queries=64, width=1792, layers=24, heads=28, mlp=4864, time_steps=1000, remat="full")
@@ -32,12 +29,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.objective.update(weights=dict(flow=1.0), drop_condition=0.1)
   config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=30, clip=1.0)
   if options["from"]:
-    file = Path(options["from"]) / "model.json"
-    if not file.is_file():
-      raise UserError(f"{options['from']} is no imported model; make one with: clipflow import --from=... --output=...")
-    fields = json.loads(file.read_text())
+    fields = warm.imported(options["from"])
     config.model.update(transformer=fields["transformer"], drawer=fields["drawer"])
-    config.init_from = ",".join(filter(None, [options["from"], options.tower]))
+    warm.begin_from(config, options["from"])
+  if options.tower:
+    warm.begin_from(config, options.tower)
   return config
 
 

@@ -19,7 +19,7 @@ def start(config: ConfigDict, workdir: str) -> None:
   The flow expert keeps its width and mlp; depth, heads and head dim are the language model's. Where that has no rotary
   sections for rows and columns, half of the frequencies become theirs, which changes nothing for words.
   """
-  fields = _imported(workdir).get("transformer")
+  fields = imported(workdir).get("transformer")
   if not fields:
     raise UserError(f"{workdir} holds no language model; import one of the families llama, qwen2, qwen3, qwen2_5_vl")
   ours = config.model.transformer
@@ -27,7 +27,7 @@ def start(config: ConfigDict, workdir: str) -> None:
   sections = fields.get("rope_sections") or (fields["head_dim"] // 2 - 2 * quarter, quarter, quarter)
   own = {name: ours[name] for name in ("flow_width", "flow_mlp", "early_layer", *RUN) if name in ours}
   config.model.transformer = dict(fields, rope_sections=tuple(sections), **own)
-  _begin_from(config, workdir)
+  begin_from(config, workdir)
 
 
 def tower(config: ConfigDict, workdir: str) -> None:
@@ -35,7 +35,7 @@ def tower(config: ConfigDict, workdir: str) -> None:
 
   Pictures get its size and the pixel decoder its patches, and the statistics of its features are measured at the start.
   """
-  fields = _imported(workdir).get("clip")
+  fields = imported(workdir).get("clip")
   if not fields:
     raise UserError(f"{workdir} holds no tower; import one of the families clip, siglip, eva02_large, dinov2")
   ours, vision = config.model.clip, fields["vision"]
@@ -46,10 +46,10 @@ def tower(config: ConfigDict, workdir: str) -> None:
   if config.model.get("pixel_decoder"):
     config.model.pixel_decoder.update(image_size=vision["image_size"], patch_size=vision["patch_size"])
   config.measure_features = 4096
-  _begin_from(config, workdir)
+  begin_from(config, workdir)
 
 
-def _imported(workdir: str) -> dict[str, Any]:
+def imported(workdir: str) -> dict[str, Any]:
   """The fields of the model in a workdir of `clipflow import`."""
   file = Path(workdir) / "model.json"
   if not file.is_file():
@@ -57,5 +57,6 @@ def _imported(workdir: str) -> dict[str, Any]:
   return json.loads(file.read_text())
 
 
-def _begin_from(config: ConfigDict, workdir: str) -> None:
+def begin_from(config: ConfigDict, workdir: str) -> None:
+  """The run begins from that workdir too."""
   config.init_from = ",".join(filter(None, [config.init_from, str(workdir)]))

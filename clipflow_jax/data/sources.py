@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from clipflow_jax.data.prepared import PreparedSource
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.tfds import TfdsSource
 from clipflow_jax.data.webdataset import WebDatasetSource
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, resolve
 
 
 class Source(Protocol):
@@ -63,12 +62,7 @@ def _own(kind: Any) -> Any:
   """The class that "module:Class" names."""
   if ":" not in str(kind):
     raise UserError(f"data.kind is {kind!r}: choose one of {', '.join(KINDS)}, or name your own class as module:Class")
-  try:
-    found = pkgutil.resolve_name(kind)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(
-      f"data.kind is {kind!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
-    ) from error
+  found = resolve("data.kind", kind)
   if not dataclasses.is_dataclass(found) or "split" not in {field.name for field in dataclasses.fields(found)}:
     raise UserError(f"data.kind is {kind!r}, which is no source: make it a dataclass with a field `split`")
   return found

@@ -20,6 +20,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
 from clipflow_jax.inference.image import Sampling
+from clipflow_jax.inference.pipeline import keys_of
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.models.clipflow import Place
 
@@ -65,11 +66,10 @@ class Inside:
     self, prompts: Sequence[str], steps: int | None = None, guidance: float | None = None, seed: int = 0
   ) -> tuple[np.ndarray, np.ndarray]:
     """How `ClipFlow.draw_features` gets there: times f32[n+1] from 1 to 0, and x_t f32[n+1,N,T,C] at each."""
-    given = {"steps": steps, "guidance": guidance}
-    settings = self._model.config.sampling.to_dict() | {k: v for k, v in given.items() if v is not None}
-    sampling = Sampling(**settings)
-    rows, empty = self._rows(prompts)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(prompts)))
+    n = len(prompts)
+    sampling, rows, empty = self._model._asked(prompts, steps, guidance)
+    empty = jax.tree.map(lambda x: np.repeat(x, n, axis=0), empty)
+    keys = keys_of(jnp.asarray(self._model._seeds(n, seed)))
     end, way = self._walk(self._model.params, rows, empty, keys, sampling=sampling)
     times = path.grid(sampling.steps, self._model.model.alpha)
     return np.asarray(times), np.concatenate([way, np.asarray(end)[None]])

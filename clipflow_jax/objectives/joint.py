@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import Batch
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, resolve
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives import contrastive, flow, language, pixels
 
@@ -48,12 +47,7 @@ class Objective:
       self._of_own(name)
 
   def _of_own(self, name: str) -> Callable[[ClipFlow, Batch, jax.Array], jax.Array]:
-    try:
-      return pkgutil.resolve_name(self.own[name])
-    except (ImportError, AttributeError, ValueError) as error:
-      raise UserError(
-        f"objective.own.{name} is {self.own[name]!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
-      ) from error
+    return resolve(f"objective.own.{name}", self.own[name])
 
   def counts(self, batch: Batch) -> dict[str, jax.Array]:
     """How many things each sum of `sums` adds up in this batch, at least 1."""
