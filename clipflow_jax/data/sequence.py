@@ -47,61 +47,52 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
 
   Raises UserError when it does not fit the layout: what a prompt that is too long gets.
   """
-  ids, written, image_of = [], [], []
+  roles = np.asarray(conversation.roles, np.int32)
+  ids: list[int] = []
+  written: list[bool] = []
+  begins: list[int] = []  # which words begin a picture
   if conversation.words_only:
     ids = [chat.begin, *chat.encode(chat.without_special(conversation.turns[0][1])), chat.end]
     written = [False] + [True] * (len(ids) - 1)
-    image_of = [-1] * len(ids)
   else:
-    seen = 0
     for piece, is_written in chat.pieces(conversation.turns, prompt=prompt):
-      for token in piece:
-        ids.append(token)
-        written.append(is_written)
-        image_of.append(seen if token == chat.image else -1)
-        seen += token == chat.image
-    if seen != len(conversation.roles):
-      raise UserError(f"{seen} {IMAGE} in the text for {len(conversation.roles)} pictures: write one for each")
-    last = max((i for i, image in enumerate(image_of) if image >= 0), default=-1)
-    if last >= 0 and not conversation.roles[image_of[last]] & INPUT and set(ids[last + 1 :]) <= {chat.end}:
-      ids, written, image_of = ids[: last + 1], written[: last + 1], image_of[: last + 1]
-  return _lay_out(ids, written, image_of, conversation, chat, layout)
-
-
-def _lay_out(ids, written, image_of, conversation, chat, layout) -> dict[str, np.ndarray]:
-  grid, per_image = layout.grid, layout.tokens_per_image
-  roles = np.asarray(conversation.roles, np.int32)
-  image_of = np.asarray(image_of, np.int32)
-  begins = np.flatnonzero(image_of >= 0)  # the words that begin a picture
-  followed = np.zeros(len(ids), np.int32)
-  followed[begins] = (roles[image_of[begins]] & INPUT) > 0
-  # The stream in order: words, each one slot and one step of time, and pictures, each all its slots and a grid of time.
-  word = np.repeat(np.arange(len(ids)), 1 + followed)
-  is_picture = np.append(False, word[1:] == word[:-1])
-  time = np.cumsum(np.where(is_picture, grid, 1)) - np.where(is_picture, grid, 1)
-  owner = np.repeat(np.arange(len(word)), np.where(is_picture, per_image, 1))
-  length, n = len(owner), len(roles)
+      ids += piece
+      written += [is_written] * len(piece)
+    begins = [i for i, token in enumerate(ids) if token == chat.image]
+    if len(begins) != len(roles):
+      raise UserError(f"{len(begins)} {IMAGE} in the text for {len(roles)} pictures: write one for each")
+    if begins and not roles[-1] & INPUT and set(ids[begins[-1] + 1 :]) <= {chat.end}:
+      del ids[begins[-1] + 1 :], written[begins[-1] + 1 :]
+  read = [i for i, role in zip(begins, conversation.roles, strict=False) if role & INPUT]
+  length, n = len(ids) + layout.tokens_per_image * len(read), len(roles)
   if length > layout.length or n > layout.images:
     text = " ".join(text for _, text in conversation.turns)
     raise UserError(
       f"an example of {length} tokens and {n} pictures does not fit a row of {layout.length} and {layout.images}; "
       f"shorten it or raise data.length or data.images_per_row: {text[:80]!r}"
     )
-  in_picture = is_picture[owner]
-  positions = np.repeat(time[owner, None], 3, axis=1).astype(np.int32)
-  index = np.full(length, -1, np.int32)
-  if in_picture.any():
-    row, column = np.divmod(np.arange(per_image), grid)
-    read = image_of[word[is_picture]]
-    positions[in_picture] += np.tile(np.stack([0 * row, row, column], axis=1), (len(read), 1))
-    index[in_picture] = (read[:, None] * per_image + np.arange(per_image)).ravel()
-  first = np.flatnonzero(~is_picture)[begins]  # where in the stream the pictures' words stand
+
+  # A picture that is read takes all its slots, one step of order, and as much time as it has rows.
+  word = np.arange(len(ids), dtype=np.int32)
+  before = np.searchsorted(read, word).astype(np.int32)  # pictures that are read before each word
+  slot, step, time = word + layout.tokens_per_image * before, word + before, word + layout.grid * before
+  tokens, index = np.full(length, chat.image, np.int32), np.full(length, -1, np.int32)
+  weights, order = np.zeros(length, np.float32), np.empty(length, np.int32)
+  positions = np.empty((length, 3), np.int32)
+  tokens[slot], weights[slot], order[slot], positions[slot] = ids, written, step, time[:, None]
   image_order, image_positions = np.full(n, -1, np.int32), np.zeros(n, np.int32)
-  image_order[image_of[begins]], image_positions[image_of[begins]] = first, time[first] + 1
+  for picture, begin in enumerate(begins):
+    image_order[picture], image_positions[picture] = step[begin], time[begin] + 1
+    if begin in read:
+      own = slice(slot[begin] + 1, slot[begin] + 1 + layout.tokens_per_image)
+      cells = np.arange(layout.tokens_per_image)
+      row, column = np.divmod(cells, layout.grid)
+      order[own], index[own] = step[begin] + 1, picture * layout.tokens_per_image + cells
+      positions[own] = time[begin] + 1 + np.stack([0 * row, row, column], axis=1)
   return {
-    "tokens": np.asarray(ids, np.int32)[word[owner]],
-    "loss_weights": np.where(in_picture, 0, np.asarray(written, np.float32)[word[owner]]).astype(np.float32),
-    "order": owner.astype(np.int32),
+    "tokens": tokens,
+    "loss_weights": weights,
+    "order": order,
     "positions": positions,
     "image_index": index,
     "images": conversation.images,
@@ -149,18 +140,20 @@ def pack(examples: list[dict[str, np.ndarray]], layout: Layout) -> Batch:
   """One row of the examples in their order, leaving out those for which no room is left."""
   room = lengths(layout)
   row = {name: np.zeros((room[name], *value.shape[1:]), value.dtype) for name, value in examples[0].items()}
-  used, number = dict.fromkeys(room, 0), 0
   row |= {f"{name}_segment_ids": np.zeros(room[name], np.int32) for name in ("tokens", "images")}
+  slot = picture = number = 0
   for example in examples:
-    if any(used[name] + len(value) > room[name] for name, value in example.items()):
+    slots = slice(slot, slot + len(example["tokens"]))
+    pictures = slice(picture, picture + len(example["images"]))
+    if slots.stop > layout.length or pictures.stop > layout.images:
       continue
     number += 1
-    for name, value in example.items():
-      place = slice(used[name], used[name] + len(value))
-      row[name][place] = value
-      if f"{name}_segment_ids" in row:
-        row[f"{name}_segment_ids"][place] = number
-      used[name] = place.stop
+    for name in SLOTS:
+      row[name][slots] = example[name]
+    for name in PICTURES:
+      row[name][pictures] = example[name]
+    row["tokens_segment_ids"][slots] = row["images_segment_ids"][pictures] = number
+    slot, picture = slots.stop, pictures.stop
   return finish(row, layout)
 
 
