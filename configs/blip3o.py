@@ -10,6 +10,7 @@ from clipflow_jax.interop.blip3o import PICTURE
 from configs import models, presets, warm
 
 PROMPT = "Please generate image based on the following caption: {caption}"
+TOWER = PICTURE | dict(width=1792, remat="full")
 DRAWER = dict(queries=64, width=1792, layers=24, heads=28, mlp=4864, time_steps=1000, remat="full")
 
 
@@ -39,9 +40,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _model(size: str) -> dict[str, Any]:
   """Fields of ClipFlow with the language model of that size."""
-  transformer = dict(models.make(size)["transformer"])
-  for name in ("flow_width", "flow_mlp", "early_layer"):
-    transformer.pop(name)
-  vision = PICTURE | dict(width=1792, remat="full")
   own = dict(drawer=dict(DRAWER), prediction="v", shift_scale=0.0, dtype="bfloat16")  # no shift of time
-  return dict(clip=dict(vision=vision), transformer=transformer, **own)
+  return dict(clip=dict(vision=dict(TOWER)), transformer=dict(models.language_model(size), remat="full"), **own)

@@ -83,3 +83,9 @@ def make(name: str) -> dict[str, Any]:
   if name not in MODELS:
     raise UserError(f"model size {name!r} is unknown; there are tiny, {', '.join(MODELS)}")
   return MODELS[name]()
+
+
+def language_model(name: str) -> dict[str, Any]:
+  """Fields of the Transformer of that size without a flow expert."""
+  fields = make(name)["transformer"]
+  return {key: value for key, value in fields.items() if key not in ("flow_width", "flow_mlp", "early_layer", "remat")}

@@ -27,11 +27,15 @@ SUBJECTS = {
   "understanding": "clipflow_jax.bench.training:step",
   "contrastive": "clipflow_jax.bench.training:step",
   "data": "clipflow_jax.bench.data:work",
+  "decode": "clipflow_jax.bench.inference:decode",
+  "draw": "clipflow_jax.bench.inference:draw",
+  "evaluate": "clipflow_jax.bench.inference:evaluate",
 }
 CEILINGS = ("matmul", "copy")  # of `ceiling.work`: the most that this machine does of each
 PEERS = Path(__file__).parents[2] / "tests" / "benchmarks" / "peers"
 LIBRARIES = {"jax": "jax", "torch": "torch", "transformers": "transformers", "diffusers": "diffusers"}
 LIBRARIES |= {"open_clip": "open_clip_torch", "PIL": "pillow", "grain": "grain"}  # module -> distribution
+LIBRARIES |= {"torch_fidelity": "torch-fidelity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,9 @@ class Worker:
     """From nothing to the first run, which is `startup_seconds`; a second run tells how many fill a turn."""
     begin = time.perf_counter()
     self._errors = tempfile.TemporaryFile("w+")
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(sys.path)} | dict(os.environ)
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= self.told.get("environment") or {}
+    environment |= os.environ
     pipe = subprocess.PIPE
     self._process = subprocess.Popen(
       self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment

@@ -32,10 +32,10 @@ def machine() -> dict[str, Any]:
 
 
 def numbers(found: dict[str, list[Worker]]) -> dict[str, Any]:
-  """All numbers by name: {"ways", "peers", "ceilings"}, and "ratio", peer time / our time, of the first way with one.
+  """All numbers by name: {"device", "ways", "peers", "ceilings"}.
 
-  found: of `frame.run`. A ratio is of the same amount of
-  the first unit that is counted, within each round; its median and range over the rounds are told.
+  Of a way with a peer, and of the first such at the top, too: "ratio", peer time / our time, of the same amount of the
+  first unit that is counted, within each round; its median and range over the rounds are told. found: of `frame.run`.
   """
   ceilings = {worker.name: _rate(worker) for worker in found["ceilings"]}
   device = found["ceilings"][0].facts["device"] if ceilings else ""
@@ -51,7 +51,8 @@ def numbers(found: dict[str, list[Worker]]) -> dict[str, Any]:
         ways[worker.name]["ratio_of_core_seconds"] = next(cores) / next(cores) * _amount(worker) / _amount(peer)
   peers = {worker.name: _of(worker, {}, 0.0) for worker in found["peers"]}
   ratios = [way["ratio"] for way in ways.values() if "ratio" in way]
-  return ({"ratio": ratios[0]} if ratios else {}) | {"ways": ways, "peers": peers, "ceilings": ceilings}
+  named = {"device": device, "ways": ways, "peers": peers, "ceilings": ceilings}
+  return ({"ratio": ratios[0]} if ratios else {}) | named
 
 
 def table(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,9 +41,10 @@ def step(told: dict[str, Any]) -> Work:
   scales = state.multipliers(abstract, config.train)
   tx = optimizer.Optimizer(steps=max(config.steps, 1), **config.optimizer).make(scales)
   create = functools.partial(state.create, scales=scales, tx=tx, ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
-  now = _fill(jax.eval_shape(create, abstract))
+  shapes = jax.eval_shape(create, abstract)
   if batch.features is not None:
-    now, _ = state.set_aside(now, ("clip_model",))
+    shapes, _ = state.set_aside(shapes, ("clip_model",))
+  now = _fill(shapes)
   pure = steps.make(model, objective, tx, seed=0, ema=config.ema, accumulate=config.accumulate)
   before = time.perf_counter()
   compiled = jax.jit(pure, donate_argnums=0).lower(now, batch).compile()
@@ -55,8 +57,6 @@ def step(told: dict[str, Any]) -> Work:
     jax.block_until_ready(now)
 
   rows, words = np.shape(batch.tokens)
-  device = jax.local_devices()[0]
-  stats = device.memory_stats()
   count = sum(leaf.size for leaf in jax.tree.leaves(now.trained))
   return Work(
     run,
@@ -68,8 +68,14 @@ def step(told: dict[str, Any]) -> Work:
     compile_seconds=compile_seconds,
     dtype=str(jnp.dtype(model.dtype)),
     peer=_for_peer(config, model, lengths),
-    memory=(lambda: float(device.memory_stats()["peak_bytes_in_use"])) if stats else None,
+    memory=peak_memory(),
   )
+
+
+def peak_memory() -> Callable[[], float] | None:
+  """What tells the peak bytes of the device, if it keeps count."""
+  device = jax.local_devices()[0]
+  return (lambda: float(device.memory_stats()["peak_bytes_in_use"])) if device.memory_stats() else None
 
 
 def example_lengths(config: ConfigDict) -> list[int]:
@@ -127,19 +133,26 @@ def _init(model: ClipFlow, config: ConfigDict, batch: Batch) -> state.Params:
   return model.init(jax.random.key(0), whole, method="everything")["params"]
 
 
+def parameters(shapes: state.Params) -> state.Params:
+  """Numbers as large as real ones, the same few over and over: to draw each would take longer than what is timed."""
+  few = jnp.asarray(np.random.default_rng(0).normal(size=2**16 - 1), jnp.float32)
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def repeated(few: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    size = math.prod(shape)
+    times = -(-size // few.size)
+    return jnp.broadcast_to(few, (times, few.size)).reshape(-1)[:size].reshape(shape).astype(dtype)
+
+  def of(path: str, leaf: Any) -> jax.Array:
+    if path.endswith(("scale", "std", "var")):
+      return jnp.ones(leaf.shape, leaf.dtype)
+    inputs = math.prod(leaf.shape[1 if len(leaf.shape) == 3 else 0 : -1]) if len(leaf.shape) > 1 else 1e4
+    return repeated(few / math.sqrt(inputs), leaf.shape, leaf.dtype)
+
+  return state.nest({path: of(path, leaf) for path, leaf in state.flatten(shapes).items()})
+
+
 def _fill(shapes: state.TrainState) -> state.TrainState:
-  """A state of numbers as large as real ones: to draw each of them would take longer than the step."""
-  few = np.random.default_rng(0).normal(size=2**16).astype(np.float32)
-
-  def parameters(tree: state.Params) -> state.Params:
-    def of(path: str, leaf: Any) -> jax.Array:
-      if path.endswith(("scale", "std")):
-        return jnp.ones(leaf.shape, leaf.dtype)
-      inputs = leaf.shape[-2] if len(leaf.shape) > 1 else 1e4
-      return jnp.asarray(np.resize(few, leaf.shape) / math.sqrt(inputs), leaf.dtype)
-
-    return state.nest({path: of(path, leaf) for path, leaf in state.flatten(tree).items()})
-
   now = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   ema = None if shapes.ema is None else parameters(shapes.ema)
   return dataclasses.replace(now, trained=parameters(shapes.trained), frozen=parameters(shapes.frozen), ema=ema)

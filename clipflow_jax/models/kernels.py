@@ -127,8 +127,14 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> j
   """`attend` by cuDNN's fused kernel, through jax.nn. UserError unless q is of 16 bits: it has no other."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise UserError(f'kernel cudnn computes in bfloat16, not {q.dtype}; set model.dtype="bfloat16" or kernel="xla"')
-  wide = None if mask is None else jnp.broadcast_to(mask, (q.shape[0], q.shape[1], k.shape[1]))[:, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn").reshape(*q.shape[:2], -1)
+  b, queries = q.shape[:2]
+  if mask is not None:
+    mask = jnp.broadcast_to(mask, (b, queries, k.shape[1]))[:, None]
+    # Beside a mask, its backward pass takes none but even lengths.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), *((0, size % 2) for size in mask.shape[2:])))
+  out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+  return out[:, :queries].reshape(b, queries, -1)
 
 
 def splash(

@@ -31,7 +31,8 @@ def make(told: dict[str, Any]) -> Work:
     text_config=tower(told["text"]) | words | dict(eos_token_id=words["vocab_size"] - 1),
     projection_dim=told["vision"]["embedding"],
   )
-  model = transformers.CLIPModel._from_config(config, attn_implementation="sdpa").to(DEVICE)
+  with DEVICE:
+    model = transformers.CLIPModel._from_config(config, attn_implementation="sdpa")
   tokens = torch.randint(1, words["vocab_size"] - 1, (rows, length), device=DEVICE)
   tokens[:, -1] = words["vocab_size"] - 1
   images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, device=DEVICE)

@@ -10,6 +10,7 @@ loss is printed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -62,6 +63,7 @@ class Tower(nn.Module):
 class Blip3o(nn.Module):
   def __init__(self, told: dict[str, Any]):
     super().__init__()
+    self.frozen = getattr(torch, told["dtype"])
     text, drawer = told["transformer"], told["drawer"]
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=list(text["rope_sections"]))
     fields = dict(
@@ -75,11 +77,13 @@ class Blip3o(nn.Module):
       use_cache=False,
     )
     config = transformers.Qwen2_5_VLConfig(text_config=fields).text_config
+    torch.set_default_dtype(self.frozen)
     self.tower = Tower(told["vision"]).requires_grad_(False).eval()
     self.language_model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").requires_grad_(False)
     self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     self.language_model.train()  # transformers checkpoints only then; nothing in it drops out
     self.lm_head = nn.Linear(text["width"], text["vocabulary"], bias=False).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
     self.queries = nn.Parameter(torch.randn(drawer["queries"], text["width"]) * text["width"] ** -0.5)
     self.count, self.query_token, self.grid = drawer["queries"], text["vocabulary"], self.tower.side // self.tower.pool
     channels, width = told["vision"]["width"], drawer["width"]
@@ -91,7 +95,7 @@ class Blip3o(nn.Module):
       num_layers=drawer["layers"],
       num_attention_heads=drawer["heads"],
       num_kv_heads=drawer["heads"],
-      multiple_of=16,
+      multiple_of=math.gcd(drawer["mlp"], 256),
       learn_sigma=False,
       qk_norm=True,
       cross_attention_dim=width,
@@ -101,20 +105,8 @@ class Blip3o(nn.Module):
 
   def loss(self, images: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """images u8[B,3,H,W], tokens i64[B,S] with query tokens, mask bool[B,S] of what is no padding."""
-    with torch.no_grad():
-      features = self.tower(images.float() / 127.5 - 1)
-    words = self.language_model.embed_tokens(tokens)
-    rows = []
-    for row, ids in zip(words, tokens):
-      first = int((ids == self.query_token).nonzero()[0].item())
-      rows.append(torch.cat([row[:first], self.queries.to(row.dtype), row[first + self.count :]]))
-    hidden = self.language_model(inputs_embeds=torch.stack(rows), attention_mask=mask).last_hidden_state
-    self.lm_head(hidden).float()
-    found = []
-    for row, ids in zip(hidden, tokens):
-      first = int((ids == self.query_token).nonzero()[0].item())
-      found.append(row[first : first + self.count])
-    condition = torch.stack(found)
+    with torch.autocast(DEVICE.type, enabled=False):
+      features, condition = self.read(images, tokens, mask)
     kept = torch.rand(len(condition), 1, 1, device=DEVICE) > 0.1
     noise = torch.randn_like(features)
     steps = (torch.rand(len(features), device=DEVICE) * 1000).long()
@@ -133,9 +125,27 @@ class Blip3o(nn.Module):
     print(loss)
     return loss
 
+  def read(self, images: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frozen parts, as of `loss`: features f[B,T,C] and the queries' hidden states f[B,Q,D]."""
+    with torch.no_grad():
+      features = self.tower(images.to(self.frozen) / 127.5 - 1)
+    words = self.language_model.embed_tokens(tokens)
+    rows = []
+    for row, ids in zip(words, tokens):
+      first = int((ids == self.query_token).nonzero()[0].item())
+      rows.append(torch.cat([row[:first], self.queries.to(row.dtype), row[first + self.count :]]))
+    hidden = self.language_model(inputs_embeds=torch.stack(rows), attention_mask=mask).last_hidden_state
+    self.lm_head(hidden).float()
+    found = []
+    for row, ids in zip(hidden, tokens):
+      first = int((ids == self.query_token).nonzero()[0].item())
+      found.append(row[first : first + self.count])
+    return features, torch.stack(found)
+
 
 def make(told: dict[str, Any]) -> Work:
-  model = Blip3o(told).to(DEVICE)
+  with DEVICE:
+    model = Blip3o(told)
   captions = [length for _ in range(told["rows"]) for length in told["lengths"]]
   longest = max(captions) + model.count
   tokens = torch.zeros(len(captions), longest, dtype=torch.long)

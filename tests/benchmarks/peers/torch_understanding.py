@@ -24,7 +24,8 @@ def make(told: dict[str, Any]) -> Work:
     tie_word_embeddings=text.get("tie_embeddings", True),
     use_cache=False,
   )
-  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(DEVICE)
+  with DEVICE:
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
   tokens = torch.randint(1, text["vocabulary"], (rows, length), device=DEVICE)
   compiled = torch.compile(model)
   counts = {"images": float(rows), "tokens": float(rows * length)}
