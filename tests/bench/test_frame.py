@@ -49,7 +49,10 @@ def test_a_peer_that_is_not_there_is_told_before_anything_runs(capsys):
 
 @pytest.mark.parametrize(
   ("argv", "says"),
-  [(["sing"], "invalid choice: 'sing'"), (["data", "--size=huge"], "bench size 'huge' is unknown; there are cpu, h100")],
+  [
+    (["sing"], "invalid choice: 'sing'"),
+    (["data", "--size=huge"], "bench size 'huge' is unknown; there are cpu, h100"),
+  ],
 )
 def test_what_cannot_be_timed_is_told_in_one_line(capsys, argv, says):
   assert cli.main(["bench", *argv]) == 2
