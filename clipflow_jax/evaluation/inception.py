@@ -7,30 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import inception
-from clipflow_jax.models.inception import SIZE
+from clipflow_jax.models.inception import SIZE, InceptionV3
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
+from clipflow_jax.training.state import Params
 
 
-def bilinear(images: np.ndarray) -> np.ndarray:
-  """u8[n,H,W,3] -> f32[n,299,299,3] as TensorFlow 1 did it, and torch-fidelity does: no half pixels, no antialiasing.
+def bilinear(images: np.ndarray | jax.Array) -> jax.Array:
+  """[n,H,W,3] -> f32[n,299,299,3] as TensorFlow 1 did it, and torch-fidelity does: no half pixels, no antialiasing.
 
   Enlarging is what it is for; what it makes smaller has aliases (Parmar et al. 2022).
   """
-  x = images.astype(np.float32)
+  x = jnp.asarray(images).astype(jnp.float32)
   for axis in (1, 2):
     size = x.shape[axis]
+    if size == SIZE:
+      continue
     place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
     low = np.minimum(np.floor(place).astype(np.int32), size - 1)
     high = np.minimum(low + 1, size - 1)
     weight = (place - low.astype(np.float32)).reshape([-1 if i == axis else 1 for i in range(4)])
-    x = np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
+    x = jnp.take(x, low, axis) * (1 - weight) + jnp.take(x, high, axis) * weight
   return x
 
 
@@ -44,13 +48,14 @@ def bicubic(images: np.ndarray, size: int = SIZE) -> np.ndarray:
   return np.stack([np.stack([one(image[..., c]) for c in range(3)], axis=-1) for image in images])
 
 
-RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"torch-fidelity": bilinear, "clean-fid": bicubic}
+RESIZES: dict[str, Callable[[np.ndarray], Any]] = {"torch-fidelity": bilinear, "clean-fid": bicubic}
 
 
 class Extractor:
   """u8[n,H,W,3] -> f32[n,2048], what FID is made of; `both` gives what the Inception Score is made of, too.
 
-  One program runs in batches of one size, cut over all devices; what fills the last one is not returned.
+  One program runs in batches of one size, cut over all devices; what fills the last one is not returned. For pictures
+  of another size it is compiled anew.
 
   weights: the folder of a safetensors file, see `interop.inception`. resize: "torch-fidelity" (also the original's,
   and pytorch-fid's but for half a pixel) or "clean-fid".
@@ -61,19 +66,25 @@ class Extractor:
       raise UserError(f"the resize {resize!r} is unknown; choose one of {', '.join(RESIZES)}")
     self.resize = RESIZES[resize]
     module, params = inception.load(weights)
-    self._run = Sharded(lambda params, x: _what_counts(module.apply({"params": params}, x)), params, batch_size)
+    self._run = Sharded(features(module), params, batch_size)
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     return self.both(images)[0]
 
   def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(features f32[n,2048], logits f32[n,1008])."""
-    features, logits = self._run(self.resize(images))
-    return features, logits
+    made, logits = self._run(images if self.resize is bilinear else self.resize(images))  # the program does that one
+    return made, logits
 
 
-def _what_counts(found: Any) -> tuple[jax.Array, jax.Array]:
-  return found.f2048, found.logits
+def features(module: InceptionV3) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:
+  """(params, pictures [B,H,W,3] in 0..255, which `bilinear` resizes) -> (features f32[B,2048], logits f32[B,1008])."""
+
+  def run(params: Params, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
+    found = module.apply({"params": params}, bilinear(pictures))
+    return found.f2048, found.logits
+
+  return run
 
 
 class Sharded:

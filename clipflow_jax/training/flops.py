@@ -10,7 +10,7 @@ import jax
 
 
 def count(fn: Callable, *args: Any) -> int:
-  """FLOPs (2 per multiply-add) of all dot_generals and convolution-free work in fn(*args); args may be abstract.
+  """FLOPs (2 per multiply-add) of all matrix products and convolutions in fn(*args); args may be abstract.
 
   Loops count as often as they run, which XLA's own cost analysis does not do. A while loop counts once.
   """
@@ -26,6 +26,10 @@ def _equation(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+  if equation.primitive.name == "conv_general_dilated":
+    kernel = equation.invars[1].aval.shape
+    outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
   times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
   inner = 0
   for value in equation.params.values():

@@ -36,7 +36,7 @@ def test_clean_fids_resize_makes_larger_and_clips():
 
 
 def test_torch_fidelitys_resize_is_tensorflow_1s():
-  found = inception.RESIZES["torch-fidelity"](PICTURE[None])
+  found = np.asarray(inception.RESIZES["torch-fidelity"](PICTURE[None]))
   assert found.shape == (1, 299, 299, 3) and found.dtype == np.float32
   wanted = [[29, 240, 66], [81.24571, 112.95694, 105.16976], [222.3913, 30.484951, 82.50171]]
   np.testing.assert_allclose(found[0][PLACES], wanted, rtol=1e-5)  # by torch-fidelity 0.4.0

@@ -57,3 +57,12 @@ def test_remat_counts_what_is_computed_again():
 def test_counting_computes_nothing():
   huge = zeros(10**6, 10**6)
   assert flops.count(jnp.dot, huge, huge) == 2 * 10**18
+
+
+def test_a_convolution_is_a_product_of_each_place_with_its_kernel():
+  def convolve(x, kernel, groups=1):
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=names, feature_group_count=groups)
+
+  assert flops.count(convolve, zeros(4, 9, 7, 6), zeros(3, 3, 6, 8)) == 2 * (4 * 4 * 3 * 8) * (3 * 3 * 6)
+  assert flops.count(lambda x, k: convolve(x, k, 2), zeros(4, 9, 7, 6), zeros(3, 3, 3, 8)) == 2 * (4 * 4 * 3 * 8) * 27

@@ -1,4 +1,4 @@
-"""What the training steps in PyTorch share."""
+"""What the peers in PyTorch share."""
 
 from __future__ import annotations
 
@@ -26,16 +26,28 @@ def work(
   trained = [parameter for parameter in parameters if parameter.requires_grad]
   optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-  def run() -> None:
+  def step() -> None:
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
       value = loss()
     value.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+  count = sum(parameter.numel() for parameter in trained)
+  return _waited(step, counts, f"{about}, {count / 1e6:.4g} M parameters trained, {dtype}")
+
+
+def once(do: Callable[[], None], counts: dict[str, float], about: str) -> Work:
+  """What is done without gradients."""
+  return _waited(torch.no_grad()(do), counts, about)
+
+
+def _waited(do: Callable[[], None], counts: dict[str, float], about: str) -> Work:
+  def run() -> None:
+    do()
     if DEVICE.type == "cuda":
       torch.cuda.synchronize()
 
-  count = sum(parameter.numel() for parameter in trained)
   memory = (lambda: float(torch.cuda.max_memory_allocated())) if DEVICE.type == "cuda" else None
-  return Work(run, counts, f"{about}, {count / 1e6:.4g} M parameters trained, {dtype}", memory=memory)
+  return Work(run, counts, about, memory=memory)
