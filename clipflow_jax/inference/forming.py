@@ -10,7 +10,7 @@ import numpy as np
 
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
-from clipflow_jax.inference.pipeline import ClipFlow, keys_of
+from clipflow_jax.inference.pipeline import ClipFlow, keys_of, padded, seeds_of
 
 ROOM = 128  # programs are compiled for so many times, or a multiple
 
@@ -42,11 +42,11 @@ class Forming:
   ) -> Iterator[Look]:
     """Draws the prompts in one batch and looks so often, evenly over the steps. Arguments as `draw_features`."""
     model = self._model
-    sampling, rows, empty = model._asked(prompts, steps, guidance)
+    sampling, rows, empty = model.to_draw(prompts, steps, guidance)
     n = len(prompts)
-    padded = np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)  # powers of two: fewer programs
-    rows, seeds = jax.tree.map(lambda x: x[padded], (rows, model._seeds(n, seed)))
-    empty = jax.tree.map(lambda x: np.repeat(x, len(padded), axis=0), empty)
+    part = padded(n)
+    rows, seeds = jax.tree.map(lambda x: x[part], (rows, seeds_of(n, seed)))
+    empty = jax.tree.map(lambda x: np.repeat(x, len(part), axis=0), empty)
     times = np.zeros(-(-(sampling.steps + 1) // ROOM) * ROOM, np.float32)
     times[: sampling.steps + 1] = path.grid(sampling.steps, model.model.alpha)
     # Whether there is any guidance is all that the programs know of it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,9 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
 from clipflow_jax.inference.image import Sampling
-from clipflow_jax.inference.pipeline import keys_of
+from clipflow_jax.inference.pipeline import ClipFlow, keys_of, seeds_of
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.models.clipflow import Place
-
-if TYPE_CHECKING:
-  from clipflow_jax.inference.pipeline import ClipFlow
 
 PICTURE = "▣"  # stands for a picture's token among words
 
@@ -67,9 +64,9 @@ class Inside:
   ) -> tuple[np.ndarray, np.ndarray]:
     """How `ClipFlow.draw_features` gets there: times f32[n+1] from 1 to 0, and x_t f32[n+1,N,T,C] at each."""
     n = len(prompts)
-    sampling, rows, empty = self._model._asked(prompts, steps, guidance)
+    sampling, rows, empty = self._model.to_draw(prompts, steps, guidance)
     empty = jax.tree.map(lambda x: np.repeat(x, n, axis=0), empty)
-    keys = keys_of(jnp.asarray(self._model._seeds(n, seed)))
+    keys = keys_of(jnp.asarray(seeds_of(n, seed)))
     end, way = self._walk(self._model.params, rows, empty, keys, sampling=sampling)
     times = path.grid(sampling.steps, self._model.model.alpha)
     return np.asarray(times), np.concatenate([way, np.asarray(end)[None]])
@@ -132,7 +129,7 @@ class Inside:
   def look_reading(self, picture: np.ndarray, question: str, answer: str) -> Looks:
     """Where each slot of a question about a picture u8[H,W,3] and of its answer looks: at pictures and words before."""
     model = self._model
-    row = model._rows([sequence.read(picture, ((question, answer),))])
+    row = model.rows([sequence.read(picture, ((question, answer),))])
     weights = self._read(model.params, row, model.encode(picture[None])[:, None])["text"]
     slots = np.flatnonzero(row.segments[0])
     words = self._words(row)
@@ -140,7 +137,7 @@ class Inside:
 
   def _rows(self, prompts: Sequence[str]) -> tuple[Batch, Batch]:
     """The prompts as rows, and as many without a prompt, all of one length."""
-    rows = self._model._rows([self._model._drawn(prompt) for prompt in (*prompts, *[""] * len(prompts))])
+    rows = self._model.prompt_rows([*prompts, *[""] * len(prompts)])
     n = len(prompts)
     return jax.tree.map(lambda x: x[:n], rows), jax.tree.map(lambda x: x[n:], rows)
 

@@ -27,9 +27,8 @@ from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.state import Params
 
-Message = dict[
-  str, Any
-]  # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
+# {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
+Message = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +50,7 @@ class ClipFlow:
   def __init__(self, model: Model, params: Params, chat: Chat, config: ConfigDict, step: int = 0, batch_size: int = 64):
     self.model, self.params, self.tokenizer, self.config, self.step = model, params, chat, config, step
     self.batch_size = batch_size
+    self.shortest = 16  # slots of the shortest rows that programs are compiled for
     self.image_size = model.clip["vision"]["image_size"]
     self._compiled: dict[Any, Callable] = {}
 
@@ -117,7 +117,7 @@ class ClipFlow:
     pixels: bool,
   ) -> np.ndarray:
     """Features of the prompts, or their pictures: of one program, from words to pixels."""
-    sampling, rows, empty = self._asked(prompts, steps, guidance)
+    sampling, rows, empty = self.to_draw(prompts, steps, guidance)
     if pixels:
       self._need("pixel decoder", "decode")
 
@@ -127,9 +127,9 @@ class ClipFlow:
       features = image.draw(self.model, params, rows, empty, keys, sampling)
       return image.decode(self.model, params, features, keys) if pixels else features
 
-    return self._batched(("draw", sampling, pixels), run, (rows, self._seeds(len(prompts), seed)), empty)
+    return self._batched(("draw", sampling, pixels), run, (rows, seeds_of(len(prompts), seed)), empty)
 
-  def _asked(self, prompts: Sequence[str], steps: int | None, guidance: float | None) -> tuple[Sampling, Batch, Batch]:
+  def to_draw(self, prompts: Sequence[str], steps: int | None, guidance: float | None) -> tuple[Sampling, Batch, Batch]:
     """How to draw, the prompts as N rows, and one row of no prompt. Raises UserError for what cannot be drawn."""
     self._need("flow expert", "draw")
     if "sampling" not in self.config:
@@ -141,9 +141,15 @@ class ClipFlow:
       self._need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
     if not prompts:
       raise UserError("nothing to draw: there are no prompts")
-    # Together, so that they are of one length.
-    both = self._rows([self._drawn(prompt) for prompt in (*prompts, "")])
+    both = self.prompt_rows((*prompts, ""))  # together, so that they are of one length
     return sampling, jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
+
+  def prompt_rows(self, prompts: Sequence[str]) -> Batch:
+    """The prompts as rows that end in a picture to draw, worded as the run's data words them."""
+    blank, wording = self._blank(), self.config.data.source.get("draw", ("{caption}",))[0]
+    # What is drawn of no text was asked for by none.
+    texts = [wording.replace("{caption}", prompt) if prompt else "" for prompt in prompts]
+    return self.rows([sequence.drawn(text, blank) for text in texts])
 
   def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""
@@ -152,7 +158,7 @@ class ClipFlow:
     def run(params, features, seeds):
       return image.decode(self.model, params, features, keys_of(seeds))
 
-    return self._batched(("decode",), run, (np.asarray(features), self._seeds(len(features), seed)))
+    return self._batched(("decode",), run, (np.asarray(features), seeds_of(len(features), seed)))
 
   # Reading.
 
@@ -189,18 +195,20 @@ class ClipFlow:
     temperature: Sequence[float],
     seeds: Sequence[int],
     every: int = 8,
+    room: int = 0,
   ) -> Iterator[list[Written]]:
     """Goes on with conversations side by side: yields what is written in each, every few words, until all are finished.
 
     talks: each as in `chat`. new: words at most; temperature: 0 for the likeliest words; seeds: of each. What is
     written is a function of these alone, whatever is beside it. A character of which a part is missing is held back.
+    room: words to make room for at least; the same for all calls, it spares compiling for each.
     """
     self._need("transformer", "chat")
     n = len(talks)
-    part = np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
-    rows = self._rows([self._conversation(talks[i]) for i in part], prompt=True)
-    heat, noise = np.asarray(temperature, np.float32)[part], self._seeds(n, seeds)[part]
-    room = _bucket(max(new), every)
+    part = padded(n)
+    rows = self.rows([self._conversation(talks[i]) for i in part], prompt=True)
+    heat, noise = np.asarray(temperature, np.float32)[part], seeds_of(n, seeds)[part]
+    room = _bucket(max(room, *new), every)
     end = self.tokenizer.end
 
     def begin(params, rows, heat, noise):
@@ -232,9 +240,9 @@ class ClipFlow:
     """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done."""
     if isinstance(asked, str):
       self._need("pixel decoder", "decode")
-      return int(self._asked([asked], None, None)[1].segments.sum())
+      return int(self.to_draw([asked], None, None)[1].segments.sum())
     self._need("transformer", "chat")
-    return int(self._rows([self._conversation(asked)], prompt=True).segments.sum())
+    return int(self.rows([self._conversation(asked)], prompt=True).segments.sum())
 
   def _conversation(self, messages: list[Message]) -> Conversation:
     turns, pictures = [], []
@@ -270,9 +278,9 @@ class ClipFlow:
     looked = [self._blank()] * len(questions) if images is None else self._images(images)
     pairs = zip(looked, questions, answers, strict=True)
     if images is None and features is None:
-      rows = self._rows([Conversation((("user", q), ("assistant", a)), x[None][:0], ()) for x, q, a in pairs])
+      rows = self.rows([sequence.talked(((q, a),), x) for x, q, a in pairs])
     else:
-      rows = self._rows([sequence.read(x, ((q, a),)) for x, q, a in pairs])
+      rows = self.rows([sequence.read(x, ((q, a),)) for x, q, a in pairs])
     if features is not None:
       rows = dataclasses.replace(rows, images=None, features=np.asarray(features, np.float32)[:, None])
     not_counted = None if end else self.tokenizer.end
@@ -317,6 +325,16 @@ class ClipFlow:
 
   # What all of them share.
 
+  def rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
+    """The conversations as rows, at the shortest of a few lengths that holds them all. prompt: as `sequence.encode`."""
+    limit = self.config.get("max_length", 512)
+    pictures = max(len(c.roles) for c in conversations)
+    layout = Layout(limit, pictures, self.model.grid)
+    examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
+    longest = max(len(e["tokens"]) for e in examples)
+    layout = dataclasses.replace(layout, length=min(limit, _bucket(longest, self.shortest)))
+    return sequence.stack([sequence.pack([example], layout) for example in examples])
+
   def _write(self, conversations: Sequence[Conversation], new: int) -> list[str]:
     self._need("transformer", "write")
     if not conversations:
@@ -324,7 +342,7 @@ class ClipFlow:
     if new < 1:
       raise UserError(f"{new} tokens are no answer; let it write at least 1")
     room = _bucket(new)
-    rows = self._rows(conversations, prompt=True)
+    rows = self.rows(conversations, prompt=True)
 
     def run(params, rows):
       features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
@@ -335,28 +353,6 @@ class ClipFlow:
 
   def _blank(self) -> np.ndarray:
     return np.zeros((self.image_size, self.image_size, 3), np.uint8)
-
-  def _drawn(self, prompt: str) -> Conversation:
-    if prompt:  # as the run asked for pictures; what it drew of no text was asked for by none
-      prompt = self.config.data.source.get("draw", ("{caption}",))[0].replace("{caption}", prompt)
-    return sequence.drawn(prompt, self._blank())
-
-  def _rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
-    """The conversations as rows, at the shortest of a few lengths that holds them all."""
-    limit = self.config.get("max_length", 512)
-    pictures = max(len(c.roles) for c in conversations)
-    layout = Layout(limit, pictures, self.model.grid)
-    examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
-    longest = max(len(e["tokens"]) for e in examples)
-    layout = dataclasses.replace(layout, length=min(limit, _bucket(longest)))
-    return sequence.stack([sequence.pack([example], layout) for example in examples])
-
-  def _seeds(self, n: int, seed: int | Sequence[int]) -> np.ndarray:
-    """u32[n,2]: the seed and the place that are each item's noise."""
-    seeds, places = ([seed] * n, range(n)) if isinstance(seed, int) else (seed, [0] * n)
-    if len(seeds) != n:
-      raise UserError(f"{len(seeds)} seeds for {n} items; give one for all, or one for each")
-    return np.stack([np.asarray(seeds, np.int64), np.asarray(places)], axis=1).astype(np.uint32)
 
   def _images(self, images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
@@ -389,7 +385,7 @@ class ClipFlow:
     """run(params, *items, *constant) over items' first axis in padded batches of one size, jitted once per shape."""
     jitted = self._compiled.setdefault(name, jax.jit(run))
     n = jax.tree.leaves(items)[0].shape[0]
-    size = min(self.batch_size, 1 << (n - 1).bit_length()) if n else 1
+    size = min(self.batch_size, len(padded(n)))
     outputs = []
     for start in range(0, n, size):
       part = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is filled with its last item
@@ -404,6 +400,19 @@ class ClipFlow:
 def _bucket(length: int, least: int = 16) -> int:
   """The length that is compiled for: one of few, twice as long each, so that few programs are."""
   return least << (-(-length // least) - 1).bit_length()
+
+
+def padded(n: int) -> np.ndarray:
+  """Indices of n items with the last repeated up to a power of two, so that programs are compiled for few sizes."""
+  return np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+
+
+def seeds_of(n: int, seed: int | Sequence[int]) -> np.ndarray:
+  """The seed and the place that are the noise of each of n items, u32[n,2]. seed: one for all, or one for each."""
+  seeds, places = ([seed] * n, range(n)) if isinstance(seed, int) else (seed, [0] * n)
+  if len(seeds) != n:
+    raise UserError(f"{len(seeds)} seeds for {n} items; give one for all, or one for each")
+  return np.stack([np.asarray(seeds, np.int64), np.asarray(places)], axis=1).astype(np.uint32)
 
 
 def keys_of(seeds: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def test_features_of_a_picture_are_worth_the_picture(model, pictures, found):
 
 
 def test_a_likelihood_is_the_sum_over_the_answers_tokens_of_what_the_slots_before_them_predict(model, pictures, found):
-  rows = model._rows([sequence.read(pictures[1], ((QUESTIONS[1], ANSWERS[1]),))])
+  rows = model.rows([sequence.read(pictures[1], ((QUESTIONS[1], ANSWERS[1]),))])
 
   def logits(bound):
     return bound.logits(bound.read(rows, bound.features(rows))[0])

@@ -202,7 +202,7 @@ def greedy(model: ClipFlow, rows: Any, features: jax.Array) -> np.ndarray:
 def test_greedy_writing_equals_full_forward_passes_word_for_word(model, pictures):
   questions = ["how?", "where is it, and what stands beside it?"]
   asked = [sequence.asked(picture, question) for picture, question in zip(pictures, questions, strict=True)]
-  rows = model._rows(asked, prompt=True)
+  rows = model.rows(asked, prompt=True)
   assert len(set((rows.segments > 0).sum(axis=1))) == 2  # prompts of unequal length: padding stands between
   features = model.model.apply({"params": model.params}, rows, method="features")
   expected = greedy(model, rows, features)

@@ -59,10 +59,10 @@ def test_its_features_are_drawn_as_its_own_sampler_would(imported, tmp_path):
   assert drawn.shape == (1, 64, CHANNELS) and np.isfinite(drawn).all()
   model = ClipFlow.from_checkpoint(imported)
   assert model.config.sampling.guidance == 3.0 and model.model.alpha == 1.0
-  rows = model._rows([model._drawn("a red circle")])
+  rows = model.prompt_rows(["a red circle"])
   asked = model.tokenizer.decode(rows.tokens[0][rows.segments[0] > 0].tolist())
   assert preset.PROMPT.replace("{caption}", "a red circle") in asked
-  noise = solvers.start(pipeline.keys_of(model._seeds(1, 0)), (1, 64, CHANNELS))
+  noise = solvers.start(pipeline.keys_of(pipeline.seeds_of(1, 0)), (1, 64, CHANNELS))
 
   def run(bound):
     _, context = bound.read(rows, None)
