@@ -156,7 +156,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     with Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog:
       for number in range(begin + 1, config.steps + 1):
         watchdog.beat(f"step {number}")
-        with throughput.waiting():
+        with throughput.waiting(now.step):
           batch = put(next(batches))
         now, metrics = compiled(now, batch)
         meter.update(metrics)

@@ -94,19 +94,23 @@ class Throughput:
     self._steps += 1
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts the time inside as waiting for the next batch."""
+  def waiting(self, last: Any) -> Iterator[None]:
+    """Counts the time inside, of making the next batch, unless the device was at work all the while: then nobody waits.
+
+    last: an array that the device makes before it needs that batch, such as the state's step.
+    """
     before = time.perf_counter()
     try:
       yield
     finally:
-      self._waited += time.perf_counter() - before
+      if last.is_ready():
+        self._waited += time.perf_counter() - before
 
   def compute(self, step: int) -> dict[str, float]:
     """The speed since the window began, and begins the next one; {} when it had no step.
 
     step_time (s), images_per_s, tokens_per_s, mfu (share of the hardware's peak; absent where that is NaN),
-    data_wait_fraction (share of the time in which the host waited for data), eta_seconds (from `step` to the
+    data_wait_fraction (share of the time in which the device may have waited for data), eta_seconds (from `step` to the
     last one, at this speed).
     """
     elapsed, waited, steps = time.perf_counter() - self._started, self._waited, self._steps

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,9 @@ def test_meter_transfers_nothing_until_it_is_asked():
   assert meter.compute() == {"loss": 1.0}
 
 
+IDLE: Any = SimpleNamespace(is_ready=lambda: True)  # a device with nothing to do
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
   """Time that goes on only when `clock.now` is set."""
@@ -73,7 +77,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_throughput_is_that_of_the_window(clock: SimpleNamespace):
   throughput = Throughput(total_steps=100, images_per_step=8, tokens_per_step=64, flops_per_step=3e9, peak_flops=12e9)
   for _ in range(4):
-    with throughput.waiting():
+    with throughput.waiting(IDLE):
       clock.now += 0.125
     throughput.step()
     clock.now += 0.375
@@ -101,9 +105,21 @@ def test_throughput_leaves_out_mfu_where_the_peak_is_unknown(clock: SimpleNamesp
   assert set(throughput.compute(1)) == SPEED.keys() - {"mfu"}
 
 
+def test_a_batch_that_is_made_while_the_device_works_is_not_waited_for(clock: SimpleNamespace):
+  throughput = Throughput(total_steps=2, images_per_step=1, tokens_per_step=1, flops_per_step=1, peak_flops=1)
+  done = False
+  device: Any = SimpleNamespace(is_ready=lambda: done)
+  for ends in (False, True):
+    with throughput.waiting(device):
+      clock.now += 1.0
+      done = ends
+    throughput.step()
+  assert throughput.compute(2)["data_wait_fraction"] == 0.5  # the second: it ended while the batch was made
+
+
 def test_time_spent_waiting_counts_when_the_data_fail(clock: SimpleNamespace):
   throughput = Throughput(total_steps=1, images_per_step=1, tokens_per_step=1, flops_per_step=1, peak_flops=1)
-  with pytest.raises(StopIteration), throughput.waiting():
+  with pytest.raises(StopIteration), throughput.waiting(IDLE):
     clock.now += 1.0
     raise StopIteration
   throughput.step()
