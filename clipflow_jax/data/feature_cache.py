@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import Example
+from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.vision import VisionTower
 from clipflow_jax.parallel import distributed
@@ -85,8 +85,14 @@ class FeatureSource:
   def __getitem__(self, i: int) -> Example:
     shard = int(np.searchsorted(self._begins, i, side="right")) - 1
     place = int(i - self._begins[shard]) * self._size
-    raw = np.fromfile(self._files[shard], np.uint8, self._size, offset=place)
-    features = raw.view(self._dtype).reshape(self.statistics.mean.shape)
+    features = np.empty(self.statistics.mean.shape, self._dtype)
+    file = os.open(self._files[shard], os.O_RDONLY)
+    try:  # np.fromfile would copy through a buffer of its own
+      read = os.preadv(file, [features.view(np.uint8).data], place)
+    finally:
+      os.close(file)
+    if read != self._size:
+      raise BadRecord(f"{self._files[shard]}:{i}", "cut short: the file has become shorter")
     if features.dtype == np.int8:
       features = (features * np.float32(STEP)).astype(jnp.bfloat16)
     return Example(image=features, **msgpack.unpackb(self._texts[i], use_list=False))

@@ -156,6 +156,10 @@ def test_a_folder_that_is_no_cache_or_is_damaged_is_refused(written, tmp_path):
   shutil.copytree(written, tmp_path / "cut")
   shard = tmp_path / "cut" / "data.source" / "00000.features"
   shard.write_bytes(shard.read_bytes()[:-100])
+  source = FeatureSource(written, "data.source")
+  source._files[0] = shard  # it was whole when the run began
+  with pytest.raises(BadRecord, match=r"00000.features:6: cut short: the file has become shorter"):
+    source[6]
   with pytest.raises(UserError, match=r"00000.features has 348 bytes instead of 448: copy the folder again"):
     FeatureSource(tmp_path / "cut", "data.source")
 
