@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +18,11 @@ class Example:
   captions: tuple[str, ...]  # texts it may be drawn from
   description: str  # the answer to "describe the picture."
   questions: tuple[tuple[str, str], ...]  # (question, answer)
+
+
+def said(captions: Sequence[str], description: str, questions: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+  """All texts of an example."""
+  return (*captions, description, *itertools.chain.from_iterable(questions))
 
 
 class BadRecord(Exception):

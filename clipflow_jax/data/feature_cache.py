@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.example import BadRecord, Example, said
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.vision import VisionTower
 from clipflow_jax.parallel import distributed
@@ -95,7 +95,15 @@ class FeatureSource:
       raise BadRecord(f"{self._files[shard]}:{i}", "cut short: the file has become shorter")
     if features.dtype == np.int8:
       features = (features * np.float32(STEP)).astype(jnp.bfloat16)
-    return Example(image=features, **msgpack.unpackb(self._texts[i], use_list=False))
+    return Example(image=features, **self._fields(i))
+
+  def texts(self, i: int) -> tuple[str, ...]:
+    """What is said in example i, its features not read."""
+    fields = self._fields(i)
+    return said(fields["captions"], fields["description"], fields["questions"])
+
+  def _fields(self, i: int) -> dict[str, Any]:
+    return msgpack.unpackb(self._texts[i], use_list=False)
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from clipflow_jax.data import sources
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import Example
+from clipflow_jax.data.example import said
 from clipflow_jax.data.feature_cache import FeatureSource
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
@@ -112,14 +112,24 @@ def shown(settings: Mapping[str, Any]) -> Source:
   return next((part for part in parts if part.role != "text"), parts[0]).source
 
 
-def first(parts: Sequence[Part], count: int) -> Iterator[Example]:
-  """The first `count` examples, or all where there are fewer, of all parts in turn; without those that are bad."""
+def texts(parts: Sequence[Part], count: int) -> Iterator[tuple[str, ...]]:
+  """What is said in each of the first `count` examples of all parts in turn, or in all; without those that are bad.
+
+  Where a source has `texts`, no picture is read for it.
+  """
   longest = max(len(part.source) for part in parts)
   every = ((part.source, i) for i in range(min(count, longest)) for part in parts if i < len(part.source))
-  guarded = BadRecords(None, 1.0).guard(lambda source, i: source[i])
+  guarded = BadRecords(None, 1.0).guard(_texts)
   for _, (source, i) in zip(range(count), every, strict=False):
-    if (example := guarded(source, i)) is not None:
-      yield example
+    if (found := guarded(source, i)) is not None:
+      yield found
+
+
+def _texts(source: Source, i: int) -> tuple[str, ...]:
+  if hasattr(source, "texts"):
+    return source.texts(i)
+  example = source[i]
+  return said(example.captions, example.description, example.questions)
 
 
 class Order(grain.transforms.DatasetSelectionMap):

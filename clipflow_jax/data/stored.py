@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipflow_jax.data import images
-from clipflow_jax.data.example import Example
+from clipflow_jax.data.example import Example, said
 from clipflow_jax.data.records import Record
 from clipflow_jax.errors import UserError
 
@@ -66,6 +66,11 @@ class StoredSource:
     record = self.record(i)
     image = images.decode(record.picture, self.size, fit=self.fit, name=record.name)
     return Example(record.id, image, record.captions, record.captions[0], record.questions)
+
+  def texts(self, i: int) -> tuple[str, ...]:
+    """What is said in example i, its picture not decoded. Raises BadRecord."""
+    record = self.record(i)
+    return said(record.captions, record.captions[0], record.questions)
 
   def record(self, i: int) -> Record:
     """Item i as it is stored, its picture not decoded. Raises BadRecord."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import tempfile
@@ -274,11 +275,8 @@ def _tokenizer(config: ConfigDict, starts: Sequence[checkpoint.Restored], parts:
   if start := next((start for start in starts if start.meta["tokenizer"]), None):  # a tower alone brings none
     with tempfile.TemporaryDirectory() as scratch:
       return text.from_files(start.meta["tokenizer"], Path(scratch))
-  examples = mixture.first(parts, config.tokenizer.examples)
-  return text.train_tokenizer(
-    (words for found in examples for words in (*found.captions, found.description, *sum(found.questions, ()))),
-    config.tokenizer.vocabulary,
-  )
+  words = itertools.chain.from_iterable(mixture.texts(parts, config.tokenizer.examples))
+  return text.train_tokenizer(words, config.tokenizer.vocabulary)
 
 
 def _files(chat: text.Chat) -> dict[str, str]:

@@ -80,6 +80,7 @@ def test_examples_come_back_with_standardised_features_in_place_of_pictures(writ
     assert found.image.dtype == jnp.bfloat16
     expected = (raw[i] - STATISTICS.mean) / STATISTICS.std
     np.testing.assert_allclose(found.image.astype(np.float32), expected, rtol=2**-8, atol=1e-6)
+    assert source.texts(i) == (*truth.captions, truth.description, *truth.questions[0])
   np.testing.assert_array_equal(source.statistics.mean, MEAN)
   assert [shard["records"] for shard in source.manifest["shards"]["data.source"]] == [7, 8, 5]
   bad = json.loads((written / "data_errors.0.jsonl").read_text())

@@ -166,7 +166,7 @@ def test_a_split_that_is_none_is_refused():
     mixture.make(SHAPES, "valid")
 
 
-def test_the_first_examples_are_of_all_parts_in_turn_without_the_bad_ones():
+def test_the_first_texts_are_of_all_parts_in_turn_without_the_bad_ones():
   class Half(Plain):
     def __getitem__(self, i):
       if i % 2:
@@ -174,8 +174,9 @@ def test_the_first_examples_are_of_all_parts_in_turn_without_the_bad_ones():
       return super().__getitem__(i)
 
   parts = [Part(Plain(2, "a")), Part(Half(9, "b"))]
-  assert [example.id for example in mixture.first(parts, 6)] == ["a0", "b0", "a1", "b2"]
-  assert len(list(mixture.first(parts, 100))) == 2 + 5
+  found = [("a 0",) * 2, ("b 0",) * 2, ("a x 1", "a x 1", "a how?", "so 1"), ("b x x 2",) * 2]
+  assert list(mixture.texts(parts, 6)) == found
+  assert len(list(mixture.texts(parts, 100))) == 2 + 5
 
 
 # Streams.

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipflow_jax.data import sources
+from clipflow_jax.data import images, sources
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.data.records import parse, texts
@@ -178,6 +178,16 @@ def test_corrupt_pictures_are_bad_records(tmp_path):
   examples, errors = read(FolderSource(folder, split="all"))
   assert [example.captions[0] for example in examples] == ["picture 0", "picture 2"]
   assert [error.name for error in errors] == [f"{folder}/1.png"]
+
+
+def test_texts_are_read_without_the_picture(tmp_path, monkeypatch):
+  turns = [{"from": "human", "value": "<image>what is it?"}, {"from": "gpt", "value": "a cat"}]
+  lines = [{"file": "0.png", "captions": ["a cat", "one cat"], "conversations": turns}]
+  source = FolderSource(write_folder(tmp_path / "a", lines), size=8, split="all")
+  example = source[0]
+  wanted = (*example.captions, example.description, *example.questions[0])
+  monkeypatch.setattr(images, "decode", None)
+  assert source.texts(0) == wanted == ("a cat", "one cat", "a cat", "what is it?", "a cat")
 
 
 def test_the_split_is_a_partition_that_depends_on_the_id_alone(tmp_path):
