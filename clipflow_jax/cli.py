@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
       )
     return sub
 
+  def loads(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--weights", default="", help="int8: the layers' matrices in eight bits, for less memory")
+
   def listens(sub: argparse.ArgumentParser, port: int) -> None:
     sub.add_argument("--host", default="127.0.0.1", help="whose address it has; 0.0.0.0: of all (default %(default)s)")
     sub.add_argument("--port", type=int, default=port, help="0: any that is free (default %(default)d)")
@@ -94,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     'clipflow draw --workdir=quickstart --prompt="a red circle" --output=drawn.png',
   )
   sub.add_argument("--workdir", type=Path, required=True)
+  loads(sub)
   sub.add_argument("--prompt", action="append", default=[], help="may be repeated; none draws unconditionally")
   sub.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
   sub.add_argument("--count", type=int, default=1, help="pictures of each prompt")
@@ -110,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     'clipflow chat --workdir=quickstart --image=drawn.png --message="what colour is the circle?"',
   )
   sub.add_argument("--workdir", type=Path, required=True)
+  loads(sub)
   sub.add_argument("--image", type=Path)
   sub.add_argument("--message")
 
@@ -119,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow serve --workdir=quickstart --port=8000",
   )
   sub.add_argument("--workdir", type=Path, required=True)
+  loads(sub)
   listens(sub, port=8000)
-  sub.add_argument("--api-key", help="who asks must send it; ps shows it, and not the environment's CLIPFLOW_API_KEY")
+  sub.add_argument("--auth", type=Path, help="a file with one line: the API key that clients have to send")
   sub.add_argument("--batch", type=int, default=16, help="answers computed together (default %(default)d)")
   sub.add_argument("--queue", type=int, default=128, help="answers that may wait; then 429 (default %(default)d)")
 
@@ -130,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow demo --workdir=quickstart",
   )
   sub.add_argument("--workdir", type=Path, required=True)
+  loads(sub)
   listens(sub, port=7860)
   sub.add_argument("--auth", type=Path, help="a file of lines USER:PASSWORD: who may come in")
 
@@ -140,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     config="configs/evaluate.py",
   )
   sub.add_argument("--workdir", type=Path, help="whose report is written, or with --tasks, whose evaluation/")
+  loads(sub)
   sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
   sub.add_argument("--real", type=Path, help="a folder: fid,kid,is,precision_recall,cmmd,clip_distance; .npz: fid")
   sub.add_argument("--fake", type=Path, help="the folder that is compared with it")

@@ -48,7 +48,7 @@ def draw(options: argparse.Namespace) -> None:
   if options.prompts:
     prompts += [line for line in _read_text(options.prompts).splitlines() if line.strip()]
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
-  model = _load(options.workdir)
+  model = _load(options.workdir, options.weights)
   how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
   how |= dict(best_of=options.best_of, judge=options.judge)
   try:
@@ -67,7 +67,7 @@ def chat(options: argparse.Namespace) -> None:
   from clipflow_jax.data import images
   from clipflow_jax.data.example import BadRecord
 
-  model = _load(options.workdir)
+  model = _load(options.workdir, options.weights)
   messages: list[dict] = []
   first: list[dict] = []
   if options.image:
@@ -96,10 +96,13 @@ def serve(options: argparse.Namespace) -> None:
     raise UserError(f"clipflow serve needs {error.name}: pip install 'clipflow_jax[serve]'") from error
   if options.batch < 1 or options.queue < 1:
     raise UserError("--batch and --queue are 1 or more")
+  key = server.read_key(options.auth) if options.auth else None
+  if not key:
+    address.check_closed(options.host, "add --auth=FILE with a key that clients have to send")
   with address.bind(options.host, options.port) as listening:
-    model, name = _load(options.workdir), options.workdir.resolve().name
+    model, name = _load(options.workdir, options.weights), options.workdir.resolve().name
     queue = service.Service(model, name, size=options.batch, limit=options.queue)
-    server.serve(queue, listening, options.api_key or os.environ.get("CLIPFLOW_API_KEY"))
+    server.serve(queue, listening, key)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -109,7 +112,7 @@ def demo(options: argparse.Namespace) -> None:
     raise UserError(f"clipflow demo needs {error.name}: pip install 'clipflow_jax[demo]'") from error
   door = page.Door.make(options.host, options.port, options.auth)
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  served = page.launch(_load(options.workdir), options.workdir, door)
+  served = page.launch(_load(options.workdir, options.weights), options.workdir, door)
   print(f"the page is at {served.local_url}", flush=True)
   served.block_thread()
 
@@ -123,7 +126,8 @@ def evaluate(options: argparse.Namespace) -> None:
   elif chosen:
     found = _measure(options, chosen)
   else:
-    found = _report(options.workdir, n=options.n, per_category=options.per_category, seed=options.seed)
+    size = dict(n=options.n, per_category=options.per_category, seed=options.seed)
+    found = _report(options.workdir, options.weights, **size)
   if options.json:
     _write_json(options.json, found)
 
@@ -137,7 +141,10 @@ def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
   if by_clip and options.workdir is None:
     raise UserError(f"{', '.join(by_clip)} need --workdir=DIR, whose CLIP looks at the pictures")
   rest = [name for name in chosen if name not in by_clip]
-  found = folders.compare_by_clip(by_clip, options.real, options.fake, _load(options.workdir)) if by_clip else {}
+  found = {}
+  if by_clip:
+    model = _load(options.workdir, options.weights)
+    found = folders.compare_by_clip(by_clip, options.real, options.fake, model)
   if rest and not options.inception:
     raise UserError("give --inception=DIR, Inception's weights; clipflow_jax/interop/inception.py says how to make it")
   if rest:
@@ -161,7 +168,7 @@ def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
   unknown = [name for name in names if name not in known]
   if unknown:
     raise UserError(f"there is no task {unknown[0]!r} in {options.config}; there are {', '.join(known)}")
-  model = _load(options.workdir)
+  model = _load(options.workdir, options.weights)
   source = mixture.shown(model.config.data.source) if "data" in model.config else None
   run = suite.Run(model, options.workdir / "evaluation", source, config.seed, config.resamples)
   found = results.write(run, suite.evaluate(run, {name: known[name] for name in names}))
@@ -348,13 +355,13 @@ def _why(error: Exception) -> str:
   return lines[-1] if "Traceback" in text else " ".join(lines)
 
 
-def _load(workdir: Path):
+def _load(workdir: Path, weights: str):
   from clipflow_jax.inference.pipeline import ClipFlow
   from clipflow_jax.training import stages
 
   if not workdir.exists():
     raise UserError(f"workdir {workdir} does not exist; train one with: clipflow quickstart --workdir={workdir}")
-  return ClipFlow.from_checkpoint(stages.newest(workdir))
+  return ClipFlow.from_checkpoint(stages.newest(workdir), weights=weights)
 
 
 def _read_text(path: Path) -> str:
@@ -375,12 +382,12 @@ def _write_text(path: Path, text: str) -> None:
     raise UserError(f"cannot write {path}: {error}") from error
 
 
-def _report(workdir: Path, *, n: int, per_category: int, seed: int) -> dict:
+def _report(workdir: Path, weights: str = "", *, n: int, per_category: int, seed: int) -> dict:
   from clipflow_jax.data import mixture, sources
   from clipflow_jax.evaluation import bars, report
   from clipflow_jax.training import stages
 
-  model = _load(workdir)
+  model = _load(workdir, weights)
   print(f"evaluating on {n} pictures")
   source = mixture.shown(model.config.data.source)
   shown: tuple[bars.Bar, ...] = ()

@@ -20,6 +20,12 @@ def bind(host: str, port: int) -> socket.socket:
   return found
 
 
+def check_closed(host: str, remedy: str) -> None:
+  """UserError with the remedy where nobody is kept out and others than this machine reach what listens there."""
+  if not is_loopback(host):
+    raise UserError(f"--host={host} lets in whoever reaches this machine; {remedy}")
+
+
 def is_loopback(host: str) -> bool:
   """Whether only this machine reaches what listens there."""
   try:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipflow_jax.data import images
 from clipflow_jax.data.mixture import DESCRIBE
+from clipflow_jax.demo import uploads
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import rerank, show
 from clipflow_jax.inference.forming import Forming
@@ -83,7 +83,7 @@ class Answers:
 
   def see(self, file: Path) -> np.ndarray:
     """A picture file as the model sees it, u8[H,W,3]."""
-    return images.decode(file.read_bytes(), self.model.image_size, name=file.name)
+    return uploads.see(file.read_bytes(), self.model.image_size, file.name)
 
   def _features(self, end: End, seed: int) -> np.ndarray:
     """Standardised features f32[T,C] of what an end is."""

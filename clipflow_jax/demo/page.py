@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from clipflow_jax.data.example import BadRecord
-from clipflow_jax.demo.address import bind, is_loopback
+from clipflow_jax.demo.address import bind, check_closed, is_loopback
 from clipflow_jax.demo.answers import MOST_CHARACTERS, Answers, End, enlarged, samples
 from clipflow_jax.demo.guard import Guard
 from clipflow_jax.errors import UserError
@@ -53,8 +53,8 @@ class Door:
   def make(cls, host: str, port: int, file: Path | None) -> Door:
     """port 0: any that is free; file: of lines USER:PASSWORD. Raises UserError for what cannot or must not be."""
     accounts = _accounts(file) if file else []
-    if not accounts and not is_loopback(host):
-      raise UserError(f"--host={host} lets in whoever reaches this machine; add --auth=FILE with lines USER:PASSWORD")
+    if not accounts:
+      check_closed(host, "add --auth=FILE with lines USER:PASSWORD")
     with bind(host, port) as found:
       return cls(host, found.getsockname()[1], accounts)
 

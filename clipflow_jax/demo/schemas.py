@@ -9,11 +9,10 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from clipflow_jax.data import images
 from clipflow_jax.data.example import BadRecord
+from clipflow_jax.demo import uploads
 
 MAX_BODY = 16 * 2**20  # bytes
-MAX_PIXELS = 2**24  # of one picture: 64 MiB when unpacked
 MAX_CHARACTERS = 8192  # of one request; what fits the model's row is known when it is cut into tokens
 MAX_MESSAGES = 64
 MAX_TOKENS = 256  # of one answer
@@ -121,9 +120,6 @@ def picture(url: str, size: int) -> np.ndarray:
   except ValueError as wrong:
     raise refused(f"a picture's data: URL is not base64: {wrong}") from wrong
   try:
-    with images.opened(data, "a picture") as opened:
-      if opened.width * opened.height > MAX_PIXELS:
-        raise BadRecord("a picture", f"too large: {opened.width} x {opened.height}, the limit is {MAX_PIXELS} pixels")
-      return images.square(opened, size)
+    return uploads.see(data, size, "a picture")
   except BadRecord as wrong:
     raise refused(str(wrong)) from wrong

@@ -10,12 +10,12 @@ import base64
 import contextlib
 import io
 import json
-import logging
 import secrets
 import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -30,13 +30,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipflow_jax.demo import schemas
-from clipflow_jax.demo.address import is_loopback
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
 from clipflow_jax.demo.service import Service, Talk, first, written
 from clipflow_jax.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def make_app(service: Service, api_key: str | None = None) -> Gate:
@@ -59,7 +56,7 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
 
   @app.get("/health")
   async def health() -> dict:
-    return {"status": "ok"}
+    return {"status": "ok" if service.ready else "starting"}
 
   @app.get("/ready")
   async def ready() -> dict:
@@ -259,6 +256,17 @@ class Server(uvicorn.Server):
     return await super().on_tick(counter) or self.service.worker.done()
 
 
+def read_key(file: Path) -> str:
+  """The API key in a file. Raises UserError where there is none."""
+  try:
+    key = file.read_text(encoding="ascii").strip()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read {file}: {error}") from error
+  if len(key.split()) != 1:
+    raise UserError(f"{file} has to have one line with an API key, without spaces")
+  return key
+
+
 def configured(service: Service, api_key: str | None) -> uvicorn.Config:
   """How the app is run. An answer that a client does not take is given up 10 s after the last one was computed."""
   app = make_app(service, api_key)
@@ -266,8 +274,7 @@ def configured(service: Service, api_key: str | None) -> uvicorn.Config:
 
 
 def serve(service: Service, listening: socket.socket, api_key: str | None = None) -> None:
-  """Answers until it is asked to stop."""
-  host = listening.getsockname()[0]
-  if not (api_key or is_loopback(host)):
-    log.warning("there is no API key: whoever reaches %s may use the model", host)
+  """Answers until it is asked to stop. Raises what keeps the model from answering at all."""
   Server(configured(service, api_key), service).run(sockets=[listening])
+  if service.worker and not service.worker.cancelled():
+    service.worker.result()

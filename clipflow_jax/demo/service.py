@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import secrets
 import time
@@ -12,11 +13,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from clipflow_jax.data.text import Chat
 from clipflow_jax.demo import schemas
-from clipflow_jax.demo.batching import Batcher, Closed, Failed, Full, Job
+from clipflow_jax.demo.batching import Batcher, Job
 from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.forming import Forming
@@ -25,6 +27,7 @@ from clipflow_jax.inference.pipeline import ClipFlow, Written
 log = logging.getLogger(__name__)
 
 NEW = 64  # words of an answer, where none are asked for
+WORDS = 24  # of a usual question or prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,14 @@ class Service:
 
   def __init__(self, model: ClipFlow, name: str, *, size: int = 16, wait: float = 0.005, limit: int = 128):
     self.model, self.name, self.metrics = model, name, Metrics()
+    # One length of rows for most of what is asked: a picture and some words.
+    model.shortest = 1 << (model.model.grid**2 + WORDS - 1).bit_length()
     model.tokenizer = Chat(model.tokenizer.tokenizer, remember=64)  # strangers' texts would fill the memory
     self.forming = Forming(model)  # compiles nothing anew for other steps or guidance
-    self.batcher = Batcher(self._compute, size=min(size, model.batch_size), wait=wait, limit=limit)
+    most = min(size, model.batch_size)
+    # Batches are filled up to one of these: each has to be compiled before the first answer.
+    self.sizes = [*itertools.takewhile(lambda one: one < most, (4**i for i in itertools.count())), most]
+    self.batcher = Batcher(self._compute, size=most, wait=wait, limit=limit)
     self.metrics.queue.set_function(lambda: len(self.batcher.waiting))
     self.ready = False
     self.worker: asyncio.Task | None = None
@@ -83,41 +91,57 @@ class Service:
 
   def _compute(self, settings: Draw | Talk, items: list) -> Iterator[Sequence]:
     self.metrics.batches.labels(type(settings).__name__.lower()).observe(len(items))
+    size = next(size for size in self.sizes if size >= len(items))
+    for pieces in self._run(settings, items + [items[-1]] * (size - len(items))):
+      yield pieces[: len(items)]
+
+  def _run(self, settings: Draw | Talk, items: list) -> Iterator[Sequence]:
     if isinstance(settings, Draw):
       prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
       (drawn,) = self.forming.draw(prompts, settings.steps, settings.guidance, seeds, looks=1)
       yield list(self.model.decode(drawn.features, seeds))
     else:
       new, heat, seeds = ([getattr(item, name) for item in items] for name in ("new", "temperature", "seed"))
-      yield from self.model.stream([item.messages for item in items], new=new, temperature=heat, seeds=seeds)
+      talks, room = [item.messages for item in items], schemas.MAX_TOKENS
+      yield from self.model.stream(talks, new=new, temperature=heat, seeds=seeds, room=room)
 
   @contextlib.asynccontextmanager
   async def running(self) -> AsyncIterator[None]:
-    """Works while open; compiles what a first answer needs before it says that it is ready."""
-    self.worker = asyncio.create_task(self.batcher.work())
-    warm = asyncio.create_task(self._warm_up())
+    """Works while open; what comes in waits until all is compiled."""
+    self.worker = asyncio.create_task(self._work())
     yield
     self.batcher.close()
-    warm.cancel()
     await self.worker
 
-  async def _warm_up(self) -> None:
+  async def _work(self) -> None:
     start = time.perf_counter()
-    try:
-      for size in (1, self.batcher.size):
-        with contextlib.suppress(UserError):  # a model that cannot draw, or cannot talk
-          _, settings = self.drawing(ImageRequest(prompt="a", seed=0))
-          await first(self.batcher.submit(settings, [Drawn("a", 0)] * size))
-        with contextlib.suppress(UserError):
-          talk = [{"role": "user", "content": "a"}]
-          self.model.slots(talk)
-          await first(self.batcher.submit(Talk(), [Asked(talk, NEW, 0.0, 0)] * size))
-    except Full:  # so much in demand, it compiles what is asked for
-      pass
-    except (Closed, Failed):  # about to stop; or the log tells why it will never be ready
-      return
+    await asyncio.to_thread(self._compile)
     self.ready = True
-    log.info("ready after %.0f s of compilation", time.perf_counter() - start)
+    log.info("ready after %.0f s: compiled for batches of %s", time.perf_counter() - start, self.sizes)
+    await self.batcher.work()
+
+  def _compile(self) -> None:
+    """Runs what is usual once at every size, so that it waits for no compiler later.
+
+    Not so long rows, several pictures in a row, and guidance 1 in a model that is usually guided: when they first come.
+    """
+    for size in self.sizes:
+      for settings, item in self._usual():
+        if self.batcher.closed:  # to stop before it began
+          return
+        next(self.batcher.compute(settings, [item] * size))
+
+  def _usual(self) -> Iterator[tuple[Draw | Talk, Drawn | Asked]]:
+    with contextlib.suppress(UserError):  # a model that cannot draw
+      (drawn,), settings = self.drawing(ImageRequest(prompt="a", seed=0))
+      yield settings, drawn
+    with contextlib.suppress(UserError):  # or cannot talk
+      words = {"type": "text", "text": "a"}
+      picture = {"type": "image", "image": np.zeros((self.model.image_size, self.model.image_size, 3), np.uint8)}
+      for content in ([words], [picture, words]):
+        talk = [{"role": "user", "content": content}]
+        self.model.slots(talk)
+        yield Talk(), Asked(talk, NEW, 0.0, 0)
 
   # From what is asked to jobs. These raise Refused.
 

@@ -140,7 +140,6 @@ def main() -> int:
         time.sleep(0.2)
       print(f"ready {time.monotonic() - start:.0f} s after it listened", flush=True)
       pool = some_requests(options.workdir.resolve().name, random.Random(0))
-      asyncio.run(load(url, pool, clients=options.clients, seconds=20))  # what else is compiled, is now
       found = asyncio.run(load(url, pool, clients=options.clients, seconds=options.seconds))
     finally:
       server.terminate()

@@ -21,7 +21,8 @@ import openai
 import pytest
 from PIL import Image
 
-from clipflow_jax.demo import address, schemas, server
+from clipflow_jax import cli
+from clipflow_jax.demo import address, schemas, server, uploads
 from clipflow_jax.demo.service import Service
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.pipeline import ClipFlow
@@ -61,10 +62,25 @@ def model(trained) -> ClipFlow:
 
 
 @pytest.fixture(scope="module")
-def running(model) -> Iterator[Running]:
+def programs() -> list[float]:
+  """Seconds that each program took to compile, or to be found in the cache, from now on."""
+  from jax import monitoring
+
+  found: list[float] = []
+  compiled = "/jax/core/compile/backend_compile_duration"
+  monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: found.append(seconds) if name == compiled else None
+  )
+  return found
+
+
+@pytest.fixture(scope="module")
+def running(model, programs) -> Iterator[Running]:
   with Running(Service(model, "tiny", size=2, wait=0.05)) as running:
     while running.http.get("/ready").status_code != 200:
+      assert running.http.get("/health").json() in ({"status": "starting"}, {"status": "ok"})
       time.sleep(0.1)
+    assert len(programs) > 10
     yield running
 
 
@@ -106,7 +122,8 @@ def refused(answer: httpx.Response, status: int, says: str, **fields: str | None
 
 def likeliest(model: ClipFlow, talk: list[dict]) -> str:
   """What `chat` writes, too, by programs that the service has compiled."""
-  return list(model.stream([talk], new=[64], temperature=[0], seeds=[0]))[-1][0].text
+  how = dict(new=[64], temperature=[0], seeds=[0], room=schemas.MAX_TOKENS)
+  return list(model.stream([talk], **how))[-1][0].text
 
 
 def test_the_openai_client_gets_the_words_that_chat_writes(client, model):
@@ -172,6 +189,17 @@ def test_pictures_are_those_of_the_prompt_and_the_seeds(client, model, running):
   assert 0 <= anyhow.data[0].seed < 2**31
 
 
+def test_of_what_is_usual_nothing_is_compiled_once_it_is_ready(running, client, picture, programs):
+  before = len(programs)
+  for n in (1, 2):
+    client.images.generate(prompt="a blue star", n=n, extra_body={"seed": 1, "guidance": 1.7})
+  for asked, new in ((HOW, 3), (about(encoded(picture)), 40)):
+    with futures.ThreadPoolExecutor(3) as threads:  # of which two are answered together
+      ask = dict(model="tiny", messages=asked, max_tokens=new)
+      list(threads.map(lambda heat, ask=ask: client.chat.completions.create(**ask, temperature=heat), (0.0, 0.5, 1.0)))
+  assert len(programs) == before
+
+
 def test_it_tells_of_itself(running, client):
   assert [model.id for model in client.models.list()] == ["tiny"]
   assert client.models.retrieve("tiny").id == "tiny"
@@ -215,7 +243,7 @@ def test_a_small_file_of_a_huge_picture_is_not_unpacked(running):
   bomb = encoded(Image.new("1", (2**14, 2**11)))
   assert len(bomb) < 2**16
   answer = running.http.post(CHAT, json={"model": "tiny", "messages": about(bomb)})
-  refused(answer, 400, f"too large: 16384 x 2048, the limit is {schemas.MAX_PIXELS} pixels", code="invalid_image")
+  refused(answer, 400, f"too large: 16384 x 2048, the limit is {uploads.MAX_PIXELS} pixels", code="invalid_image")
 
 
 def test_a_body_that_is_too_large_is_refused_however_it_is_sent(running):
@@ -319,12 +347,38 @@ def test_two_hundred_malformed_requests_are_each_told_what_is_wrong(running):
   assert metric(running, 'clipflow_batch_size_count{kind="talk"}') == before  # none of them reached the model
 
 
-def test_with_a_key_only_those_who_have_it_may_ask(model):
+def test_with_a_key_only_those_who_have_it_may_ask(model, caplog):
   with Running(Service(model, "tiny", size=1), api_key="secret") as running:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer é".encode()}):
       refused(running.http.get("/v1/models", headers=headers), 401, "API key", code="invalid_api_key")
     assert running.http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     assert running.http.get("/health").status_code == 200
+  assert "secret" not in caplog.text
+
+
+def test_a_door_that_must_not_be_is_told_in_one_line(capsys, tmp_path):
+  (tmp_path / "key").write_text("two words\n")
+  for option, says in (
+    ("--host=0.0.0.0", "add --auth=FILE"),
+    (f"--auth={tmp_path / 'none'}", "cannot read"),
+    (f"--auth={tmp_path / 'key'}", "has to have one line"),
+  ):
+    assert cli.main(["serve", "--workdir=nowhere", option]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+  (tmp_path / "key").write_text("secret\n")
+  assert server.read_key(tmp_path / "key") == "secret"
+
+
+def test_a_model_that_cannot_answer_ends_the_server_with_what_is_wrong(model):
+  def compute(settings, items):
+    raise ValueError("no memory")
+    yield
+
+  service = Service(model, "tiny", size=1)
+  service.batcher.compute = compute
+  with address.bind("127.0.0.1", 0) as listening, pytest.raises(ValueError, match="no memory"):
+    server.serve(service, listening)
 
 
 def test_a_full_queue_and_a_server_about_to_stop_say_when_to_come_again(model):
@@ -337,6 +391,7 @@ def test_a_full_queue_and_a_server_about_to_stop_say_when_to_come_again(model):
   service.batcher.compute = compute
   with Running(service) as running:
     refused(running.http.get("/ready"), 503, "still compiling")
+    assert running.http.get("/health").json() == {"status": "starting"}
     asked = {"prompt": "a", "n": 3}
     answer = running.http.post(DRAW, json=asked)
     refused(answer, 429, "the queue is full", type="rate_limit_error", code="queue_full")
