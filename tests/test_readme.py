@@ -1,4 +1,4 @@
-"""Every command of the README is one that exists, with options and configs that exist."""
+"""Every command of the README exists, with its options and configs, and is run by a test or marked as none can."""
 
 from __future__ import annotations
 
@@ -16,6 +16,99 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [
   line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
 ]
+MARKS = ("# needs the network", "# needs a pod", "# needs a GPU")
+# A command, as `kind` writes it -> the test that runs it, or what it calls, at a small size.
+RUN_BY = {
+  "draw --workdir --prompt --output": "tests/test_cli.py::test_draw_writes_a_picture",
+  "draw --workdir --prompt": "tests/test_cli.py::test_draw_writes_a_picture",
+  "draw --workdir --prompt --best-of": (
+    "tests/inference/test_rerank.py::test_the_pipeline_decodes_the_best_of_its_candidates"
+  ),
+  "chat --workdir --image --message": "tests/test_cli.py::test_chat_answers_a_question_about_a_picture",
+  "info --workdir": "tests/test_cli.py::test_info_describes_a_config_and_a_workdir",
+  "info --workdir --output": "tests/test_cli.py::test_info_describes_a_config_and_a_workdir",
+  "info --config=configs/quickstart.py": "tests/test_cli.py::test_info_describes_a_config_and_a_workdir",
+  "info --config=configs/blip3o.py": "tests/test_cli.py::test_info_describes_a_config_and_a_workdir",
+  "info --data --config=configs/joint.py --output": (
+    "tests/test_cli.py::test_info_shows_what_the_model_will_see_of_its_data"
+  ),
+  "demo --workdir": "tests/demo/test_page.py::test_a_drawing_forms_and_is_the_one_that_the_command_draws",
+  "serve --workdir --port": (
+    "tests/demo/test_server.py::test_the_command_ends_with_0_when_what_it_was_asked_for_is_answered"
+  ),
+  "prepare --source=folder --input --output --size": (
+    "tests/data/test_prepare.py::test_the_result_is_the_clean_part_of_the_input"
+  ),
+  "prepare --source=webdataset --input --output --size --format --min-side --max-aspect --dedup": (
+    "tests/data/test_prepare.py::test_the_command_prepares_by_its_options"
+  ),
+  "prepare --source=parquet --input --output --option": "tests/data/test_prepare.py::test_every_source_can_be_prepared",
+  "prepare --source=tfds --input --output --size": (
+    "tests/data/test_tfds.py::test_a_named_set_is_read_with_its_own_splits_and_the_names_of_its_classes"
+  ),
+  "prepare --source=folder --input --output --beam": (
+    "tests/data/test_beam.py::test_on_beam_the_shards_are_those_of_one_machine"
+  ),
+  "cache-features --config=configs/joint.py --workdir --count --output": (
+    "tests/training/test_features.py::test_losses_are_those_on_pixels"
+  ),
+  "bench data --peer --json": "tests/bench/test_data.py::test_pictures_are_made_ready_by_either_way",
+  "quickstart --config=configs/quickstart.py --workdir": (
+    "tests/test_cli.py::test_quickstart_goes_from_nothing_to_a_report"
+  ),
+  "quickstart --config=configs/folder.py --workdir": (
+    "tests/evaluation/test_report.py::test_a_folder_is_drawn_read_and_compared_without_its_bad_records"
+  ),
+  "train --config=configs/contrastive.py --workdir --config.steps": (
+    "tests/training/test_loop.py::test_a_run_writes_metrics_and_its_last_checkpoint"
+  ),
+  "train --config=configs/joint.py --workdir --config.init_from --config.data.features": (
+    "tests/training/test_features.py::test_a_run_on_cached_features_goes_on"
+  ),
+  "train --config=configs/finetune.py --workdir": (
+    "tests/training/test_finetune.py::test_a_stopped_run_goes_on_bit_for_bit"
+  ),
+  "bash launch/local_processes.sh": (
+    "tests/faults/test_processes.py::test_a_run_is_the_same_on_one_two_or_four_processes_whatever_happens_to_them"
+  ),
+  "plan --config=configs/finetune.py --hardware": (
+    "tests/training/test_plan.py::test_a_cpu_mesh_shows_what_is_sharded_and_what_is_sent"
+  ),
+  "plan --config=configs/joint.py --hardware --json": (
+    "tests/training/test_plan.py::test_a_tpu_that_is_not_there_is_planned_for"
+  ),
+  "evaluate --workdir --n": "tests/test_cli.py::test_quickstart_goes_from_nothing_to_a_report",
+  "evaluate --workdir --tasks": (
+    "tests/evaluation/test_command.py::test_tasks_of_a_trained_model_are_measured_the_same_twice"
+  ),
+  "evaluate --config=configs/evaluate.py --workdir --tasks --config.tasks.cifar100.data": (
+    "tests/evaluation/test_suite.py::test_a_model_that_does_everything_right_scores_so"
+  ),
+  "evaluate --tasks --real --fake --inception --json": (
+    "tests/evaluation/test_command.py::test_folders_are_compared_and_what_was_found_is_written"
+  ),
+  "export --workdir --output": "tests/training/test_exchange.py::test_what_was_trained_goes_out_as_it_came",
+  "export --workdir --adapters --output": (
+    "tests/training/test_finetune.py::test_adapters_go_to_peft_and_come_back_bit_for_bit"
+  ),
+  "import --from --base --output": (
+    "tests/training/test_finetune.py::test_adapters_go_to_peft_and_come_back_bit_for_bit"
+  ),
+  "import --from --output --config=configs/blip3o.py --check": (
+    "tests/interop/test_blip3o.py::test_its_features_are_drawn_as_its_own_sampler_would"
+  ),
+}
+
+
+def kind(line: str) -> str:
+  """A command without the values of its options, save what config and what source it is about."""
+  program, *words = shlex.split(line, comments=True)
+  if program == "bash":
+    return f"bash {words[0]}"
+  told = [
+    word.partition(":")[0] if word.startswith(("--config=", "--source=")) else word.partition("=")[0] for word in words
+  ]
+  return " ".join(told)
 
 
 def test_there_are_commands():
@@ -23,9 +116,18 @@ def test_there_are_commands():
   assert any(line.startswith("bash launch/test.sh") for line in LINES)
 
 
+def test_each_is_run_by_a_test_or_marked_as_none_can():
+  """A new one: name its test in RUN_BY, or write one of MARKS behind it."""
+  unmarked = {kind(line) for line in LINES if not line.endswith(MARKS)}
+  assert unmarked == RUN_BY.keys()
+  for place in RUN_BY.values():
+    file, _, name = place.partition("::")
+    assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), place
+
+
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("clipflow ")])
 def test_a_command_parses_and_its_config_loads(line):
-  options, rest = cli._parser().parse_known_args(shlex.split(line)[1:])
+  options, rest = cli._parser().parse_known_args(shlex.split(line, comments=True)[1:])
   assert options.command
   if "from=" in (getattr(options, "config", None) or ""):
     return  # a workdir that is made by an earlier line: tests/training/test_finetune.py
