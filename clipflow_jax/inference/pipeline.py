@@ -23,6 +23,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
+from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.state import Params
@@ -55,10 +56,17 @@ class ClipFlow:
     self._compiled: dict[Any, Callable] = {}
 
   @classmethod
-  def from_checkpoint(cls, path: Path | str, batch_size: int = 64) -> ClipFlow:
-    """From a workdir (its last stage), a checkpoints folder or one step's: averaged parameters where it kept them."""
+  def from_checkpoint(cls, path: Path | str, batch_size: int = 64, weights: str = "") -> ClipFlow:
+    """From a workdir (its last stage), a checkpoints folder or one step's: averaged parameters where it kept them.
+
+    weights: "" as the checkpoint has them, or "int8" (`weights.int8`). UserError for another.
+    """
+    if weights not in ("", "int8"):
+      raise UserError(f"weights {weights!r} are unknown; choose int8, or leave it out for those of the checkpoint")
     read = checkpoint.load(stages.newest(path), ("ema", "trained", "frozen"))
     params = adapters.plain(read)
+    if weights:
+      params = int8(params)
     with tempfile.TemporaryDirectory() as scratch:
       chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)))
     config = ConfigDict(read.meta["config"])

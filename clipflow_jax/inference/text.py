@@ -77,9 +77,11 @@ def go_on(
   # layers in it would copy all of them for each word, which on CPU is half of the time.
   unrolled = model.clone(transformer={**model.transformer, "unroll": True})
   stack = params["language_model"]["text"]["layers"]
-  layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(model.transformer["layers"])]
+  of_layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(model.transformer["layers"])]
 
-  def with_stack() -> Params:  # within the loop: what takes the layers from it again undoes it, and none is made
+  def with_stack(i: jax.Array) -> Params:  # in the loop: what takes the layers from it undoes it, and none is made
+    # Whole numbers stay so: bound to the number of the word they are not made floats of once, before the loop.
+    layers = jax.tree.map(lambda x: jax.lax.optimization_barrier((x, i))[0] if x.dtype == jnp.int8 else x, of_layers)
     text = {"layers": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
     return {**params, "language_model": {**params["language_model"], "text": text}}
 
@@ -91,7 +93,7 @@ def go_on(
     i, now, written = carry
     written = jax.lax.dynamic_update_slice_in_dim(written, now.token[:, None], i, axis=1)
     words = now.token[:, None], now.position[:, None], now.context, now.slot
-    logits, context = unrolled.apply({"params": with_stack()}, *words, method="extend")
+    logits, context = unrolled.apply({"params": with_stack(i)}, *words, method="extend")
     following = choose(logits[:, 0], now.position + 1)
     token = jnp.where(now.token == end, end, following)
     return i + 1, Writing(token, now.slot + 1, now.position + 1, context), written

@@ -15,7 +15,7 @@ Dtype = Any
 
 
 class Linear(nn.Module):
-  """x f[..., D] -> f[..., features]."""
+  """x f[..., D] -> f[..., features]. A kernel of whole numbers comes with each feature's scale (inference.weights)."""
 
   features: int
   use_bias: bool = False
@@ -27,6 +27,8 @@ class Linear(nn.Module):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
     # By these names, not by @ and astype: adapters put functions of theirs in their place (training.adapters).
     y = jnp.dot(flat_rows(x.astype(self.dtype)), jnp.asarray(kernel, self.dtype))
+    if self.has_variable("params", "kernel_scale"):
+      y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
     y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
