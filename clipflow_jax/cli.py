@@ -149,10 +149,13 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--workdir", type=Path, help="whose report is written, or with --tasks, whose evaluation/")
   loads(sub)
   sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
-  sub.add_argument("--real", type=Path, help="a folder: fid,kid,is,precision_recall,cmmd,clip_distance; .npz: fid")
+  sub.add_argument(
+    "--real", type=Path, help="a folder: fid,kid,is,precision_recall,fd_dinov2,cmmd,clip_distance; .npz: fid"
+  )
   sub.add_argument("--fake", type=Path, help="the folder that is compared with it")
   sub.add_argument("--statistics", type=Path, help="write those of --real to this .npz, and compare nothing")
   sub.add_argument("--inception", help="the folder with Inception's weights for FID, in safetensors")
+  sub.add_argument("--dinov2", help="the folder or hub id of DINOv2 for fd_dinov2, such as facebook/dinov2-large")
   sub.add_argument("--resize", default="torch-fidelity", help="torch-fidelity or clean-fid (default %(default)s)")
   sub.add_argument("--json", type=Path, help="also write what was found to this file")
   sub.add_argument("--n", type=int, default=1000, help="pictures behind each score")

@@ -133,7 +133,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
-  from clipflow_jax.evaluation import folders, inception, report
+  from clipflow_jax.evaluation import folders, report
 
   chosen = chosen or ["fid"]
   folders.check(chosen, options.real, options.real if options.statistics else options.fake)
@@ -145,15 +145,18 @@ def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
   if by_clip:
     model = _load(options.workdir, options.weights)
     found = folders.compare_by_clip(by_clip, options.real, options.fake, model)
-  if rest and not options.inception:
-    raise UserError("give --inception=DIR, Inception's weights; clipflow_jax/interop/inception.py says how to make it")
   if rest:
-    extractor = inception.Extractor(options.inception, resize=options.resize)
+    using = folders.extractors(
+      ["fid"] if options.statistics else rest,
+      inception_weights=options.inception,
+      resize=options.resize,
+      dinov2_weights=options.dinov2,
+    )
     if options.statistics:
-      folders.save_statistics(options.real, extractor, options.statistics)
+      folders.save_statistics(options.real, using.inception, options.statistics)
       print(f"wrote the statistics of {options.real} to {options.statistics}")
       return {"resize": options.resize, **report.software()}
-    found |= folders.compare(rest, options.real, options.fake, extractor)
+    found |= folders.compare(rest, options.real, options.fake, using)
   print("\n".join(f"{name:<28} {value:10.6g}" for name, value in found.items()))
   return {**found, "resize": options.resize, **report.software()}
 

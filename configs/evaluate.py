@@ -42,7 +42,8 @@ UNDERSTANDING = dict(
 )
 
 # How the literature measures, as far as it says; `says` goes into RESULT.json. The reference is a folder of pictures at
-# `size` pixels, or statistics as pytorch-fid saves them; inception is a folder with the weights in safetensors.
+# `size` pixels, or statistics as pytorch-fid saves them; inception is a folder with the weights in safetensors;
+# metrics may name fd_dinov2 too, for which dinov2 is a folder or hub id.
 GENERATION = dict(
   cifar10=dict(
     size=32,
@@ -80,7 +81,7 @@ GENERATION = dict(
 def get_config(arg: str = "") -> ConfigDict:
   """arg: table=shapes, understanding or generation."""
   table = presets.arguments(arg, table="shapes").table
-  drawn = dict(kind="distance", reference="", inception="", **SAMPLING)
+  drawn = dict(kind="distance", reference="", inception="", dinov2="", **SAMPLING)
   generation = {name: drawn | task for name, task in GENERATION.items()}
   tables = dict(shapes=SHAPES, understanding=UNDERSTANDING, generation=generation)
   if table not in tables:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import folders, geneval, tasks
-from clipflow_jax.evaluation.inception import Extractor
 from clipflow_jax.evaluation.items import Item
 from clipflow_jax.evaluation.tasks import Answer
 
@@ -150,12 +149,12 @@ def check_reference(reference: Path, metrics: Sequence[str], size: int) -> None:
       )
 
 
-def fid(
+def distances(
   drawer: Drawer,
   items: Sequence[Item],
   reference: Path,
-  extractor: Extractor,
-  metrics: Sequence[str] = ("fid",),
+  metrics: Sequence[str],
+  using: folders.Extractors,
   *,
   chunk: int = 64,
 ) -> dict[str, Any]:
@@ -165,4 +164,4 @@ def fid(
   """
   for start in range(0, len(items), chunk):
     drawer.draw(items[start : start + chunk], start)
-  return folders.compare(metrics, reference, drawer.folder, extractor)
+  return folders.compare(metrics, reference, drawer.folder, using)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
+from clipflow_jax.data.feature_cache import fingerprint
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import inception
 from clipflow_jax.models.inception import SIZE, InceptionV3
@@ -58,7 +59,7 @@ class Extractor:
   of another size it is compiled anew.
 
   weights: the folder of a safetensors file, see `interop.inception`. resize: "torch-fidelity" (also the original's,
-  and pytorch-fid's but for half a pixel) or "clean-fid".
+  and pytorch-fid's but for half a pixel) or "clean-fid". key: changes with whatever changes a feature.
   """
 
   def __init__(self, weights: Path | str, *, resize: str = "torch-fidelity", batch_size: int = 32):
@@ -66,6 +67,7 @@ class Extractor:
       raise UserError(f"the resize {resize!r} is unknown; choose one of {', '.join(RESIZES)}")
     self.resize = RESIZES[resize]
     module, params = inception.load(weights)
+    self.key = f"{fingerprint(params)} {resize}"
     self._run = Sharded(features(module), params, batch_size)
 
   def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -17,8 +17,7 @@ import numpy as np
 from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import captioning, classification, generation, geneval, items, tasks, vqa
-from clipflow_jax.evaluation.inception import Extractor
+from clipflow_jax.evaluation import captioning, classification, folders, generation, geneval, items, tasks, vqa
 from clipflow_jax.evaluation.items import Item
 from clipflow_jax.evaluation.tasks import Answer, Scorer
 
@@ -254,26 +253,27 @@ def drawn(
 
 
 def distance(
-  run, name, *, reference: str, inception: str, prompts: str = "", metrics: tuple[str, ...] = ("fid",), size: int = 0,
-  resize: str = "torch-fidelity", unconditional: bool = False, guidance: float | None = None, steps: int | None = None,
-  n: int = 0, says: str = "",
+  run, name, *, reference: str, inception: str = "", dinov2: str = "", prompts: str = "",
+  metrics: tuple[str, ...] = ("fid",), size: int = 0, resize: str = "torch-fidelity", unconditional: bool = False,
+  guidance: float | None = None, steps: int | None = None, n: int = 0, says: str = "",
 ):  # fmt: skip
   """FID and its kin between n drawn pictures and a folder of real ones; fewer prompts than n are drawn again.
 
+  inception, dinov2: the weights that look at them, of which `metrics`, names of folders.TASKS, tell what is needed.
   says: what the literature does, for RESULT.json.
   """
   generation.check_reference(Path(reference), metrics, size or run.model.image_size)
   texts = [Item("0")] if unconditional else _prompts(run, prompts, 0)
   count = n or len(texts)
   asked = [dataclasses.replace(texts[i % len(texts)], id=str(i)) for i in range(count)]
-  extractor = Extractor(inception, resize=resize)
+  using = folders.extractors(metrics, inception_weights=inception, resize=resize, dinov2_weights=dinov2)
   sampling = dict(guidance=guidance, steps=steps)
   drawer = generation.Drawer(
     run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
   )
 
   def start() -> Done:
-    found = generation.fid(drawer, asked, Path(reference), extractor, metrics, chunk=CHUNK)
+    found = generation.distances(drawer, asked, Path(reference), metrics, using, chunk=CHUNK)
     settings = dict(
       reference=reference, resize=resize, size=drawer.size, unconditional=unconditional, says=says, **sampling
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import types
 
 import numpy as np
@@ -7,11 +8,14 @@ import pytest
 from PIL import Image
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import folders, images
+from clipflow_jax.evaluation import dinov2, folders, images
+from clipflow_jax.evaluation.folders import Extractors
 
 
 class MeanColours:
   """In Inception's place: a picture's features are its mean colours in quarters; it counts what it is shown."""
+
+  key = "mean colours"
 
   def __init__(self):
     self.seen = 0
@@ -56,7 +60,7 @@ def test_pictures_of_a_folder_come_by_name_at_their_own_size(sets, monkeypatch):
 
 def test_every_task_looks_once_at_each_picture(sets):
   extractor = MeanColours()
-  found = folders.compare(folders.TASKS, *sets, extractor)
+  found = folders.compare(folders.INCEPTION_TASKS, *sets, Extractors(extractor))
   assert extractor.seen == found["pictures_real"] + found["pictures_fake"] == 55
   real, fake = (np.concatenate([MeanColours().both(batch)[0] for batch in folders.pictures(f)]) for f in sets)
   assert found["fid"] == pytest.approx(images.frechet_distance_of(real, fake), rel=1e-9)
@@ -66,20 +70,57 @@ def test_every_task_looks_once_at_each_picture(sets):
   assert found["kid_subset"] == 25
 
 
+def test_a_reference_is_looked_at_once_for_all_runs(sets, tmp_path, monkeypatch, caplog):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  caplog.set_level("INFO")
+  real, fake = sets
+  found, seen = [], []
+  for _ in range(2):
+    extractor = MeanColours()
+    found.append(folders.compare(["fid", "is"], real, fake, Extractors(extractor)))
+    seen.append(extractor.seen)
+  assert seen == [55, 25] and found[0] == found[1]
+  [kept] = (tmp_path / "cache" / "clipflow_jax").iterdir()
+  assert f"known from before, in {kept}" in caplog.text
+  (other := MeanColours()).key = "others"
+  folders.reference(real, other)
+  assert other.seen == 30  # another extractor looks anew
+  copy = shutil.copytree(real, tmp_path / "copy")
+  folders.reference(copy, extractor := MeanColours())
+  assert extractor.seen == 0  # wherever it lies
+  write(copy, 2, 1)
+  folders.reference(copy, extractor)
+  assert extractor.seen == 30  # a picture has changed
+  monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # no folder: nothing can be kept
+  assert folders.compare(["fid"], real, fake, Extractors(MeanColours()))["fid"] == pytest.approx(found[0]["fid"])
+  assert "are not kept" in caplog.text
+
+
+def test_dinov2_looks_where_it_is_asked_for(sets, monkeypatch):
+  monkeypatch.setattr(dinov2, "Extractor", lambda weights: MeanColours())
+  using = folders.extractors(["fd_dinov2"], inception_weights="", resize="", dinov2_weights="w")
+  found = folders.compare(["fd_dinov2"], *sets, using)
+  by_inception = folders.compare(["fid"], *sets, Extractors(MeanColours()))
+  assert using.inception is None and set(found) == {"pictures_fake", "pictures_real", "fd_dinov2"}
+  assert found["fd_dinov2"] == by_inception["fid"] > 0
+  with pytest.raises(UserError, match="fd_dinov2: give --dinov2=DIR .* such as facebook/dinov2-large"):
+    folders.extractors(["fd_dinov2"], inception_weights="", resize="", dinov2_weights="")
+
+
 def test_saved_statistics_take_a_folders_place(sets, tmp_path):
   real, fake = sets
   extractor = MeanColours()
-  expected = folders.compare(["fid"], real, fake, extractor)["fid"]
+  expected = folders.compare(["fid"], real, fake, Extractors(extractor))["fid"]
   folders.save_statistics(real, extractor, tmp_path / "real.npz")
-  found = folders.compare(["fid"], tmp_path / "real.npz", fake, extractor)
+  found = folders.compare(["fid"], tmp_path / "real.npz", fake, Extractors(extractor))
   assert found == {"pictures_fake": 25, "fid": pytest.approx(expected, rel=1e-9)}
-  both = folders.compare(["fid", "is"], tmp_path / "real.npz", fake, extractor)
+  both = folders.compare(["fid", "is"], tmp_path / "real.npz", fake, Extractors(extractor))
   assert both["fid"] == found["fid"] and both["inception_score"] > 1
   np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
   with pytest.raises(UserError, match="written to an .npz, not to"):
     folders.save_statistics(real, extractor, tmp_path / "real.txt")
   with pytest.raises(UserError, match="of 3 features; Inception has 12"):
-    folders.compare(["fid"], tmp_path / "other.npz", fake, extractor)
+    folders.compare(["fid"], tmp_path / "other.npz", fake, Extractors(extractor))
 
 
 def test_a_models_clip_looks_at_squares_of_its_size(sets):
@@ -109,11 +150,11 @@ def test_what_cannot_be_compared_is_told_before_anything_is_loaded(sets, tmp_pat
     (["fid"], tmp_path / "a.npz", fake, "a.npz holds no statistics"),
   ]:
     with pytest.raises(UserError, match=says):
-      folders.compare(tasks, a, b, None)
+      folders.compare(tasks, a, b, Extractors())
 
 
 def test_a_picture_that_cannot_be_read_ends_it_with_its_name(sets, tmp_path):
   folder = write(tmp_path / "broken", 0, 3)
   (folder / "002.png").write_bytes(b"no picture")
   with pytest.raises(UserError, match=r"002.png cannot be read as a picture .* mend or remove it"):
-    folders.compare(["fid"], sets[0], folder, MeanColours())
+    folders.compare(["fid"], sets[0], folder, Extractors(MeanColours()))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipflow_jax.data import shapes
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import classification, compositional, geneval, results, suite
+from clipflow_jax.evaluation import classification, compositional, geneval, inception, results, suite
 from clipflow_jax.evaluation.geneval import Detection
 from configs import evaluate
 from tests.evaluation import test_report
@@ -180,7 +180,7 @@ def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
     (dict(kind="drawn", judge="me"), "judge 'me' is unknown"),
     (dict(kind="drawn", judge="detector", detector="yolo"), "detector 'yolo' is unknown"),
     (dict(kind="drawn", judge="detector", detector="no.such:make"), "detector 'no.such:make' cannot be had"),
-    (dict(kind="distance", reference="here"), "task x needs inception"),
+    (dict(kind="distance", inception="here"), "task x needs reference"),
     (dict(kind="captions", data="nowhere"), "there is no folder nowhere"),
     (dict(kind="drawn", prompts="nowhere.txt"), "cannot read the prompts nowhere.txt"),
   ],
@@ -234,7 +234,7 @@ def test_questions_judge_what_is_drawn_and_a_no_makes_what_depends_on_it_moot(tm
 def test_fid_draws_the_prompts_again_and_compares_with_the_reference(tmp_path, monkeypatch):
   from tests.evaluation.test_folders import MeanColours
 
-  monkeypatch.setattr(suite, "Extractor", lambda weights, resize: MeanColours())
+  monkeypatch.setattr(inception, "Extractor", lambda weights, resize: MeanColours())
   for i in range(6):
     (tmp_path / "real").mkdir(exist_ok=True)
     Image.fromarray(SOURCE[i].image).save(tmp_path / "real" / f"{i}.png")
