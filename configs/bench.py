@@ -87,11 +87,13 @@ DECODE: dict[str, dict[str, Any]] = {
     text=dict(vocabulary=16_384, width=512, layers=12, heads=8, kv_heads=2, head_dim=64, mlp=1408),
     prompt=64,
     new=64,
+    weights=("",),
   ),
   "h100": dict(  # the one of 1.5 B
     text=dict(vocabulary=151_936, width=1536, layers=28, heads=12, kv_heads=2, head_dim=128, mlp=8960),
     prompt=128,
     new=128,
+    weights=("", "int8"),
   ),
 }
 EVALUATE = {"cpu": 8, "h100": 128}  # pictures at once
@@ -156,7 +158,7 @@ def _understanding(size: str) -> dict[str, ConfigDict]:
   model = dict(clip=dict(vision=tower), transformer=shape["text"] | dict(unroll=SIZES[size]["unroll"]))
   config = _stage("understanding", size, model, dict(language=1.0), train=presets.trains(text=1.0))
   if size != "cpu":
-    config.objective.vocabulary_chunk = 2048
+    config.objective.vocabulary_chunk = 256
   config.data.update(batch_size=shape["rows"], length=shape["length"], images_per_row=1)
   return {"step": config}
 
@@ -185,7 +187,10 @@ def _decode(size: str) -> dict[str, dict[str, Any]]:
   text = shape["text"] | dict(rope_theta=1e6, qk_norm=False, qkv_bias=True)
   model = dict(clip=dict(vision=vision), transformer=text, dtype=SIZES[size]["dtype"])
   told = dict(model=model, prompt=shape["prompt"], new=shape["new"])
-  return {f"batch_{rows}": told | dict(rows=rows) for rows in (1, 16)}
+  pairs = [(rows, weights) for weights in shape["weights"] for rows in (1, 16)]
+  return {
+    f"batch_{rows}{weights and '_' + weights}": told | dict(rows=rows, weights=weights) for rows, weights in pairs
+  }
 
 
 def _draw(size: str) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from clipflow_jax.bench.frame import Work
 from clipflow_jax.evaluation import inception
 from clipflow_jax.inference import image, text
 from clipflow_jax.inference.pipeline import keys_of
+from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.inception import SIZE, InceptionV3
 from clipflow_jax.training import flops
@@ -23,10 +24,15 @@ from clipflow_jax.training.state import Params, flatten, nest
 
 
 def decode(told: dict[str, Any]) -> Work:
-  """told: model, fields of a ClipFlow; rows, prompt, new: so many words are written behind so many, greedily."""
+  """told: model, fields of a ClipFlow; rows, prompt, new: so many words are written behind so many, greedily.
+
+  weights: of `pipeline.ClipFlow.from_checkpoint`.
+  """
   model, rows, new = ClipFlow(**told["model"]), told["rows"], told["new"]
   prompts = _words(model, rows, told["prompt"])
   params = _parameters(model, prompts, lambda m, batch: m.logits(m.read(batch, None)[0]))
+  if told["weights"]:
+    params = int8(params)
 
   def begin(params: Params, prompts: Batch) -> text.Writing:
     return text.begin(model, params, prompts, None, room=new)
@@ -42,7 +48,8 @@ def decode(told: dict[str, Any]) -> Work:
     write,
     (params, prompts),
     {"tokens": float(rows * new)},
-    f"{new} words written behind each of {rows} prompts of {told['prompt']}",
+    f"{new} words written behind each of {rows} prompts of {told['prompt']}"
+    + (f", layers in {told['weights']}" if told["weights"] else ""),
     model.dtype,
     flops=float(read + new * word),
     bytes=float((1 + new) * of_a_word),

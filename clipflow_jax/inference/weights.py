@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from clipflow_jax.training.state import Params, flatten, nest
 
@@ -17,12 +18,14 @@ def int8(params: Params) -> Params:
   Embeddings, norms, and what stands before and after a stack stay as they are: they are few, and words and pixels
   depend on them directly. Source: Dettmers et al. 2022, of whose method this is the plain part.
   """
-  found: dict[str, np.ndarray] = {}
-  for path, leaf in flatten(params).items():
-    if STACK in path and path.endswith(KERNEL):
-      leaf = np.asarray(leaf, np.float32)
-      scale = np.maximum(np.abs(leaf).max(axis=1), 1e-12) / 127
-      found[f"{path}_scale"] = scale
-      leaf = np.round(leaf / scale[:, None]).astype(np.int8)
-    found[path] = leaf
+  found = flatten(params)
+  for path in [path for path in found if STACK in path and path.endswith(KERNEL)]:
+    found[path], found[f"{path}_scale"] = _rounded(found[path])
   return nest(found)
+
+
+@jax.jit
+def _rounded(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+  whole = matrices.astype(jnp.float32)
+  scale = jnp.maximum(jnp.abs(whole).max(axis=1), 1e-12) / 127
+  return jnp.round(whole / scale[:, None]).astype(jnp.int8), scale
