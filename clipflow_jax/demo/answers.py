@@ -97,9 +97,7 @@ class Answers:
 
 def enlarged(picture: np.ndarray) -> Image.Image:
   """A picture u8[H,W,3] large enough to look at, its pixels as they are."""
-  scale = max(1, SIDE // len(picture))
-  height, width, _ = picture.shape
-  return Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+  return show.enlarged(picture, max(1, SIDE // len(picture)))
 
 
 def samples(workdir: Path, most: int) -> list[tuple[Image.Image, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import logging
 import secrets
 import time
@@ -72,7 +71,10 @@ class Metrics:
 
 
 class Service:
-  """A model and its queue. name: of the model over HTTP; size: items of a batch; limit: items that may wait."""
+  """A model, which is from then on the service's own, and its queue.
+
+  name: of the model over HTTP; size: items of a batch at most; wait, limit: as `Batcher`.
+  """
 
   def __init__(self, model: ClipFlow, name: str, *, size: int = 16, wait: float = 0.005, limit: int = 128):
     self.model, self.name, self.metrics = model, name, Metrics()
@@ -82,7 +84,7 @@ class Service:
     self.forming = Forming(model)  # compiles nothing anew for other steps or guidance
     most = min(size, model.batch_size)
     # Batches are filled up to one of these: each has to be compiled before the first answer.
-    self.sizes = [*itertools.takewhile(lambda one: one < most, (4**i for i in itertools.count())), most]
+    self.sizes = [*(4**i for i in range(8) if 4**i < most), most]
     self.batcher = Batcher(self._compute, size=most, wait=wait, limit=limit)
     self.metrics.queue.set_function(lambda: len(self.batcher.waiting))
     self.ready = False

@@ -41,10 +41,16 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     x, y = _GAP + i % columns * cell_width, _GAP + i // columns * cell_height
     # White pictures have edges too.
     draw.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
-    sheet.paste(_enlarged(image, scale), (x, y))
+    sheet.paste(enlarged(image, scale), (x, y))
     for j, line in enumerate(lines):
       draw.text((x, y + height + j * _LINE_HEIGHT), line, fill="black", font=_font())
   return sheet
+
+
+def enlarged(image: np.ndarray, scale: int) -> Image.Image:
+  """A picture u8[H,W,3] so many times as wide and high, without smoothing."""
+  height, width, _ = image.shape
+  return Image.fromarray(_stretched(image, height * scale, width * scale))
 
 
 def side_by_side(rows: Mapping[str, np.ndarray], scale: int = 2) -> Image.Image:
@@ -194,11 +200,6 @@ def _stretched(cells: np.ndarray, height: int, width: int) -> np.ndarray:
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
   return ImageFont.load_default(size=_FONT_SIZE)
-
-
-def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
-  height, width, _ = image.shape
-  return Image.fromarray(_stretched(image, height * scale, width * scale))
 
 
 def _wrap(text: str, width: int) -> list[str]:
