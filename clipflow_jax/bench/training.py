@@ -153,9 +153,10 @@ def parameters(shapes: state.Params) -> state.Params:
 
 
 def _fill(shapes: state.TrainState) -> state.TrainState:
-  now = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  ema = None if shapes.ema is None else parameters(shapes.ema)
-  return dataclasses.replace(now, trained=parameters(shapes.trained), frozen=parameters(shapes.frozen), ema=ema)
+  made = {name: parameters(getattr(shapes, name)) for name in ("trained", "frozen")}
+  made["ema"] = None if shapes.ema is None else parameters(shapes.ema)
+  rest = dataclasses.replace(shapes, trained={}, frozen={}, ema=None)
+  return dataclasses.replace(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest), **made)
 
 
 def _plain(config: ConfigDict, model: ClipFlow, objective: Objective) -> Any:

@@ -127,14 +127,17 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> j
   """`attend` by cuDNN's fused kernel, through jax.nn. UserError unless q is of 16 bits: it has no other."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise UserError(f'kernel cudnn computes in bfloat16, not {q.dtype}; set model.dtype="bfloat16" or kernel="xla"')
-  b, queries = q.shape[:2]
+  (b, queries), keys = q.shape[:2], k.shape[1]
+  lengths = None
   if mask is not None:
-    mask = jnp.broadcast_to(mask, (b, queries, k.shape[1]))[:, None]
-    # Beside a mask, its backward pass takes none but even lengths.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), *((0, size % 2) for size in mask.shape[2:])))
-  out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-  return out[:, :queries].reshape(b, queries, -1)
+    mask = jnp.broadcast_to(mask, (b, queries, keys))[:, None]
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
+  elif keys % 2:
+    lengths = jnp.full(b, keys, jnp.int32)  # a mask of keys that costs less than one in full
+  # Its backward pass takes none but even lengths.
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)[:, :queries].reshape(b, queries, -1)
 
 
 def splash(
