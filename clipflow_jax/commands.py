@@ -143,7 +143,7 @@ def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
   rest = [name for name in chosen if name not in by_clip]
   found = {}
   if by_clip:
-    model = _load(options.workdir, options.weights)
+    model = _load(options.workdir, options.weights).spread()
     found = folders.compare_by_clip(by_clip, options.real, options.fake, model)
   if rest:
     using = folders.extractors(
@@ -171,7 +171,7 @@ def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
   unknown = [name for name in names if name not in known]
   if unknown:
     raise UserError(f"there is no task {unknown[0]!r} in {options.config}; there are {', '.join(known)}")
-  model = _load(options.workdir, options.weights)
+  model = _load(options.workdir, options.weights).spread()
   source = mixture.shown(model.config.data.source) if "data" in model.config else None
   run = suite.Run(model, options.workdir / "evaluation", source, config.seed, config.resamples)
   found = results.write(run, suite.evaluate(run, {name: known[name] for name in names}))
@@ -390,7 +390,7 @@ def _report(workdir: Path, weights: str = "", *, n: int, per_category: int, seed
   from clipflow_jax.evaluation import bars, report
   from clipflow_jax.training import stages
 
-  model = _load(workdir, weights)
+  model = _load(workdir, weights).spread()
   print(f"evaluating on {n} pictures")
   source = mixture.shown(model.config.data.source)
   shown: tuple[bars.Bar, ...] = ()

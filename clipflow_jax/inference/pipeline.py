@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
@@ -25,6 +27,8 @@ from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow as Model
+from clipflow_jax.parallel import distributed, sharding
+from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.state import Params
 
@@ -73,6 +77,14 @@ class ClipFlow:
     fields = with_vocabulary(config.model.to_dict(), len(chat.tokenizer))
     model = Model(**fields | dict(kernel="xla"))  # what trained it may not be here
     return cls(model, jax.device_put(params), chat, config, read.step, batch_size)
+
+  def spread(self) -> ClipFlow:
+    """Itself, with a copy of the parameters on every device: each batch is then cut over them.
+
+    What is computed is the same to rounding.
+    """
+    self.params = jax.device_put(self.params, NamedSharding(meshes.make(dict(data=-1)), sharding.spec()))
+    return self
 
   # Drawing.
 
@@ -389,15 +401,26 @@ class ClipFlow:
     if not parts[part]:
       raise UserError(f"this checkpoint has no {part}, so it cannot {verb}; train a stage that has one")
 
+  def _rows_lie(self) -> tuple[NamedSharding | None, int]:
+    """Where a batch's rows lie, if the parameters are on a mesh, and into how many parts its devices cut them."""
+    place = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
+    if not isinstance(place, NamedSharding):
+      return None, 1
+    parts = math.prod(place.mesh.shape[axis] for axis in sharding.LOGICAL["batch"])
+    return NamedSharding(place.mesh, sharding.spec("batch")), parts
+
   def _batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
     """run(params, *items, *constant) over items' first axis in padded batches of one size, jitted once per shape."""
     jitted = self._compiled.setdefault(name, jax.jit(run))
+    rows, parts = self._rows_lie()
     n = jax.tree.leaves(items)[0].shape[0]
-    size = min(self.batch_size, len(padded(n)))
+    size = -(-min(self.batch_size, len(padded(n))) // parts) * parts
     outputs = []
     for start in range(0, n, size):
       part = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is filled with its last item
       batch = jax.tree.map(lambda x, part=part: x[part], items)
+      if rows is not None:
+        batch = jax.tree.map(lambda x: distributed.place(x, rows), batch)
       made = jitted(self.params, *batch, *constant)
       outputs.append(multihost_utils.process_allgather(made, tiled=True)[: n - start])  # whole, on every process
     if not outputs:

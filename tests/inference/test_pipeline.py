@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -326,3 +330,28 @@ def test_a_part_that_is_not_there_is_named(model, pictures):
 def test_sampling_that_cannot_be_is_refused(wrong, what):
   with pytest.raises(UserError, match=what):
     Sampling(**wrong)
+
+
+ON_FOUR = """
+import sys, jax, numpy as np
+from clipflow_jax.inference.pipeline import ClipFlow
+assert jax.device_count() == 4
+model = ClipFlow.from_checkpoint(sys.argv[1]).spread()
+pictures = np.load(sys.argv[2])
+seen = model.embed_image(pictures)
+rows, parts = model._rows_lie()
+assert parts == 4 and rows.shard_shape((8, 1)) == (2, 1)
+np.savez(sys.argv[3], seen=seen, drawn=model.draw_features(["red", "a star", "blue"], steps=2, seed=3))
+"""
+
+
+def test_batches_are_cut_over_devices_and_give_the_same(loaded, trained, pictures, tmp_path):
+  np.save(tmp_path / "pictures.npy", pictures)
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  command = [sys.executable, "-c", ON_FOUR, str(trained), str(tmp_path / "pictures.npy"), str(tmp_path / "found.npz")]
+  done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  with np.load(tmp_path / "found.npz") as found:
+    np.testing.assert_allclose(found["seen"], loaded.embed_image(pictures), atol=1e-5)
+    drawn = loaded.draw_features(["red", "a star", "blue"], steps=2, seed=3)
+    np.testing.assert_allclose(found["drawn"], drawn, atol=1e-4)
