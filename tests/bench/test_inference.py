@@ -25,8 +25,8 @@ DRAWER = dict(queries=3, width=16, layers=1, heads=2, mlp=24)
 
 
 def test_words_are_written_and_counted_once_each():
-  work = inference.decode(told("decode", model=MODEL, rows=2, prompt=4, new=3, weights=""))
-  assert work.run().shape == (2, 3) and work.counts == {"tokens": 6.0}
+  work = inference.decode(told("decode", model=MODEL, rows=2, prompt=4, new=3, weights="int8"))
+  assert work.run().shape == (2, 3) and work.counts == {"tokens": 6.0} and "int8" in work.about
   # Of 4 + 3 slots and 3 logits a row, the products of two layers 32 wide; attention comes on top.
   layer = 32 * (2 * 16 * 2 + 1 * 16 * 2) + 3 * 32 * 48
   least = 2 * 2 * ((4 + 3) * 2 * layer + (1 + 3) * 32 * 50)
