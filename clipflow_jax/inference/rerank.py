@@ -1,7 +1,7 @@
 """Best of N: candidates are drawn as features and judged as features; only the best becomes pixels.
 
 The model reads the features it draws, so judging costs a read, not a decoding (Scale-RAE, 2026, calls it latent
-test-time scaling).
+test-time scaling). CLIP alone may have to look at pictures: where the features are not all that it reads.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ def draw(model: ClipFlow, prompts: Sequence[str], n: int, *, judge: str = "capti
     raise UserError(f"the best of {n} candidates is none; choose 1 or more")
   if judge not in JUDGES:
     raise UserError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
-  if judge == "clip":
-    check_clip(model.model)
   repeated = [prompt for prompt in prompts for _ in range(n)]
   features = model.draw_features(repeated, **sampling)
   scores = JUDGES[judge](model, features, repeated)
@@ -66,8 +64,12 @@ def by_yes(model: ClipFlow, features: np.ndarray, prompts: Sequence[str]) -> np.
 
 
 def by_clip(model: ClipFlow, features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-  """f32[N]: cosine of each drawing and its prompt in CLIP's space."""
-  return np.sum(embed_features(model.model, model.params, features) * model.embed_text(prompts), axis=1)
+  """f32[N]: cosine of each drawing and its prompt in CLIP's space; of what `clip_reads` not, each is decoded for it."""
+  if clip_reads(model.model):
+    seen = embed_features(model.model, model.params, features)
+  else:
+    seen = model.embed_image(model.decode(features))
+  return np.sum(seen * model.embed_text(prompts), axis=1)
 
 
 JUDGES: dict[str, Callable[[ClipFlow, np.ndarray, Sequence[str]], np.ndarray]] = {
@@ -77,20 +79,15 @@ JUDGES: dict[str, Callable[[ClipFlow, np.ndarray, Sequence[str]], np.ndarray]] =
 }
 
 
-def check_clip(model: Model) -> None:
-  """UserError where the features are not of the last layer alone, or lack what the embedding is made of."""
+def clip_reads(model: Model) -> bool:
+  """Whether the features are what CLIP's embedding is made of: its last layer's, of every token that it pools."""
   tower = model.clip["vision"]
-  if tuple(tower.get("feature_layers", ())) != (tower["layers"],) and tower["layers"] != 1:
-    raise UserError(
-      "CLIP reads its last layer alone, and this model's features are of several; judge by caption or yes"
-    )
-  if tower.get("pooling", "mean") == "class" or tower.get("feature_pool", 1) != 1:
-    raise UserError("CLIP reads more of its last layer than this model's features keep; judge by caption or yes")
+  last = tuple(tower.get("feature_layers", ())) == (tower["layers"],) or tower["layers"] == 1
+  return last and tower.get("pooling", "mean") != "class" and tower.get("feature_pool", 1) == 1
 
 
 def embed_features(model: Model, params: Any, features: np.ndarray) -> np.ndarray:
-  """CLIP embeddings f32[N,E] of standardised features f32[N,T,C], by what the tower does after its last layer."""
-  check_clip(model)
+  """CLIP embeddings f32[N,E] of standardised features f32[N,T,C] that `clip_reads`, by what its tower does last."""
   tower = model.clip["vision"]
   eps = tower.get("norm_eps", 1e-6)
   held = params["clip_model"]["vision_tower"]

@@ -48,8 +48,6 @@ def test_what_cannot_be_judged_is_told_before_anything_is_drawn():
     rerank.draw(None, ["a"], 2, judge="me")
   with pytest.raises(UserError, match="the best of 0 candidates is none"):
     rerank.draw(None, ["a"], 0)
-  with pytest.raises(UserError, match="features are of several"):
-    rerank.draw(types.SimpleNamespace(model=vision()), ["a"], 2, judge="clip")
 
 
 def vision(**fields):
@@ -72,11 +70,18 @@ def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields)
   np.testing.assert_allclose(rerank.embed_features(model, params, features), wanted, atol=1e-5)
 
 
-def test_features_that_clip_cannot_read_are_told():
-  with pytest.raises(UserError, match="features are of several; judge by caption or yes"):
-    rerank.embed_features(vision(), None, None)
-  with pytest.raises(UserError, match="more of its last layer than"):
-    rerank.embed_features(vision(feature_layers=(2,), pooling="class"), None, None)
+def test_clip_looks_at_pictures_where_the_features_are_not_what_it_reads():
+  assert rerank.clip_reads(vision(feature_layers=(2,)))
+  assert not rerank.clip_reads(vision(feature_layers=(2,), pooling="class"))
+  directions = {"up": [0.0, 1.0], "right": [1.0, 0.0]}
+  model = types.SimpleNamespace(
+    model=vision(),  # whose features are of both layers
+    decode=lambda features: 10 * features,
+    embed_image=lambda pictures: pictures[:, 0] / np.linalg.norm(pictures[:, 0], axis=1, keepdims=True),
+    embed_text=lambda texts: np.array([directions[text] for text in texts]),
+  )
+  features = np.array([[[3.0, 4.0]], [[3.0, 4.0]]])
+  np.testing.assert_allclose(rerank.by_clip(model, features, ["up", "right"]), [0.8, 0.6])
 
 
 def test_the_pipeline_decodes_the_best_of_its_candidates(trained):
