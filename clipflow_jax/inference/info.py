@@ -54,14 +54,18 @@ def describe_config(config: ConfigDict) -> str:
 
 
 def _parameters(stage: ConfigDict) -> dict[str, tuple[int, int]]:
-  """{top-level module: (trained, all)} in numbers of parameters."""
   params = _shapes(stage.model.to_json_best_effort(sort_keys=True))
   scales = state.multipliers(params, stage.train)
+  return by_part((name, math.prod(leaf.shape), scales[name] > 0) for name, leaf in state.flatten(params).items())
+
+
+def by_part(leaves: Iterable[tuple[str, int, bool]]) -> dict[str, tuple[int, int]]:
+  """{top-level module: (trained, all)} in numbers of parameters. leaves: (path, size, whether it is trained)."""
   counts: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-  for name, leaf in state.flatten(params).items():
-    part, size = name.split("/")[0], math.prod(leaf.shape)
-    trained, total = counts[part]
-    counts[part] = (trained + (size if scales[name] else 0), total + size)
+  for path, size, trains in leaves:
+    part = path.split("/")[0]
+    trained, whole = counts[part]
+    counts[part] = (trained + size * trains, whole + size)
   return dict(counts)
 
 

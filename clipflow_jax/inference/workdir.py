@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
@@ -14,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference.info import table
+from clipflow_jax.inference.info import by_part, table
 from clipflow_jax.training import checkpoint, stages, state
 from clipflow_jax.webpage import number
 
@@ -169,14 +168,12 @@ def _leaves(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 
 def _parameters(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-  """{top-level module: (trained, all)} in numbers of parameters."""
-  counts: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-  for field in ("trained", "frozen"):
-    for name, leaf in state.flatten(shapes.get(field) or {}).items():
-      part, size = name.split("/")[0], math.prod(getattr(leaf, "shape", ()))
-      trained, whole = counts[part]
-      counts[part] = (trained + (size if field == "trained" else 0), whole + size)
-  return dict(sorted(counts.items()))
+  leaves = (
+    (path, math.prod(getattr(leaf, "shape", ())), field == "trained")
+    for field in ("trained", "frozen")
+    for path, leaf in state.flatten(shapes.get(field) or {}).items()
+  )
+  return dict(sorted(by_part(leaves).items()))
 
 
 def _places(saved: Any) -> Iterator[int]:
