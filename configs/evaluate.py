@@ -77,12 +77,21 @@ GENERATION = dict(
   ),
 )
 
+# Benchmarks of prompts: GenEval's evaluation_metadata.jsonl and a detector of yours, module:function; DPG-Bench's
+# prompts with their questions, four pictures of each, answered by the model itself. Reports are of published detectors
+# and judges (Mask2Former, mPLUG-large): with others numbers compare among your own models alone.
+PROMPTS = dict(
+  geneval=dict(kind="drawn", judge="detector", detector="", prompts="", times=4, n=0),
+  dpg=dict(kind="drawn", judge="questions", prompts="", times=4, n=0),
+)
+
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: table=shapes, understanding or generation."""
   table = presets.arguments(arg, table="shapes").table
   drawn = dict(kind="distance", reference="", inception="", dinov2="", **SAMPLING)
   generation = {name: drawn | task for name, task in GENERATION.items()}
+  generation |= {name: SAMPLING | task for name, task in PROMPTS.items()}
   tables = dict(shapes=SHAPES, understanding=UNDERSTANDING, generation=generation)
   if table not in tables:
     raise UserError(f"table {table!r} is unknown; choose one of {', '.join(tables)}")

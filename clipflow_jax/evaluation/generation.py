@@ -82,7 +82,9 @@ class Detected(Drawn):
     self.detector = detector
 
   def _judge(self, images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
-    verdicts = [geneval.right(item.more, found) for item, found in zip(items, self.detector(images), strict=True)]
+    verdicts = [
+      geneval.right(item.more, found, item.category) for item, found in zip(items, self.detector(images), strict=True)
+    ]
     return [
       Answer({"correct": float(good)}, why or "right", item.question)
       for (good, why), item in zip(verdicts, items, strict=True)
@@ -115,9 +117,6 @@ def by_questions(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list
   """
 
   def judge(images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
-    for item in items:
-      if not item.more.get("questions"):
-        raise UserError(f"item {item.id} has no questions to be judged by")
     lists = [list(item.more["questions"]) for item in items]
     counts = [len(questions) for questions in lists]
     asked = [question for questions in lists for question in questions]

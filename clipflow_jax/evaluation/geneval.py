@@ -19,6 +19,8 @@ from clipflow_jax.evaluation import compositional
 from clipflow_jax.evaluation.items import Item
 
 _APART = 0.1  # of both extents together: objects nearer than that are in no direction from each other
+_SURE, _SURE_TO_COUNT = 0.3, 0.9  # the score above which an object is there, and where the prompt is about how many
+_MOST = 16  # objects of a name that count
 TAGS = {
   "one": "single_object",
   "two": "two_object",
@@ -32,14 +34,15 @@ TAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """One object in a picture. box: left, top, right, bottom in any one unit, rows counted downwards."""
+  """One object in a picture. box: left, top, right, bottom in any one unit, rows counted downwards. score: 0 to 1."""
 
   name: str
   box: tuple[float, float, float, float]
   colour: str | None = None
+  score: float = 1.0
 
 
-# u8[n,H,W,3] -> the objects of each picture, the surest first. What is too unsure to count is the detector's business.
+# u8[n,H,W,3] -> the objects of each picture, in any order. Which of them are sure enough is `right`'s to say.
 Detector = Callable[[np.ndarray], Sequence[Sequence[Detection]]]
 
 
@@ -72,13 +75,15 @@ def _box(place: int, side: int) -> tuple[float, float, float, float]:
   return columns.start, rows.start, columns.stop, rows.stop
 
 
-def right(wanted: Mapping[str, Any], found: Sequence[Detection]) -> tuple[bool, str]:
+def right(wanted: Mapping[str, Any], detected: Sequence[Detection], category: str = "") -> tuple[bool, str]:
   """(whether a picture with these objects is what is wanted, else why not), as GenEval's script judges.
 
   wanted: {"include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier entry]}], "exclude":
   [{"class", "count"}]}: at least `count` of what is included, of that colour, and fewer than `count` of what is
-  excluded. Source: Ghosh et al. 2023, evaluate_images.py.
+  excluded. category: of the prompt, of TAGS' values. Source: Ghosh et al. 2023, evaluate_images.py.
   """
+  sure = _SURE_TO_COUNT if category == TAGS["counting"] else _SURE
+  found = [thing for thing in sorted(detected, key=lambda one: -one.score) if thing.score > sure]
   groups: list[Sequence[Detection] | None] = []
   wrong = []
   for entry in wanted.get("include", []):
@@ -87,7 +92,7 @@ def right(wanted: Mapping[str, Any], found: Sequence[Detection]) -> tuple[bool, 
     groups.append(None if why else things)
     wrong += [why] if why else []
   for entry in wanted.get("exclude", []):
-    count = sum(thing.name == entry["class"] for thing in found)
+    count = min(_MOST, sum(thing.name == entry["class"] for thing in found))
     if count >= entry["count"]:
       wrong.append(f"{count} {entry['class']}, fewer than {entry['count']} wanted")
   return not wrong, "; ".join(wrong)

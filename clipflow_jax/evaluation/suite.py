@@ -234,6 +234,10 @@ def drawn(
     raise UserError(f"task {name}: judge {judge!r} is unknown; choose one of {', '.join(judges)}")
   found = geneval.make_detector(detector) if judge == "detector" else None
   each = _prompts(run, prompts, n, shapes=judge == "detector")
+  if judge == "questions" and (mute := [item.id for item in each if not item.more.get("questions")]):
+    raise UserError(
+      f"task {name}: prompt {mute[0]} has no questions to be judged by: --config.tasks.{name}.prompts=FILE"
+    )
   asked = [dataclasses.replace(item, id=f"{item.id}#{time}") for item in each for time in range(times)]
   sampling = dict(guidance=guidance, steps=steps) | (dict(best_of=best_of, judge=best_by) if best_of > 1 else {})
   drawer = generation.Drawer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import types
@@ -180,6 +181,7 @@ def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
     (dict(kind="drawn", judge="me"), "judge 'me' is unknown"),
     (dict(kind="drawn", judge="detector", detector="yolo"), "detector 'yolo' is unknown"),
     (dict(kind="drawn", judge="detector", detector="no.such:make"), "detector 'no.such:make' cannot be had"),
+    (dict(kind="drawn", judge="questions", prompts=""), "task x: prompt .* has no questions to be judged by"),
     (dict(kind="distance", inception="here"), "task x needs reference"),
     (dict(kind="captions", data="nowhere"), "there is no folder nowhere"),
     (dict(kind="drawn", prompts="nowhere.txt"), "cannot read the prompts nowhere.txt"),
@@ -315,6 +317,17 @@ def test_relations_are_told_by_where_the_boxes_middles_lie(a, b, wanted):
 )
 def test_pictures_are_judged_as_by_genevals_script(wanted, found, why):
   assert geneval.right(wanted, found) == (not why, why)
+
+
+def test_what_is_less_sure_than_genevals_script_asks_is_not_there():
+  things = [dataclasses.replace(at("cat", 30 * i, 0), score=score) for i, score in enumerate((0.2, 0.5, 0.95))]
+  one, two = (dict(include=[{"class": "cat", "count": count}]) for count in (1, 2))
+  assert geneval.right(two, things, "two_object") == (True, "")
+  assert geneval.right(two, things, "counting") == (False, "1 cat, 2 wanted")
+  assert geneval.right(one, things, "counting") == (True, "")
+  assert geneval.right(one, things[:1], "single_object") == (False, "0 cat, 1 wanted")
+  blue = dataclasses.replace(at("cat", 90, 0, "blue"), score=0.99)
+  assert geneval.right(dict(include=[{"class": "cat", "count": 1, "color": "blue"}]), [*things, blue])[0]  # the surest
 
 
 def test_prompts_about_shapes_want_in_genevals_words_what_they_say():
