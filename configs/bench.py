@@ -7,10 +7,10 @@ from ml_collections import ConfigDict
 from clipflow_jax.errors import UserError
 from configs import blip3o, hardware, models, presets
 
-# How each size computes: on a CPU layers are not looped over, which costs it as much as small layers do.
+# How each size computes. None loops over its layers: what they keep would be stacked, which costs as much as they do.
 SIZES: dict[str, dict[str, Any]] = {
-  "cpu": dict(dtype="float32", kernel="xla", unroll=True),
-  "h100": dict(dtype="bfloat16", kernel="cudnn", unroll=False),
+  "cpu": dict(dtype="float32", kernel="xla"),
+  "h100": dict(dtype="bfloat16", kernel="cudnn"),
 }
 ADAMW = dict(name="adamw", learning_rate=1e-4, warmup=10, clip=1.0)
 
@@ -122,8 +122,7 @@ def get_config(arg: str = "generation") -> ConfigDict:
 
 
 def _stage(name: str, size: str, model: dict[str, Any], weights: dict[str, float], **fields: Any) -> ConfigDict:
-  numerics = {key: value for key, value in SIZES[size].items() if key != "unroll"}
-  config = presets.stage(name, model=model | numerics, optimizer=dict(ADAMW), steps=1000, **fields)
+  config = presets.stage(name, model=model | SIZES[size], optimizer=dict(ADAMW), steps=1000, **fields)
   config.objective.weights = weights
   config.tokenizer.vocabulary = model.get("transformer", model["clip"].get("text"))["vocabulary"]
   config.frozen_dtype = SIZES[size]["dtype"]
@@ -134,15 +133,15 @@ def _stage(name: str, size: str, model: dict[str, Any], weights: dict[str, float
 
 def _generation(size: str) -> dict[str, ConfigDict]:
   """The separate drawer, as BLIP3-o trains it, and the shared way with a flow expert of the same width."""
-  shape, unroll = GENERATION[size], SIZES[size]["unroll"]
+  shape = GENERATION[size]
   drawer = shape["drawer"]
   ways = {}
   shared = dict(flow_width=drawer["width"], flow_mlp=drawer["mlp"])
   for way, more, own in (("dit", {}, drawer), ("shared", shared, None)):
-    model = dict(clip=dict(vision=shape["tower"]), transformer=shape["text"] | dict(unroll=unroll) | more)
+    model = dict(clip=dict(vision=shape["tower"]), transformer=shape["text"] | dict(unroll=True) | more)
     model["prediction"] = "v"
     if own:
-      model["drawer"] = own | dict(unroll=unroll)
+      model["drawer"] = own | dict(unroll=True)
     train = tuple(row for row in presets.trains(flow=1.0) if row[0] != presets.DECODER)
     config = _stage("generation", size, model, dict(flow=1.0), train=train)
     config.objective.stop_text = True
@@ -155,7 +154,7 @@ def _generation(size: str) -> dict[str, ConfigDict]:
 def _understanding(size: str) -> dict[str, ConfigDict]:
   shape = UNDERSTANDING[size]
   tower = shape["tower"] | dict(layers=1, embedding=0)  # its features are cached
-  model = dict(clip=dict(vision=tower), transformer=shape["text"] | dict(unroll=SIZES[size]["unroll"]))
+  model = dict(clip=dict(vision=tower), transformer=shape["text"] | dict(unroll=True))
   config = _stage("understanding", size, model, dict(language=1.0), train=presets.trains(text=1.0))
   if size != "cpu":
     config.objective.vocabulary_chunk = 256
@@ -165,7 +164,7 @@ def _understanding(size: str) -> dict[str, ConfigDict]:
 
 def _contrastive(size: str) -> dict[str, ConfigDict]:
   shape = CONTRASTIVE[size]
-  each = dict(activation="quick_gelu", unroll=SIZES[size]["unroll"])
+  each = dict(activation="quick_gelu", unroll=True)
   vision = shape["tower"] | each | dict(has_class=True, patch_bias=False, in_norm=True, pooling="class")
   text = shape["text"] | each | dict(pooling="end")
   config = _stage("contrastive", size, dict(clip=dict(vision=vision, text=text)), dict(contrastive=1.0))
@@ -195,9 +194,9 @@ def _decode(size: str) -> dict[str, dict[str, Any]]:
 
 def _draw(size: str) -> dict[str, dict[str, Any]]:
   """Features of 64 pictures by BLIP3-o's drawer. Of its language model two layers stay: they are not what is timed."""
-  shape, unroll = GENERATION[size], SIZES[size]["unroll"]
+  shape = GENERATION[size]
   text = shape["text"] | dict(vocabulary=2048, layers=2)
-  model = dict(clip=dict(vision=shape["tower"]), transformer=text, drawer=shape["drawer"] | dict(unroll=unroll))
+  model = dict(clip=dict(vision=shape["tower"]), transformer=text, drawer=shape["drawer"] | dict(unroll=True))
   model |= dict(prediction="v", shift_scale=0.0, dtype=SIZES[size]["dtype"])
   return {"dit": dict(model=model, rows=64, prompt=64, steps=30, guidance=3.0)}
 

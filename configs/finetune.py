@@ -38,7 +38,7 @@ DRAWER = r"separate_drawer/layers/(attention/((own|cross)/(query|key|value)|out)
 def get_config(arg: str = "") -> ConfigDict:
   """arg: see above; without `from` the model of the quickstart, untrained, without `data` the built-in shapes.
 
-  batch: rows of a step. hardware: of `hardware.make`, its mesh, environment, remat and kernel.
+  batch: rows of a step. hardware: of `hardware.make`, its mesh, environment, remat, unrolling and kernel.
   """
   given = {"from": "", "data": "", "mode": "full", "task": "both", "base": "nf4", "hardware": ""}
   options = presets.arguments(arg, rank=16, alpha=32.0, tile=64, batch=16, **given)
@@ -123,6 +123,4 @@ def _place(config: ConfigDict, name: str) -> None:
   rows = -(-config.data.batch_size // found.devices) * found.devices
   config.data.update(batch_size=rows, shards=found.devices, bins=rows)
   if config.model.get("dtype") == "bfloat16":
-    from clipflow_jax.training.plan import with_values
-
-    config.model = ConfigDict(with_values(config.model.to_dict(), kernel=found.kernel, remat=found.remat))
+    presets.computed_on(found, config.model)

@@ -142,7 +142,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
 
   model: of `models.MODELS`. It brings full rows, and AdamW's rates for weights that are there already. hardware: of
-  `hardware.make`: its mesh, per-chip batch, remat, kernel and environment. from, tower: workdirs of an imported
+  `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower: workdirs of an imported
   language model and of an imported tower, to start from (`warm.start`, `warm.tower`). UserError for what is not there.
   """
   options = arguments(arg, model="tiny", hardware="", tower="", **{"from": ""})
@@ -175,11 +175,21 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     config.data.shards = found.devices  # whatever the number of processes, each reads whole parts, and nothing twice
     config.hang_timeout = 1800.0
     if options.model != "tiny":
-      config.model.kernel = found.kernel
-      clip = config.model.clip
-      for part in (clip.vision, clip.text, config.model.transformer, config.model.pixel_decoder):
-        part.remat = found.remat
+      computed_on(found, config.model)
   return config
+
+
+def computed_on(found: hardware.Hardware, model: ConfigDict) -> None:
+  """Sets how a model's attention and its stacks are computed."""
+  model.kernel = found.kernel
+  clip = model.clip
+  for part in (
+    clip.vision,
+    clip.get("text"),
+    *(model.get(name) for name in ("transformer", "drawer", "pixel_decoder")),
+  ):
+    if part:
+      part.update(remat=found.remat, unroll=found.unroll)
 
 
 def _tokens_of_row(config: ConfigDict) -> int:

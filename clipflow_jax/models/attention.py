@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import Mask, Reach, attend, attend_beside
 from clipflow_jax.models.layers import Linear, RMSNorm, scaled_init
-from clipflow_jax.models.rotary import frequencies
+from clipflow_jax.models.rotary import frequencies, turn
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -43,11 +43,7 @@ def rotate(
   speeds, factor = frequencies(half, theta, scaling)
   axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
   angles = jnp.take(positions, axis, axis=-1).astype(jnp.float32) * speeds  # [B,S,k/2]
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-  if factor != 1:
-    cos, sin = cos * factor, sin * factor
-  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  return turn(x, angles, factor=factor, halves=True)
 
 
 def sight(kernel: str, segments: jax.Array, order: jax.Array) -> Mask:

@@ -30,13 +30,14 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def remat(body: Callable, policy: str) -> Callable:
+def remat(body: Callable, policy: str, unroll: bool) -> Callable:
   """The body of an `nn.scan` over layers under a policy of POLICIES. UserError when there is none of that name."""
   if policy not in POLICIES:
     raise UserError(f"remat {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
   if policy == "none":
     return body
-  return nn.remat(body, prevent_cse=False, policy=POLICIES[policy])  # a scan already keeps its body from being merged
+  # A loop already keeps the work done twice from being merged into the work done once.
+  return nn.remat(body, prevent_cse=unroll, policy=POLICIES[policy])
 
 
 def scan(body: Callable, layers: int, policy: str, unroll: bool = False) -> Callable:
@@ -45,4 +46,5 @@ def scan(body: Callable, layers: int, policy: str, unroll: bool = False) -> Call
   So are their intermediates, where a caller of `apply` asks for these.
   """
   axes = {"params": 0, "intermediates": 0}
-  return nn.scan(remat(body, policy), variable_axes=axes, split_rngs={"params": True}, length=layers, unroll=unroll)
+  body = remat(body, policy, unroll)
+  return nn.scan(body, variable_axes=axes, split_rngs={"params": True}, length=layers, unroll=unroll)

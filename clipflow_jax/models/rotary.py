@@ -34,16 +34,18 @@ def grid_angles(rows: int, columns: int, dim: int, step: float = 1.0, *, in_turn
   return (angles.swapaxes(1, 2) if in_turn else angles).reshape(rows * columns, dim // 2)
 
 
-def turn(x: jax.Array, angles: jax.Array, *, halves: bool = False) -> jax.Array:
-  """x f[B,S,h,k] with pairs of channels turned by their angles f32[S,k/2] (Su et al. 2021).
+def turn(x: jax.Array, angles: jax.Array, *, factor: float = 1.0, halves: bool = False) -> jax.Array:
+  """x f[B,S,h,k] with pairs of channels turned by their angles, f32[S,k/2] or f32[B,S,k/2] (Su et al. 2021).
 
-  A pair is two neighbours, as it was written, or with `halves` one of each half, as in Llama.
+  A pair is two neighbours, as it was written, or with `halves` one of each half, as in Llama. factor: on the result.
   """
   axis = -2 if halves else -1
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((2, -1) if halves else (-1, 2)))
-  a, b = jnp.moveaxis(pairs, axis, 0)
-  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-  return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=axis).reshape(x.shape).astype(x.dtype)
+  angles = jnp.expand_dims(angles[..., None, :], axis)
+  sign = jnp.expand_dims(jnp.array([-1.0, 1.0]), -3 - axis)
+  # (a cos - b sin, b cos + a sin), as what a compiler makes into one pass: nothing is taken apart and put together.
+  turned = pairs * (factor * jnp.cos(angles)) + jnp.flip(pairs, axis) * (factor * jnp.sin(angles) * sign)
+  return turned.reshape(x.shape).astype(x.dtype)
 
 
 def _linear(plain: jax.Array, theta: float, scaling: Mapping[str, Any]) -> tuple[jax.Array, float]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.models.layers import flat_rows
+from clipflow_jax.models.layers import flat_rows, wide_product
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -64,7 +64,7 @@ def predict_next(
 
 def _predict(matrix, axes, hidden, targets, weights) -> Predicted:
   """hidden f[B,s,D], targets i32[B,s], weights f32[B,s]."""
-  logits = jnp.matmul(flat_rows(hidden), matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  logits = wide_product(flat_rows(hidden), matrix)
   logits = shard(logits.reshape(*targets.shape, -1), *axes, "vocabulary")
   taken = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   log_sum = jax.nn.logsumexp(logits, axis=-1)

@@ -16,8 +16,8 @@ from clipflow_jax.models.transformer import Stack
 X = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
 
 
-def stack(policy: str) -> nn.Module:
-  return Stack(2, dict(mlp=24, heads=2, kv_heads=1, head_dim=8), remat=policy, keep_kv=False)
+def stack(policy: str, unroll: bool = False) -> nn.Module:
+  return Stack(2, dict(mlp=24, heads=2, kv_heads=1, head_dim=8), remat=policy, unroll=unroll, keep_kv=False)
 
 
 def encoder(policy: str) -> nn.Module:
@@ -52,6 +52,14 @@ def test_every_policy_has_the_same_loss_and_gradients(make: Any):
   assert products["full"] > products["minimal"] > products["dots"] > products["none"]
 
 
+@pytest.mark.parametrize("unroll", [True, False])
+def test_what_is_done_twice_is_kept_apart_where_no_loop_does_it(unroll: bool):
+  module, positions = stack("full", unroll), jnp.zeros((2, 6, 3), jnp.int32)
+  params = module.init(jax.random.key(0), X, positions, None)
+  loss = lambda params: module.apply(params, X, positions, None)[0].sum()  # noqa: E731
+  assert f"prevent_cse={unroll}" in str(jax.make_jaxpr(jax.grad(loss))(params))
+
+
 def test_an_unknown_policy_is_an_error():
   with pytest.raises(UserError, match="remat 'some' is unknown; choose one of none, dots, minimal, offload, full"):
-    remat(lambda: None, "some")
+    remat(lambda: None, "some", False)
