@@ -82,9 +82,19 @@ def make(settings: Mapping[str, Any], split: str, features: str = "") -> tuple[P
   One source: `kind` and the fields of its class, and those of Part. Several: kind="mixture", and every other key is a
   source's name with such settings of its own. UserError, which names the source, for settings that do not fit.
   """
-  settings = dict(settings)
+  return tuple(_part(name, own, split, features) for name, own in _named(settings).items())
+
+
+def wording(settings: Mapping[str, Any]) -> str:
+  """How `config.data.source` asks for a picture of CAPTION: the first phrasing of the first source that is drawn."""
+  drawn = (own for own in _named(settings).values() if "draw" in ROLES[own.get("role", Part.role)])
+  return next((own.get("draw", Part.draw)[0] for own in drawn), CAPTION)
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """{name: settings of its own} of the sources. UserError where one has none."""
   if settings.get("kind") != "mixture":
-    return (_part("data.source", settings, split, features),)
+    return {"data.source": settings}
   named = {name: value for name, value in sorted(settings.items()) if name != "kind"}
   if not named:
     raise UserError("data.source is a mixture of nothing: give it sources, each a name with dict(kind=..., weight=...)")
@@ -92,7 +102,7 @@ def make(settings: Mapping[str, Any], split: str, features: str = "") -> tuple[P
     # A ConfigDict is no Mapping.
     if not isinstance(value, Mapping | ConfigDict) or value.get("kind") == "mixture":
       raise UserError(f"data.source.{name} is no source: in a mixture each key but kind is one, dict(kind=..., ...)")
-  return tuple(_part(f"data.source.{name}", value, split, features) for name, value in named.items())
+  return {f"data.source.{name}": value for name, value in named.items()}
 
 
 def _part(name: str, settings: Mapping[str, Any], split: str, features: str) -> Part:

@@ -16,9 +16,8 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
-from clipflow_jax.data import sequence
+from clipflow_jax.data import mixture, sequence
 from clipflow_jax.data.images import square
-from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
@@ -166,9 +165,9 @@ class ClipFlow:
 
   def prompt_rows(self, prompts: Sequence[str]) -> Batch:
     """The prompts as rows that end in a picture to draw, worded as the run's data words them."""
-    blank, wording = self._blank(), self.config.data.source.get("draw", ("{caption}",))[0]
+    blank, wording = self._blank(), mixture.wording(self.config.data.source)
     # What is drawn of no text was asked for by none.
-    texts = [wording.replace("{caption}", prompt) if prompt else "" for prompt in prompts]
+    texts = [wording.replace(mixture.CAPTION, prompt) if prompt else "" for prompt in prompts]
     return self.rows([sequence.drawn(text, blank) for text in texts])
 
   def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
@@ -192,7 +191,7 @@ class ClipFlow:
 
   def caption(self, images: np.ndarray, new: int = 64) -> list[str]:
     """A full description of each picture, of so many tokens at most."""
-    return self.answer(images, [DESCRIBE] * len(images), new)
+    return self.answer(images, [mixture.DESCRIBE] * len(images), new)
 
   def answer(self, images: np.ndarray, questions: Sequence[str], new: int = 64) -> list[str]:
     """An answer to one question about each picture, of so many tokens at most."""

@@ -179,6 +179,13 @@ def test_the_first_texts_are_of_all_parts_in_turn_without_the_bad_ones():
   assert len(list(mixture.texts(parts, 100))) == 2 + 5
 
 
+def test_a_run_asks_for_pictures_by_the_first_phrasing_of_its_first_source_that_is_drawn():
+  assert mixture.wording(SHAPES) == "{caption}"
+  assert mixture.wording(dict(SHAPES, draw=("draw {caption}", "{caption}!"))) == "draw {caption}"
+  parts = dict(a=dict(SHAPES, role="understand", draw=("never {caption}",)), b=dict(SHAPES, draw=["so {caption}"]))
+  assert mixture.wording(ConfigDict(dict(kind="mixture", **parts))) == "so {caption}"
+
+
 # Streams.
 
 
