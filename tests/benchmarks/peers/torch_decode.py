@@ -27,7 +27,7 @@ def make(told: dict[str, Any]) -> Work:
   )
   with torch.device(DEVICE):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-  model = model.to(getattr(torch, told["dtype"])).eval()
+  model = model.to(DEVICE, getattr(torch, told["dtype"])).eval()
   tokens = torch.randint(1, text["vocabulary"], (rows, told["prompt"]), device=DEVICE)
   mask = torch.ones_like(tokens)
   compiled = transformers.CompileConfig()

@@ -1,4 +1,7 @@
-"""torch-fidelity's Inception, on random weights: those that it is made for are a download."""
+"""torch-fidelity's Inception, on random weights: those that it is made for are a download.
+
+pip install --no-deps torch-fidelity: it asks for torchvision, which this network does without.
+"""
 
 from __future__ import annotations
 
