@@ -1,11 +1,13 @@
 """Whether memory stays flat: python -m tests.benchmarks.memory_over_steps [STEPS]
 
 Trains a pixel decoder of a few thousand parameters on a folder of pictures, decoded, captioned and batched as in any
-run, for so many steps (50,000), and prints the process's resident memory ten times on the way. Linux tells it.
+run, for so many steps (50,000), and prints ten times on the way the process's resident memory, which Linux tells, and
+how many Python objects are alive: where the first alone grows, no object is kept.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import tempfile
@@ -29,7 +31,8 @@ def main(steps: int) -> int:
 
     def look(model, config, params, chat, step, writer, due):
       found.append((step, resident("VmRSS") / MIB))
-      print(f"step {step:,}: {found[-1][1]:.0f} MiB", flush=True)
+      gc.collect()
+      print(f"step {step:,}: {found[-1][1]:.1f} MiB, {len(gc.get_objects()):,} objects", flush=True)
 
     logging.disable(logging.INFO)
     loop.train(config, Path(scratch) / "run", look)
