@@ -239,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--config", help="time the step of this config instead; --config.any.key=value overrides a key")
   sub.add_argument("--json", type=Path, help="also write the numbers to this file")
   sub.add_argument("--rounds", type=int, default=5, help="turns that each gets (default %(default)d)")
+  sub.add_argument("--apart", action="store_true", help="one after the other, where a device has no room for all")
   sub.add_argument("--peer", default="", help="another program that does the same: torch (in a checkout, installed)")
 
   sub = command(

@@ -285,7 +285,8 @@ def bench(options: argparse.Namespace) -> None:
   config = load_config(options.config or f"configs/bench.py:{options.subject},size={options.size}", options.overrides)
   ways = json.loads(config.to_json_best_effort())
   machine = report.machine()
-  found = frame.run(options.subject, ways.get("ways", {"step": ways}), peer=options.peer, rounds=options.rounds)
+  how = dict(peer=options.peer, rounds=options.rounds, apart=options.apart)
+  found = frame.run(options.subject, ways.get("ways", {"step": ways}), **how)
   numbers = {"subject": options.subject, "machine": machine} | report.numbers(found)
   print(report.table(numbers))
   if options.json:

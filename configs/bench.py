@@ -100,13 +100,9 @@ EVALUATE = {"cpu": 8, "h100": 128}  # pictures at once
 
 
 def get_config(arg: str = "generation") -> ConfigDict:
-  """arg: SUBJECT,size=SIZE,way=WAY -> ways, each a config. size: cpu (for a CPU of few cores) or h100.
-
-  way: that one alone, where a device has no room for all at once.
-  """
+  """arg: SUBJECT or SUBJECT,size=SIZE -> ways, each a config. size: cpu (for a CPU of few cores) or h100."""
   subject, _, rest = arg.partition(",")
-  options = presets.arguments(rest, size="cpu", way="")
-  size, way = options.size, options.way
+  size = presets.arguments(rest, size="cpu").size
   ways = {"generation": _generation, "understanding": _understanding, "contrastive": _contrastive}
   ways |= {"data": _data, "decode": _decode, "draw": _draw, "evaluate": _evaluate}
   if subject not in ways:
@@ -115,10 +111,7 @@ def get_config(arg: str = "generation") -> ConfigDict:
     raise UserError(
       f"bench size {size!r} is unknown; there are {', '.join(SIZES)}, or give a stage's config with --config"
     )
-  found = ways[subject](size)
-  if way and way not in found:
-    raise UserError(f"bench {subject} has no way {way!r}; there are {', '.join(found)}")
-  return ConfigDict(dict(ways={way: found[way]} if way else found))
+  return ConfigDict(dict(ways=ways[subject](size)))
 
 
 def _stage(name: str, size: str, model: dict[str, Any], weights: dict[str, float], **fields: Any) -> ConfigDict:

@@ -142,8 +142,9 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
 
   model: of `models.MODELS`. It brings full rows, and AdamW's rates for weights that are there already. hardware: of
-  `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower: workdirs of an imported
-  language model and of an imported tower, to start from (`warm.start`, `warm.tower`). UserError for what is not there.
+  `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower: workdirs of an
+  imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`). UserError for what is
+  not there.
   """
   options = arguments(arg, model="tiny", hardware="", tower="", **{"from": ""})
   if options.model != "tiny":

@@ -138,11 +138,13 @@ def run(
   peer: str = "",
   rounds: int = 5,
   turn_seconds: float = 1.0,
+  apart: bool = False,
 ) -> dict[str, list[Worker]]:
   """Runs all in turns, `rounds` of them of about `turn_seconds` each: {"ours", "peers", "ceilings"}, with their times.
 
   ways: name -> config, of the subject. peer: whose scripts PEER_SUBJECT.py of tests/benchmarks/peers run too, one
-  process for all ways that tell it the same. UserError where there is none, or where a process fails.
+  process for all ways that tell it the same. apart: one begins when the one before has ended, all its turns done, for a
+  device that has no room for all. UserError where there is no such peer, or where a process fails.
   """
   script = PEERS / f"{peer}_{subject}.py"
   if peer and not script.is_file():
@@ -158,6 +160,10 @@ def run(
     worker = Worker(name, command, told)
     found[kind].append(worker)
     worker.start(turn_seconds)
+    for _ in range(rounds if apart else 0):
+      worker.turn()
+    if apart:
+      worker.stop()
     return worker
 
   try:
@@ -174,7 +180,7 @@ def run(
           [*serving, "clipflow_jax.bench.ceiling:work"],
           dict(name=name, dtype=found["ours"][0].facts["dtype"]),
         )
-    for _ in range(rounds):
+    for _ in range(0 if apart else rounds):
       for worker in (*found["ours"], *found["peers"], *found["ceilings"]):
         worker.turn()
   finally:

@@ -23,9 +23,10 @@ def fakes(monkeypatch, tmp_path):
   (tmp_path / "other_sleep.py").write_text(PEER)
 
 
-def test_ways_and_one_peer_take_turns_and_are_compared_by_what_they_did():
+@pytest.mark.parametrize("apart", [False, True])
+def test_ways_and_one_peer_take_turns_and_are_compared_by_what_they_did(apart: bool):
   ways = {name: {"seconds": 0.01, "images": images} for name, images in (("one", 1.0), ("two", 2.0))}
-  found = frame.run("sleep", ways, peer="other", rounds=2, turn_seconds=0.02)
+  found = frame.run("sleep", ways, peer="other", rounds=2, turn_seconds=0.02, apart=apart)
   assert [worker.name for worker in found["peers"]] == ["other one"]  # both ways tell it the same
   assert {len(worker.seconds) for workers in found.values() for worker in workers} == {2}
   numbers = report.numbers(found)

@@ -13,10 +13,11 @@ def test_a_wide_product_and_its_gradients_are_those_of_the_plain_one(rows):
   rng = np.random.default_rng(0)
   x, matrix = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((*rows, 4), (4, 5)))
   weights = jnp.asarray(rng.normal(size=(*rows, 5)), jnp.float32)
-  found, expected = (
-    jax.value_and_grad(lambda x, m: (product(x, m) * weights).sum(), (0, 1))(x, matrix)
-    for product in (wide_product, jnp.matmul)
-  )
+
+  def both(product):
+    return jax.value_and_grad(lambda x, m: (product(x, m) * weights).sum(), (0, 1))(x, matrix)
+
+  found, expected = both(wide_product), both(jnp.matmul)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
