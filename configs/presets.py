@@ -184,13 +184,11 @@ def computed_on(found: hardware.Hardware, model: ConfigDict) -> None:
   """Sets how a model's attention and its stacks are computed."""
   model.kernel = found.kernel
   clip = model.clip
-  for part in (
-    clip.vision,
-    clip.get("text"),
-    *(model.get(name) for name in ("transformer", "drawer", "pixel_decoder")),
-  ):
+  for part in (clip.vision, clip.get("text"), model.get("transformer"), model.get("pixel_decoder")):
     if part:
       part.update(remat=found.remat, unroll=found.unroll)
+  if model.get("drawer"):
+    model.drawer.remat = found.remat  # and loop: on an H100 it was not compiled within two minutes without
 
 
 def _tokens_of_row(config: ConfigDict) -> int:

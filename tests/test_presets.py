@@ -21,7 +21,7 @@ from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import hardware as chips
 from clipflow_jax.training import plan, state
-from configs import hardware
+from configs import hardware, presets
 
 STAGES = ("contrastive", "decoder", "understanding", "generation", "joint")
 SIZES = ("small", "1b", "4b", "8b")
@@ -82,6 +82,15 @@ def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str,
   assert rows % config.data.shards == 0 and config.data.shards % mesh.size == 0  # a process has one device or several
   assert len(config.data.row) in (0, config.data.images_per_row)
   assert config.model.clip.vision.image_size == config.data.source.size
+
+
+def test_named_hardware_says_how_every_stack_is_computed():
+  of_import = ConfigDict(dict(clip=dict(vision=dict(layers=2)), transformer=dict(layers=2), drawer=dict(layers=2)))
+  presets.computed_on(hardware.make("h100x8"), of_import)  # a model that an import wrote says nothing of it
+  assert of_import.kernel == "cudnn" and of_import.drawer.remat == "full"
+  for part in (of_import.clip.vision, of_import.transformer):
+    assert (part.remat, part.unroll) == ("full", True)
+  assert not scaled("joint", "8b", "v5p-512").model.transformer.unroll
 
 
 @pytest.mark.parametrize("machine", hardware.PRESETS)

@@ -69,7 +69,7 @@ def walk(
     end, way = solvers.walk(velocity, noise, times, method=sampling.method, eta=sampling.eta, keys=keys)
     return end[:, 0], way[:, :, 0]
 
-  return _unrolled(model).apply({"params": params}, method=run)
+  return model.apply({"params": params}, method=run)
 
 
 def begin(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> Drawing:
@@ -79,7 +79,7 @@ def begin(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array
     noise = solvers.start(keys, (1, *bound.feature_shape))
     return Drawing(noise, jnp.int32(0), _given(bound, prompts, empty, sampling))
 
-  return _unrolled(model).apply({"params": params}, method=run)
+  return model.apply({"params": params}, method=run)
 
 
 def go_on(
@@ -106,17 +106,7 @@ def go_on(
     )
     return drawing.replace(x=x, step=last), clean[:, 0]
 
-  return _unrolled(model).apply({"params": params}, method=run)
-
-
-def _unrolled(model: ClipFlow) -> ClipFlow:
-  """The model without loops over layers, so that the solver's loop is the innermost.
-
-  What a layer makes of the prompt alone, a sixth of a separate drawer's work, is then made once before it, and no
-  layer's weights are copied out of their stack at each step.
-  """
-  parts = {name: getattr(model, name) for name in ("transformer", "drawer")}
-  return model.clone(**{name: {**fields, "unroll": True} for name, fields in parts.items() if fields})
+  return model.apply({"params": params}, method=run)
 
 
 def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) -> Conditioning:

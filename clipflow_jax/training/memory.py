@@ -3,8 +3,8 @@
 No compiler for a GPU runs without one. What lives from step to step is known all the same, to the byte: it follows from
 the shapes of the state and from how the mesh divides them, and so are the gradients. What a step makes in between is
 estimated from the traced step: the most that is alive at once when its operations run in the order that they are
-written in and each makes its whole result, divided by the devices. A compiler fuses many, and cuDNN's attention makes
-no scores, which is less; its scratch space and fragmentation, which are more, are not in it.
+written in and each makes its whole result, divided by the devices. A compiler fuses many, which is less; its scratch
+space and fragmentation, which are more, are not in it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def estimate(config: ConfigDict) -> Report:
   """
   chip, count = CHIPS[config.hardware.chip], math.prod(config.hardware.topology) * config.hardware.slices
   mesh = AbstractMesh(meshes.shape(config.mesh, count), meshes.AXES)
-  traced = plan.with_model(config, kernel="xla")  # cuDNN's cannot be traced here
+  traced = plan.with_model(config, kernel="shapes")  # cuDNN's cannot be traced here
   with jax.sharding.use_abstract_mesh(mesh):
     program = Program.of(traced, mesh)
     kinds = program.memory()

@@ -92,6 +92,15 @@ def test_every_kernel_lets_blocks_attend_beside_a_row(kernel: str):
   agree(kernel, ours, lambda *qkv: kernels.attend_beside(*qkv, old, mask, kernel), (q, k, v))
 
 
+def test_what_stands_for_a_fused_kernel_makes_as_much_and_no_scores():
+  queries, keys = 50, 70
+  loss = lambda *qkv: kernels.attend(*qkv, None, "shapes").sum()  # noqa: E731
+  assert kernels.attend(*drawn(0, queries, keys), None, "shapes").shape == (2, queries, HEADS * DIM)
+  program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*drawn(0, queries, keys))
+  assert [x.aval.shape for x in program.jaxpr.outvars] == [x.shape for x in drawn(0, queries, keys)]
+  assert f"{queries},{keys}" not in str(program)
+
+
 def test_a_reach_is_the_rule():
   for seed in range(5):
     rng = np.random.default_rng(seed)
@@ -106,7 +115,7 @@ def test_a_reach_is_the_rule():
 
 
 def test_an_unknown_kernel_is_an_error():
-  with pytest.raises(UserError, match="kernel 'flash' is unknown; choose one of xla, cudnn, splash"):
+  with pytest.raises(UserError, match="kernel 'flash' is unknown; choose one of xla, cudnn, splash, shapes"):
     kernels.attend(*drawn(0, 3, 3), None, "flash")
 
 
