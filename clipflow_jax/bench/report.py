@@ -45,6 +45,7 @@ def numbers(found: dict[str, list[Worker]]) -> dict[str, Any]:
     for peer in found["peers"]:
       if peer.told == worker.facts["peer"]:
         each = [_per_unit(peer, i) / _per_unit(worker, i) for i in range(len(worker.seconds))]
+        ways[worker.name]["peer"] = peer.name
         ways[worker.name]["ratio"] = statistics.median(each)
         ways[worker.name]["ratio_range"] = [min(each), max(each)]
         cores = (statistics.median(each.core_seconds) for each in (peer, worker))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from tests.benchmarks import results
 
 OURS = dict(about="eight rows", seconds=0.5, versions={"jax": "1"}, peak_gib=1.0, startup_seconds=9.0)
-OURS |= dict(ratio=3.0, ratio_range=[2.0, 4.0], ratio_of_core_seconds=2.5, gflops=10.0)
+OURS |= dict(peer="torch dit", ratio=3.0, ratio_range=[2.0, 4.0], ratio_of_core_seconds=2.5, gflops=10.0)
 OURS |= dict(roofline_seconds=[0.25, 0.125], share_of_roofline=0.5)
 FOUND = dict(
   subject="generation",

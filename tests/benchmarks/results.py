@@ -50,12 +50,13 @@ def table(found: dict[str, Any]) -> str:
   for way, ours in found["ways"].items():
     if "ratio" not in ours:
       continue
-    peer = found["peers"].get(f"{found['peer']} {way}", next(iter(found["peers"].values())))
+    peer = found["peers"][ours["peer"]]
     low, high = ours["ratio_range"]
     times = f"{1000 * ours['seconds']:.4g} | {1000 * peer['seconds']:.4g}"
     ratios = f"**{ours['ratio']:.2f}** ({low:.2f} - {high:.2f}) | {ours['ratio_of_core_seconds']:.2f}"
     rows.append(f"| {way} | {times} | {ratios} | {BARS[found['size']].get(found['subject'], '-')} |")
-    first = f"first call after {ours['startup_seconds']:.1f} s, {found['warm_seconds'][way]:.1f} s from a warm cache"
+    warm = found.get("warm_seconds", {}).get(way)
+    first = f"first call after {ours['startup_seconds']:.1f} s" + (f", {warm:.1f} s from a warm cache" if warm else "")
     notes.append(f"- {way}: {ours['about']}. {_roofline(ours)}Peak {ours['peak_gib']:.2f} GiB; {first}.")
   for name, peer in found["peers"].items():
     notes.append(f"- {name}: {peer['about']}. Peak {peer['peak_gib']:.2f} GiB.")
