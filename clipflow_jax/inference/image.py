@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from clipflow_jax.batch import Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import guidance, path, solvers
-from clipflow_jax.models.clipflow import ClipFlow, Conditioning, Place
+from clipflow_jax.models.clipflow import ClipFlow, Given, Place
 from clipflow_jax.models.layers import to_pixels
 
 DECODER_STEPS = 10  # of a flow decoder: given the features little is left to decide
@@ -45,7 +45,7 @@ class Drawing(flax.struct.PyTreeNode):
 
   x: jax.Array  # f32[B,1,T,C] at the time of `step`
   step: jax.Array  # i32[]
-  given: Conditioning  # what to draw, and behind it where guided by text or nothing, away from what
+  given: Given  # what to draw, and behind it where guided by text or nothing, away from what
 
 
 def draw(model: ClipFlow, params, prompts: Batch, empty: Batch, keys: jax.Array, sampling: Sampling) -> jax.Array:
@@ -109,7 +109,7 @@ def go_on(
   return model.apply({"params": params}, method=run)
 
 
-def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) -> Conditioning:
+def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) -> Given:
   by_text = sampling.guide == "text" and sampling.guidance != 1.0
   batch = jax.tree.map(lambda *x: jnp.concatenate(x), prompts, empty) if by_text else prompts
   _, context = bound.read(batch, None)
@@ -119,11 +119,11 @@ def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) ->
     if isinstance(given, tuple):
       raise UserError('sampling guide "null" is of a separate drawer, which this model has not; choose text or early')
     given = jnp.concatenate([given, jnp.zeros_like(given)])
-  return given
+  return bound.remember(given)
 
 
 def _velocity(
-  bound: ClipFlow, given: Conditioning, sampling: Sampling, scale: jax.Array | float
+  bound: ClipFlow, given: Given, sampling: Sampling, scale: jax.Array | float
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Guided at this scale, or not at all where sampling's is 1."""
   if sampling.guidance == 1.0:

@@ -18,7 +18,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.models.clip import Clip
-from clipflow_jax.models.dit import DiT
+from clipflow_jax.models.dit import DiT, Remembered
 from clipflow_jax.models.layers import GridPositions, Linear, grid_positions, to_pixels
 from clipflow_jax.models.pixel_decoder import PixelDecoder
 from clipflow_jax.models.time import TimeTokens
@@ -38,6 +38,7 @@ class Place:
 
 # What a drawer is given of the stream: the flow expert its keys and values, the separate drawer f[B,M,Q,D].
 Conditioning = tuple[Context, Place] | jax.Array
+Given = Conditioning | Remembered
 
 
 class Statistics(nn.Module):
@@ -150,7 +151,7 @@ class ClipFlow(nn.Module):
         count, width = self.drawer["queries"], fields["width"]
         self.queries = self.param("queries", nn.initializers.normal(width**-0.5), (count, width), jnp.float32)
         own = {name: value for name, value in self.drawer.items() if name != "queries"}
-        self.separate_drawer = DiT(grid=self.grid, **own, **shared)
+        self.separate_drawer = DiT(grid=self.grid, channels=channels, **own, **shared)
     if self.pixel_decoder:
       self.decoder = PixelDecoder(**self.pixel_decoder, **shared)
 
@@ -218,16 +219,23 @@ class ClipFlow(nn.Module):
     hidden = self.language_model.ask(asked, positions, place.segments, place.order, context)
     return jnp.repeat(hidden, levels, axis=1)
 
-  def predict(self, x_t: jax.Array, t: jax.Array, context: Conditioning):
+  def remember(self, context: Given) -> Given:
+    """What `predict` makes of a conditioning before it sees time and noise: for a solver, whose steps need it again."""
+    if isinstance(context, jax.Array):
+      return self.separate_drawer.remember(context.reshape(-1, *context.shape[2:]))
+    return context
+
+  def predict(self, x_t: jax.Array, t: jax.Array, context: Given):
     """The drawer's velocities at x_t f32[B,M,T,C], t f32[B,M] -> (full f32[B,M,T,C], early or None)."""
 
     def to_velocity(out):
       return path.velocity(out, x_t, t) if self.prediction == "x" else out
 
-    if not isinstance(context, tuple):
-      rows = (a.reshape(-1, *a.shape[2:]) for a in (x_t, t, context))
-      return to_velocity(self.separate_drawer(*rows).reshape(x_t.shape)), None
-    stream, place = context
+    given = self.remember(context)
+    if isinstance(given, Remembered):
+      x_rows, t_rows = (a.reshape(-1, *a.shape[2:]) for a in (x_t, t))
+      return to_velocity(self.separate_drawer(x_rows, t_rows, given).reshape(x_t.shape)), None
+    stream, place = given
     grid = jnp.pad(grid_positions(self.grid, self.grid), ((self.flow_head.time_tokens, 0), (0, 0)))
     positions = place.positions[:, :, None, None] + grid
     z = self.flow_head.enter(x_t, t)
@@ -235,7 +243,7 @@ class ClipFlow(nn.Module):
     full = to_velocity(self.flow_head.leave(hidden))
     return full, None if early is None else to_velocity(self.flow_head.leave(early, early=True))
 
-  def velocity(self, x_t: jax.Array, t: jax.Array, context: Conditioning) -> jax.Array:
+  def velocity(self, x_t: jax.Array, t: jax.Array, context: Given) -> jax.Array:
     """v f32[B,M,T,C] at x_t f32[B,M,T,C], t f32[B,M], given what to draw: where drawers meet solvers."""
     return self.predict(x_t, t, context)[0]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,85 +23,110 @@ TIME_FEATURES = 256
 EMBEDDING = 1024  # what time and condition together tell every norm is at most so wide
 
 
-class Look(nn.Module):
-  """Queries of x f[B,T,D] look at y f[B,S,D] -> f[B,T,D]. Queries and keys are normed across all heads.
+class Remembered(flax.struct.PyTreeNode):
+  """What a DiT makes of a condition before it sees time and noise: once for all steps of a solver."""
 
-  x turns by angles f32[T,k/2]; so does y where it is x.
+  keys: jax.Array  # f[L,B,Q,h,k] of every layer
+  values: jax.Array  # f[L,B,Q,h,k]
+  mean: jax.Array  # f[B,E]
+
+
+class Look(nn.Module):
+  """Queries of x f[B,T,D] look at keys and values f[B,S,h,k] -> f[B,T,D]. Queries and keys are normed across all heads.
+
+  Without keys and values x looks at itself, and its keys turn by angles f32[T,k/2] as its queries do.
   """
 
+  width: int
   heads: int
   kernel: str = "xla"
   dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(self, x, y, angles):
-    def project(name, of):
-      return Linear(x.shape[-1], dtype=self.dtype, name=name)(of)
+  def setup(self):
+    self.query, self.key, self.value = (Linear(self.width, dtype=self.dtype) for _ in range(3))
+    self.query_norm, self.key_norm = (nn.LayerNorm(1e-5, dtype=self.dtype) for _ in range(2))
 
-    def split(a):
-      return shard(a.reshape(*a.shape[:2], self.heads, -1), "rows", None, "heads")
+  def remember(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """y f[B,S,D] -> its keys and values, f[B,S,h,k] each."""
+    return self._split(self.key_norm(self.key(y))), self._split(self.value(y))
 
-    q = split(nn.LayerNorm(1e-5, dtype=self.dtype, name="query_norm")(project("query", x)))
-    k = split(nn.LayerNorm(1e-5, dtype=self.dtype, name="key_norm")(project("key", y)))
-    q, k = turn(q, angles), turn(k, angles) if y is x else k
-    return attend(q, k, split(project("value", y)), None, self.kernel)
+  def __call__(self, x, angles, seen=None):
+    q = turn(self._split(self.query_norm(self.query(x))), angles)
+    k, v = seen or self.remember(x)
+    return attend(q, k if seen else turn(k, angles), v, None, self.kernel)
+
+  def _split(self, a: jax.Array) -> jax.Array:
+    return shard(a.reshape(*a.shape[:2], self.heads, -1), "rows", None, "heads")
 
 
 class JointAttention(nn.Module):
-  """Tokens attend to each other and to the condition, and one matrix takes both out.
+  """Tokens attend to each other and to what is remembered of the condition, and one matrix takes both out.
 
-  x f[B,T,D], condition f[B,Q,D], angles f32[T,k/2] -> f[B,T,D]. What the condition says comes in by a gate per head,
-  shut at first.
+  x f[B,T,D], seen: keys and values f[B,Q,h,k], angles f32[T,k/2] -> f[B,T,D]. What the condition says comes in by a
+  gate per head, shut at first.
   """
 
+  width: int
   heads: int
   kernel: str = "xla"
   dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(self, x, condition, angles):
-    own = Look(self.heads, self.kernel, self.dtype, name="own")(x, x, angles)
-    read = Look(self.heads, self.kernel, self.dtype, name="cross")(x, condition, angles)
-    gates = jnp.tanh(self.param("head_gates", nn.initializers.zeros, (self.heads,), jnp.float32)).astype(self.dtype)
-    read = (read.reshape(*x.shape[:2], self.heads, -1) * gates[:, None]).reshape(x.shape)
-    return Linear(x.shape[-1], dtype=self.dtype, name="out")(own + read)
+  def setup(self):
+    self.own, self.cross = (Look(self.width, self.heads, self.kernel, self.dtype) for _ in range(2))
+    self.head_gates = self.param("head_gates", nn.initializers.zeros, (self.heads,), jnp.float32)
+    self.out = Linear(self.width, dtype=self.dtype)
+
+  def __call__(self, x, seen, angles):
+    gates = jnp.tanh(self.head_gates).astype(self.dtype)
+    read = self.cross(x, angles, seen).reshape(*x.shape[:2], self.heads, -1)
+    return self.out(self.own(x, angles) + (read * gates[:, None]).reshape(x.shape))
 
 
 class DiTBlock(nn.Module):
   """Attention and SwiGLU, each between two norms; what goes in is scaled and what comes out is gated by the embedding.
 
-  x f[B,T,D], condition f[B,Q,D], embedding f[B,E], angles f32[T,k/2] -> f[B,T,D]. Gates begin at zero: then the block
+  x f[B,T,D], seen and angles as of JointAttention, embedding f[B,E] -> f[B,T,D]. Gates begin at zero: then the block
   does nothing (Peebles & Xie 2023, adaLN-Zero).
   """
 
+  width: int
   heads: int
-  mlp: int
+  mlp_width: int
   norm_eps: float = 1e-5
   kernel: str = "xla"
   dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(self, x, condition, embedding, angles):
-    def norm(name, y):
-      return RMSNorm(self.norm_eps, self.dtype, name=name)(y)
+  def setup(self):
+    def norm():
+      return RMSNorm(self.norm_eps, self.dtype)
 
-    modulation = Linear(4 * x.shape[-1], True, nn.initializers.zeros, self.dtype, name="modulation")
-    told = modulation(nn.silu(embedding))[:, None]
+    self.modulation = Linear(4 * self.width, True, nn.initializers.zeros, self.dtype)
+    self.condition_norm = norm()
+    self.attention_norm, self.attention_out_norm, self.mlp_norm, self.mlp_out_norm = (norm() for _ in range(4))
+    self.attention = JointAttention(self.width, self.heads, self.kernel, self.dtype)
+    self.mlp = SwiGLU(self.mlp_width, self.dtype)
+
+  def remember(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """condition f[B,Q,D] -> its keys and values, f[B,Q,h,k] each."""
+    return self.attention.cross.remember(self.condition_norm(condition))
+
+  def __call__(self, x, seen, embedding, angles):
+    told = self.modulation(nn.silu(embedding))[:, None]
     scale, gate, mlp_scale, mlp_gate = jnp.split(told, 4, axis=-1)
-    attention = JointAttention(self.heads, self.kernel, self.dtype, name="attention")
-    y = attention(norm("attention_norm", x) * (1 + scale), norm("condition_norm", condition), angles)
-    x = shard(x + jnp.tanh(gate) * norm("attention_out_norm", y), "rows")
-    y = SwiGLU(self.mlp, self.dtype, name="mlp")(norm("mlp_norm", x) * (1 + mlp_scale))
-    return shard(x + jnp.tanh(mlp_gate) * norm("mlp_out_norm", y), "rows")
+    y = self.attention(self.attention_norm(x) * (1 + scale), seen, angles)
+    x = shard(x + jnp.tanh(gate) * self.attention_out_norm(y), "rows")
+    y = self.mlp(self.mlp_norm(x) * (1 + mlp_scale))
+    return shard(x + jnp.tanh(mlp_gate) * self.mlp_out_norm(y), "rows")
 
 
 class DiT(nn.Module):
-  """x_t f32[B,T,C] of grid x grid tokens, t f32[B] in 0..1, condition f[B,Q,E] -> f32[B,T,C]: the velocity.
+  """x_t f32[B,T,C] of grid x grid tokens, t f32[B] in 0..1, what is remembered -> f32[B,T,C]: the velocity.
 
   time_steps: times are told as whole steps of so many, rounded down, as BLIP3-o tells them (0: as they are).
   """
 
   grid: int
+  channels: int
   width: int
   layers: int
   heads: int
@@ -112,31 +138,43 @@ class DiT(nn.Module):
   kernel: str = "xla"
   dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(self, x_t: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-    def linear(features, name):
-      return Linear(features, True, dtype=self.dtype, name=name)
+  def setup(self):
+    def linear(features):
+      return Linear(features, True, dtype=self.dtype)
 
-    x = shard(linear(self.width, "entry")(x_t), "rows")
-    condition = nn.gelu(linear(self.width, "condition_hidden")(condition))
-    condition = shard(linear(self.width, "condition_out")(condition), "rows")
-    embedding = self._embedding(t, condition, linear)
+    size = min(self.width, EMBEDDING)
+    self.entry, self.out_modulation = linear(self.width), linear(self.width)
+    self.condition_hidden, self.condition_out = linear(self.width), linear(self.width)
+    self.time_hidden, self.time_out, self.projection = linear(size), linear(size), linear(size)
+    self.mean_norm = nn.LayerNorm(1e-5, dtype=self.dtype)
+    self.head = Linear(self.channels, True)
+    self.blocks = DiTBlock(self.width, self.heads, self.mlp, self.norm_eps, self.kernel, self.dtype, name="layers")
+
+  def remember(self, condition: jax.Array) -> Remembered:
+    """condition f[B,Q,E] -> what of it needs neither time nor noise."""
+    condition = self.condition_out(nn.gelu(self.condition_hidden(condition)))
+    condition = shard(condition, "rows")
+
+    def body(block, nothing):
+      return nothing, block.remember(condition)
+
+    _, (keys, values) = scan(body, self.layers, self.remat, self.unroll)(self.blocks, None)
+    return Remembered(keys, values, self.projection(self.mean_norm(condition.mean(axis=1))))
+
+  def __call__(self, x_t: jax.Array, t: jax.Array, remembered: Remembered) -> jax.Array:
+    x = shard(self.entry(x_t), "rows")
+    embedding = self._time(t) + remembered.mean
     angles = grid_angles(self.grid, self.grid, self.width // self.heads, in_turn=True)
 
-    def body(block, x):
-      return block(x, condition, embedding, angles), None
+    def body(block, x, seen):
+      return block(x, seen, embedding, angles), None
 
-    layers = scan(body, self.layers, self.remat, self.unroll)
-    x, _ = layers(DiTBlock(self.heads, self.mlp, self.norm_eps, self.kernel, self.dtype, name="layers"), x)
-    scale = linear(self.width, "out_modulation")(nn.silu(embedding))[:, None]
-    x = standardise(x) * (1 + scale.astype(jnp.float32))
-    return Linear(x_t.shape[-1], True, name="head")(x)
+    x, _ = scan(body, self.layers, self.remat, self.unroll)(self.blocks, x, (remembered.keys, remembered.values))
+    scale = self.out_modulation(nn.silu(embedding))[:, None]
+    return self.head(standardise(x) * (1 + scale.astype(jnp.float32)))
 
-  def _embedding(self, t: jax.Array, condition: jax.Array, linear: Any) -> jax.Array:
-    """Time and the condition's mean, f[B,E], which every norm is told."""
-    size = min(self.width, EMBEDDING)
+  def _time(self, t: jax.Array) -> jax.Array:
+    """f[B,E], which with the condition's mean every norm is told."""
     if self.time_steps:  # a whole step that a float misses by its last bit stays whole
       t = jnp.floor(t * self.time_steps + 1e-3) / self.time_steps
-    time = linear(size, "time_out")(nn.silu(linear(size, "time_hidden")(fourier(t, TIME_FEATURES))))
-    mean = nn.LayerNorm(1e-5, dtype=self.dtype, name="mean_norm")(condition.mean(axis=1))
-    return time + linear(size, "projection")(mean)
+    return self.time_out(nn.silu(self.time_hidden(fourier(t, TIME_FEATURES))))

@@ -79,6 +79,20 @@ def test_queries_and_drawer_learn_from_the_pictures(found):
   assert moved["clip_model/vision_tower/patches/kernel"] == 0
 
 
+def test_what_is_remembered_of_the_condition_is_all_of_it_that_a_step_needs(params, found):
+  rng = np.random.default_rng(0)
+  x_t, t = rng.normal(size=(2, tiny.PICTURES, *MODEL.feature_shape)), np.full((2, tiny.PICTURES), 0.5)
+
+  def step(x_t, given):
+    return MODEL.apply({"params": params}, x_t, t, given, method="velocity")
+
+  given = found["together"]
+  remembered = MODEL.apply({"params": params}, given, method="remember")
+  np.testing.assert_allclose(step(x_t, remembered), step(x_t, given), atol=1e-5)
+  whole, rest = (str(jax.make_jaxpr(step)(x_t, of)).count("dot_general") for of in (given, remembered))
+  assert whole - rest == 5  # two matrices before the layers, keys and values in them, and what the norms are told
+
+
 @pytest.mark.parametrize("guide", ["text", "null"])
 def test_features_are_drawn_away_from_the_empty_prompt_or_from_nothing(params, guide: str):
   keys = jax.random.split(jax.random.key(0), 2)
