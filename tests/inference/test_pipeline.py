@@ -112,7 +112,7 @@ def test_guidance_pushes_and_1_does_not(model):
 
 def test_the_early_head_guides_too(model, monkeypatch):
   plain = model.draw_features(SHORT, guidance=1.0)
-  monkeypatch.setattr(model.config.sampling, "guide", "early")
+  monkeypatch.setitem(model.config.sampling, "guide", "early")
   by_early_head = model.draw_features(SHORT, guidance=2.0)
   assert by_early_head.shape == plain.shape and np.isfinite(by_early_head).all()
   assert np.abs(by_early_head - plain).max() > 1e-3
