@@ -92,7 +92,7 @@ OF_GPU: dict[str, Any] = dict(unroll=True, kernel="cudnn", flags=GPU, variables=
 # What a device of each kind takes; PRESETS say how many there are and how they share. Tokens: enough that a layer's
 # products outlast the gather of the next one's weights (scaling book: some 850 on a v5p with three axes), and that the
 # 8b model fits. Where there is memory to spare, products with weights are kept instead of made twice. GPUs unroll: in a
-# loop XLA copies each layer's weights out of their stack and what is kept into one, 40 % of the time of a CLIP L/14's
+# loop XLA copies each layer's weights out of their stack and what is kept into one, 38 % of the time of a CLIP L/14's
 # step, and half of its memory. TPUs loop: there it works in place, and compiles once what is the same in each layer.
 CHIPS = {
   "cpu": Hardware("cpu", (1,), dict(fsdp=-1), tokens=2048),
