@@ -48,7 +48,7 @@ def estimate(config: ConfigDict) -> Report:
     step = Program.of(traced, mesh, learns=False)
     between = peak(jax.make_jaxpr(step.pure)(step.state, step.batch).jaxpr) / count
     kinds["activations"] = max(0.0, between - kinds["gradients"])
-    report = plan.describe(config, mesh, count, program)
+    report = plan.describe(config, mesh, count)
   host = kinds.pop("moments") if config.optimizer.get("offload") else 0.0
   used = sum(kinds.values()) / GIB
   report |= dict(

@@ -186,7 +186,7 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
   chips = len(found) // chip.devices
   with jax.set_mesh(mesh):
     program = Program.of(config, mesh)
-    report = describe(config, mesh, chips, Program.of(with_model(config, kernel="xla"), mesh))
+    report = describe(config, mesh, chips)
     before = time.perf_counter()
     try:
       compiled = program.compile()
@@ -198,10 +198,9 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
   return report | _memory(compiled, program, chip) | predict(compiled.as_text(), report, mesh, chip, program, images)
 
 
-def describe(
-  config: ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, chips: int, traced: Program
-) -> Report:
-  """What is known of a stage without a compiler. traced: its step with kernel xla, whose products can be counted."""
+def describe(config: ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, chips: int) -> Report:
+  """What is known of a stage without a compiler."""
+  traced = Program.of(with_model(config, kernel="xla"), mesh)  # no other kernel's products can be counted
   limit = CHIPS[config.hardware.chip].hbm_gib
   return dict(
     stage=config.name,

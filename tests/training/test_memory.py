@@ -57,6 +57,7 @@ def test_what_lives_from_step_to_step_is_known_to_the_byte(config: ConfigDict):
   kinds = {name: size * 2**30 for name, size in report["memory_gib"].items()}
   assert report["mesh"]["fsdp"] == 8 and report["fits"] and report["hbm_limit_gib"] == 131.3
   trained = report["parameters"]["trained"]
+  assert report["hardware_flops_per_step"] >= report["model_flops_per_step"] > 0  # attention's products among both
   assert 4 * trained / 8 <= kinds["trained"] < 4 * trained / 3  # small leaves lie on all
   assert kinds["average"] == kinds["gradients"] == kinds["trained"] and "moments" not in kinds
   assert report["host_gib"] * 2**30 == pytest.approx(2 * kinds["trained"], rel=0.01)
