@@ -98,7 +98,11 @@ def evaluate(told: dict[str, Any]) -> Work:
   shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
   params = jax.device_put(training.parameters(shapes))
   pictures = np.random.default_rng(0).integers(0, 256, (rows, side, side, 3), np.uint8)
-  run = inception.features(module)
+  look = inception.features(module)
+
+  def run(params: Params, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return look(params, inception.bilinear(pictures))
+
   return _work(
     run,
     (params, jnp.asarray(pictures)),

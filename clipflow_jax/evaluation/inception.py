@@ -55,8 +55,7 @@ RESIZES: dict[str, Callable[[np.ndarray], Any]] = {"torch-fidelity": bilinear, "
 class Extractor:
   """u8[n,H,W,3] -> f32[n,2048], what FID is made of; `both` gives what the Inception Score is made of, too.
 
-  One program runs in batches of one size, cut over all devices; what fills the last one is not returned. For pictures
-  of another size it is compiled anew.
+  One program runs in batches of one size, cut over all devices; what fills the last one is not returned.
 
   weights: the folder of a safetensors file, see `interop.inception`. resize: "torch-fidelity" (also the original's,
   and pytorch-fid's but for half a pixel) or "clean-fid". key: changes with whatever changes a feature.
@@ -68,42 +67,51 @@ class Extractor:
     self.resize = RESIZES[resize]
     module, params = inception.load(weights)
     self.key = f"{fingerprint(params)} {resize}"
-    self._run = Sharded(features(module), params, batch_size)
+    self._run = Sharded(features(module), params, batch_size, before=bilinear)
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     return self.both(images)[0]
 
   def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(features f32[n,2048], logits f32[n,1008])."""
-    made, logits = self._run(images if self.resize is bilinear else self.resize(images))  # the program does that one
+    made, logits = self._run(images if self.resize is bilinear else self.resize(images))  # done on the devices
     return made, logits
 
 
 def features(module: InceptionV3) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:
-  """(params, pictures [B,H,W,3] in 0..255, which `bilinear` resizes) -> (features f32[B,2048], logits f32[B,1008])."""
+  """(params, pictures f32[B,299,299,3] in 0..255) -> (features f32[B,2048], logits f32[B,1008])."""
 
   def run(params: Params, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-    found = module.apply({"params": params}, bilinear(pictures))
+    found = module.apply({"params": params}, pictures)
     return found.f2048, found.logits
 
   return run
 
 
 class Sharded:
-  """A function (params, x[B,...]) -> (arrays [B,...], ...) on any number of items, each batch cut over all devices."""
+  """A function (params, x[B,...]) -> (arrays [B,...], ...) on any number of items, each batch cut over all devices.
 
-  def __init__(self, function: Callable[[Any, jax.Array], tuple[jax.Array, ...]], params: Any, batch_size: int):
+  before: makes x of the items, and alone is compiled for each shape that they come in.
+  """
+
+  def __init__(
+    self,
+    function: Callable[[Any, jax.Array], tuple[jax.Array, ...]],
+    params: Any,
+    batch_size: int,
+    before: Callable[[jax.Array], jax.Array] = lambda items: items,
+  ):
     mesh = meshes.make(dict(data=-1))
     self.batch_size = -(-batch_size // mesh.size) * mesh.size
     self._rows = NamedSharding(mesh, sharding.spec("batch"))
     self._params = jax.device_put(params, NamedSharding(mesh, sharding.spec()))
-    self._function = jax.jit(function)
+    self._before, self._function = jax.jit(before), jax.jit(function)
 
   def __call__(self, items: np.ndarray) -> tuple[np.ndarray, ...]:
     parts = []
     for start in range(0, len(items), self.batch_size):
       part = items[start : start + self.batch_size]
       filled = np.concatenate([part, np.repeat(part[-1:], self.batch_size - len(part), axis=0)])
-      made = jax.device_get(self._function(self._params, jax.device_put(filled, self._rows)))
+      made = jax.device_get(self._function(self._params, self._before(jax.device_put(filled, self._rows))))
       parts.append([x[: len(part)] for x in made])
     return tuple(map(np.concatenate, zip(*parts, strict=True)))

@@ -65,6 +65,15 @@ def test_what_fills_the_last_batch_is_not_returned():
   assert seen == [(4, 2)]  # traced once
 
 
+def test_pictures_of_many_sizes_are_looked_at_by_one_program():
+  made, looked = [], []
+  before = lambda x: (made.append(x.shape), x[:, :2])[1]  # noqa: E731
+  run = inception.Sharded(lambda w, x: (looked.append(x.shape), (w * x,))[1], np.float32(2), 4, before=before)
+  for length in (3, 5, 3):
+    np.testing.assert_array_equal(run(np.ones((2, length), np.float32))[0], np.full((2, 2), 2))
+  assert made == [(4, 3), (4, 5)] and looked == [(4, 2)]
+
+
 ON_FOUR = """
 import numpy as np, jax, jax.numpy as jnp
 from clipflow_jax.evaluation import images, inception
