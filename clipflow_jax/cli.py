@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from clipflow_jax import commands
 from clipflow_jax.bench.frame import SUBJECTS
@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
       )
     return sub
 
-  def loads(sub: argparse.ArgumentParser) -> None:
+  def loads(sub: argparse.ArgumentParser, **workdir: Any) -> None:
+    sub.add_argument("--workdir", type=Path, **workdir)
     sub.add_argument("--weights", default="", help="int8: the layers' matrices in eight bits, for less memory")
 
   def listens(sub: argparse.ArgumentParser, port: int) -> None:
@@ -96,8 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     "draw pictures from prompts",
     'clipflow draw --workdir=quickstart --prompt="a red circle" --output=drawn.png',
   )
-  sub.add_argument("--workdir", type=Path, required=True)
-  loads(sub)
+  loads(sub, required=True)
   sub.add_argument("--prompt", action="append", default=[], help="may be repeated; none draws unconditionally")
   sub.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
   sub.add_argument("--count", type=int, default=1, help="pictures of each prompt")
@@ -113,8 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     "ask about a picture, or talk; one answer with --message, else a conversation",
     'clipflow chat --workdir=quickstart --image=drawn.png --message="what colour is the circle?"',
   )
-  sub.add_argument("--workdir", type=Path, required=True)
-  loads(sub)
+  loads(sub, required=True)
   sub.add_argument("--image", type=Path)
   sub.add_argument("--message")
 
@@ -123,8 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     "answer over HTTP in OpenAI's shapes: chat about pictures, and draw",
     "clipflow serve --workdir=quickstart --port=8000",
   )
-  sub.add_argument("--workdir", type=Path, required=True)
-  loads(sub)
+  loads(sub, required=True)
   listens(sub, port=8000)
   sub.add_argument("--auth", type=Path, help="a file with one line: the API key that clients have to send")
   sub.add_argument("--batch", type=int, default=16, help="answers computed together (default %(default)d)")
@@ -135,8 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     "open a web page: draw, chat about pictures, walk between them, look at samples",
     "clipflow demo --workdir=quickstart",
   )
-  sub.add_argument("--workdir", type=Path, required=True)
-  loads(sub)
+  loads(sub, required=True)
   listens(sub, port=7860)
   sub.add_argument("--auth", type=Path, help="a file of lines USER:PASSWORD: who may come in")
 
@@ -146,8 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow evaluate --workdir=quickstart --tasks=zero_shot,questions",
     config="configs/evaluate.py",
   )
-  sub.add_argument("--workdir", type=Path, help="whose report is written, or with --tasks, whose evaluation/")
-  loads(sub)
+  loads(sub, help="whose report is written, or with --tasks, whose evaluation/")
   sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
   sub.add_argument(
     "--real", type=Path, help="a folder: fid,kid,is,precision_recall,fd_dinov2,cmmd,clip_distance; .npz: fid"

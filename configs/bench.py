@@ -32,7 +32,7 @@ GENERATION: dict[str, dict[str, Any]] = {
       qk_norm=False,
       qkv_bias=True,
     ),
-    drawer=dict(queries=64, width=224, layers=3, heads=4, mlp=608),
+    drawer=dict(queries=64, width=224, layers=3, heads=4, mlp=608, unroll=True),
     rows=2,
   ),
   # The same whole, with as many pictures on a GPU as its authors had.
@@ -60,12 +60,14 @@ UNDERSTANDING: dict[str, dict[str, Any]] = {
     ),
     rows=4,
     length=512,
+    chunk=0,
   ),
   "h100": dict(  # Qwen3-0.6B
     tower=dict(image_size=256, patch_size=16, width=1024, heads=16, mlp=4096),
     text=models.language_model("1b"),
     rows=8,
     length=1024,
+    chunk=256,
   ),
 }
 # CLIP's two towers by their contrast alone.
@@ -135,7 +137,7 @@ def _generation(size: str) -> dict[str, ConfigDict]:
     model = dict(clip=dict(vision=shape["tower"]), transformer=shape["text"] | dict(unroll=True) | more)
     model["prediction"] = "v"
     if own:
-      model["drawer"] = own | dict(unroll=size == "cpu")
+      model["drawer"] = own
     train = tuple(row for row in presets.trains(flow=1.0) if row[0] != presets.DECODER)
     config = _stage("generation", size, model, dict(flow=1.0), train=train)
     config.objective.stop_text = True
@@ -150,8 +152,7 @@ def _understanding(size: str) -> dict[str, ConfigDict]:
   tower = shape["tower"] | dict(layers=1, embedding=0)  # its features are cached
   model = dict(clip=dict(vision=tower), transformer=shape["text"] | dict(unroll=True))
   config = _stage("understanding", size, model, dict(language=1.0), train=presets.trains(text=1.0))
-  if size != "cpu":
-    config.objective.vocabulary_chunk = 256
+  config.objective.vocabulary_chunk = shape["chunk"]
   config.data.update(batch_size=shape["rows"], length=shape["length"], images_per_row=1)
   return {"step": config}
 
@@ -190,7 +191,7 @@ def _draw(size: str) -> dict[str, dict[str, Any]]:
   """Features of 64 pictures by BLIP3-o's drawer. Of its language model two layers stay: they are not what is timed."""
   shape = GENERATION[size]
   text = shape["text"] | dict(vocabulary=2048, layers=2)
-  model = dict(clip=dict(vision=shape["tower"]), transformer=text, drawer=shape["drawer"] | dict(unroll=size == "cpu"))
+  model = dict(clip=dict(vision=shape["tower"]), transformer=text, drawer=shape["drawer"])
   model |= dict(prediction="v", shift_scale=0.0, dtype=SIZES[size]["dtype"])
   return {"dit": dict(model=model, rows=64, prompt=64, steps=30, guidance=3.0)}
 

@@ -160,11 +160,15 @@ def run(
     worker = Worker(name, command, told)
     found[kind].append(worker)
     worker.start(turn_seconds)
-    for _ in range(rounds if apart else 0):
-      worker.turn()
     if apart:
+      take_turns(worker)
       worker.stop()
     return worker
+
+  def take_turns(*workers: Worker) -> None:
+    for _ in range(rounds):
+      for worker in workers:
+        worker.turn()
 
   try:
     for way, config in ways.items():
@@ -180,9 +184,8 @@ def run(
           [*serving, "clipflow_jax.bench.ceiling:work"],
           dict(name=name, dtype=found["ours"][0].facts["dtype"]),
         )
-    for _ in range(0 if apart else rounds):
-      for worker in (*found["ours"], *found["peers"], *found["ceilings"]):
-        worker.turn()
+    if not apart:
+      take_turns(*found["ours"], *found["peers"], *found["ceilings"])
   finally:
     for workers in found.values():
       for worker in workers:

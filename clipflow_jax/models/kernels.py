@@ -139,8 +139,8 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> j
     lengths = jnp.full(b, keys, jnp.int32)  # a mask of keys that costs less than one in full
   # Its backward pass takes none but even lengths.
   q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-  attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-  return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)[:, :queries].reshape(b, queries, -1)
+  out = jax.nn.dot_product_attention(q, k, v, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn")
+  return out[:, :queries].reshape(b, queries, -1)
 
 
 @jax.custom_vjp

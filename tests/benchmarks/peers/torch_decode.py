@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch_steps import DEVICE, once
+from torch_steps import DEVICE, once, shape_of
 
 from clipflow_jax.bench.frame import Work, serve
 
@@ -15,11 +15,7 @@ def make(told: dict[str, Any]) -> Work:
   text, rows, new = told["transformer"], told["rows"], told["new"]
   config = transformers.Qwen2Config(
     vocab_size=text["vocabulary"],
-    hidden_size=text["width"],
-    num_hidden_layers=text["layers"],
-    num_attention_heads=text["heads"],
-    num_key_value_heads=text["kv_heads"],
-    intermediate_size=text["mlp"],
+    **shape_of(text),
     tie_word_embeddings=True,
     bos_token_id=None,
     eos_token_id=None,

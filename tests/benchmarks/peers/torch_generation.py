@@ -19,7 +19,7 @@ import transformers
 from diffusers.models.embeddings import PixArtAlphaTextProjection, get_2d_rotary_pos_embed_lumina
 from torch import nn
 from torch.nn import functional as F
-from torch_steps import DEVICE, work
+from torch_steps import DEVICE, shape_of, work
 
 from clipflow_jax.bench.frame import Work, serve
 
@@ -68,11 +68,7 @@ class Blip3o(nn.Module):
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=list(text["rope_sections"]))
     fields = dict(
       vocab_size=text["vocabulary"] + 1,  # one more word, which stands for a query
-      hidden_size=text["width"],
-      num_hidden_layers=text["layers"],
-      num_attention_heads=text["heads"],
-      num_key_value_heads=text["kv_heads"],
-      intermediate_size=text["mlp"],
+      **shape_of(text),
       rope_parameters=rope,
       use_cache=False,
     )

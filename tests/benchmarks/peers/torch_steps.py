@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -13,6 +14,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 torch.backends.cuda.matmul.allow_tf32 = True
 torch.manual_seed(0)
+
+
+def shape_of(text: dict[str, Any]) -> dict[str, Any]:
+  """A language model's shape in the words of transformers' configurations."""
+  return dict(
+    hidden_size=text["width"],
+    num_hidden_layers=text["layers"],
+    num_attention_heads=text["heads"],
+    num_key_value_heads=text["kv_heads"],
+    intermediate_size=text["mlp"],
+  )
 
 
 def work(

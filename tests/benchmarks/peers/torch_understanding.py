@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch_steps import DEVICE, work
+from torch_steps import DEVICE, shape_of, work
 
 from clipflow_jax.bench.frame import Work, serve
 
@@ -15,12 +15,8 @@ def make(told: dict[str, Any]) -> Work:
   text, rows, length = told["transformer"], told["rows"] * len(told["lengths"]), told["lengths"][0]
   config = transformers.Qwen3Config(
     vocab_size=text["vocabulary"],
-    hidden_size=text["width"],
-    num_hidden_layers=text["layers"],
-    num_attention_heads=text["heads"],
-    num_key_value_heads=text["kv_heads"],
+    **shape_of(text),
     head_dim=text["head_dim"],
-    intermediate_size=text["mlp"],
     tie_word_embeddings=text.get("tie_embeddings", True),
     use_cache=False,
   )
