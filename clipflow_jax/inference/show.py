@@ -14,12 +14,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+  from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
 _GAP = 6
 _FONT_SIZE = 11
 _LINE_HEIGHT = 13
 _MOST_LINES = 6
+_LABEL_WIDTH = 150
+_GLOW = (255, 60, 0)  # seen on black, grey and white alike
 
 
 def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
@@ -42,8 +45,7 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     # White pictures have edges too.
     draw.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
     sheet.paste(enlarged(image, scale), (x, y))
-    for j, line in enumerate(lines):
-      draw.text((x, y + height + j * _LINE_HEIGHT), line, fill="black", font=_font())
+    _write(draw, lines, x, y + height)
   return sheet
 
 
@@ -53,42 +55,55 @@ def enlarged(image: np.ndarray, scale: int) -> Image.Image:
   return Image.fromarray(_stretched(image, height * scale, width * scale))
 
 
-def side_by_side(rows: Mapping[str, np.ndarray], scale: int = 2) -> Image.Image:
-  """Rows of pictures under each other, each with its label at the left. rows: label -> u8[N,H,W,3]."""
-  margin = _GAP + int(max(_font().getlength(label) for label in rows))
+def side_by_side(rows: Mapping[str, np.ndarray], scale: int = 2, heads: Sequence[str] = ()) -> Image.Image:
+  """Rows of pictures under each other, each with its label at the left, and what columns have in common above them.
+
+  rows: label -> u8[N,H,W,3]; heads: a text for each of the first columns. Long texts are wrapped.
+  """
+  labels = [_wrap(label, _LABEL_WIDTH) for label in rows]
+  margin = _GAP + int(max((_font().getlength(line) for lines in labels for line in lines), default=0))
   sheets = [grid(images, columns=len(images), scale=scale) for images in rows.values()]
-  sheet = Image.new("RGB", (margin + max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+  cell = _GAP + scale * max(images.shape[2] for images in rows.values())
+  above = [_wrap(head, cell - _GAP) for head in heads]
+  top = _LINE_HEIGHT * max(map(len, above), default=0)
+  sheet = Image.new("RGB", (margin + max(s.width for s in sheets), top + sum(s.height for s in sheets)), "white")
   draw = ImageDraw.Draw(sheet)
-  y = 0
-  for label, part in zip(rows, sheets, strict=True):
+  for i, lines in enumerate(above):  # they stand on their column
+    _write(draw, lines, margin + _GAP + i * cell, top - _LINE_HEIGHT * len(lines))
+  y = top
+  for lines, part in zip(labels, sheets, strict=True):
     sheet.paste(part, (margin, y))
-    draw.text((_GAP, y + (part.height - _FONT_SIZE) // 2), label, fill="black", font=_font())
+    _write(draw, lines, _GAP, y + (part.height - _LINE_HEIGHT * len(lines)) // 2)
     y += part.height
   return sheet
 
 
 def curves(rows: Iterable[Mapping], names: Sequence[str] | None = None) -> Figure:
-  """Metrics over steps: one column a stage, one line of panels a metric.
+  """Metrics over steps: a line of panels for each stage, one for each metric that it has.
 
   rows: the objects of metrics.jsonl (`step`, `stage`, scalars); names: the metrics to plot, by default all losses and
-  accuracies. A panel without values stays empty, because stages differ in scale and in what they measure.
+  accuracies. Each panel has a scale of its own, because stages differ in what they measure.
   """
   rows = list(rows)
   if names is None:
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if "loss" in name or "accuracy" in name]
-  stages = list(dict.fromkeys(row["stage"] for row in rows if any(name in row for name in names))) or [""]
-  figure = _figure(3.2 * len(stages), 2.4 * max(1, len(names)))
-  panels = figure.subplots(max(1, len(names)), len(stages), squeeze=False)
-  for line, name in zip(panels, names, strict=False):
-    for panel, stage in zip(line, stages, strict=True):
-      points = [(row["step"], row[name]) for row in rows if row.get("stage") == stage and name in row]
-      panel.set_visible(bool(points))
-      panel.plot(*zip(*points, strict=True) if points else ([], []))
+  points: dict[str, dict[str, list]] = {}
+  for row in rows:
+    for name in [name for name in names if name in row]:
+      points.setdefault(row.get("stage", ""), {}).setdefault(name, []).append((row["step"], row[name]))
+  widest = max(map(len, points.values()), default=1)
+  figure = _figure(3.2 * widest, 2.4 * max(1, len(points)))
+  panels = figure.subplots(max(1, len(points)), widest, squeeze=False)
+  for panel in panels.flat:
+    panel.set_visible(False)
+  for line, (stage, metrics) in zip(panels, points.items(), strict=False):
+    for panel, (name, values) in zip(line, metrics.items(), strict=False):
+      panel.set_visible(True)
+      panel.plot(*zip(*values, strict=True))
       panel.set_title(f"{stage}: {name}", fontsize=9)
+      panel.set_xlabel("step", fontsize=8)
       panel.tick_params(labelsize=7)
       panel.grid(alpha=0.3)
-  for panel in panels[-1]:
-    panel.set_xlabel("step", fontsize=8)
   return figure
 
 
@@ -99,20 +114,36 @@ def lines(
   *,
   log_x: bool = False,
   log_y: bool = False,
+  limits: Mapping[str, float] | None = None,
 ) -> Figure:
-  """Curves in one panel. curves: label -> (abscissae, ordinates); x, y: what the axes say."""
+  """Curves in one panel. curves: label -> (abscissae, ordinates); x, y: what the axes say; limits: as of `bars`.
+
+  A logarithmic x has a tick at each abscissa.
+  """
   figure = _figure(6.0, 3.2)
   panel = figure.subplots()
   for label, (at, values) in curves.items():
     panel.plot(at, values, marker="o", markersize=3, label=label)
   panel.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+  if log_x:
+    at = sorted({value for abscissae, _ in curves.values() for value in abscissae})
+    panel.set_xticks(at, [f"{value:g}" for value in at])
+    panel.set_xticks([], minor=True)
+  if log_y:
+    panel.yaxis.set_major_formatter("{x:g}")
+  _limit(panel, limits or {})
   panel.grid(alpha=0.3)
   panel.legend(fontsize=8)
   return figure
 
 
 def bars(
-  parts: Mapping[str, Sequence[float]], places: Sequence[str], y: str, limits: Mapping[str, float] | None = None
+  parts: Mapping[str, Sequence[float]],
+  places: Sequence[str],
+  y: str,
+  limits: Mapping[str, float] | None = None,
+  *,
+  x: str = "",
 ) -> Figure:
   """Stacked bars. parts: label -> a height at each of the places; limits: label -> a height to draw a line at."""
   figure = _figure(max(5.0, 0.55 * len(places)), 3.2)
@@ -121,11 +152,10 @@ def bars(
   for label, heights in parts.items():
     panel.bar(at, heights, bottom=bottom, label=label)
     bottom = bottom + np.asarray(heights)
-  for label, height in (limits or {}).items():
-    panel.axhline(height, color="black", linestyle="--", linewidth=1)
-    panel.text(at[-1] + 0.5, height, label, fontsize=8, ha="right", va="bottom")
-  panel.set_ylabel(y)
-  panel.set_xticks(at, places, rotation=45 if max(map(len, places)) > 4 else 0, ha="right", fontsize=8)
+  _limit(panel, limits or {})
+  panel.set(xlabel=x, ylabel=y)
+  slanted = max(map(len, places)) > 4
+  panel.set_xticks(at, places, rotation=45 if slanted else 0, ha="right" if slanted else "center", fontsize=8)
   if len(parts) > 1:
     panel.legend(fontsize=8)
   return figure
@@ -133,41 +163,42 @@ def bars(
 
 def arrows(points: Mapping[str, np.ndarray], vectors: Mapping[str, np.ndarray], x: str, y: str) -> Figure:
   """A field in a plane. points, vectors: label -> f[N,2], where arrows begin and how far they go."""
-  figure = _figure(5.0, 4.0)
+  figure = _figure(6.0, 4.0)
   panel = figure.subplots()
   for i, (label, at) in enumerate(points.items()):
     panel.scatter(at[:, 0], at[:, 1], s=10, color=f"C{i}", label=label)
     panel.quiver(*at.T, *vectors[label].T, angles="xy", scale_units="xy", scale=1, color=f"C{i}", width=0.004)
   panel.set(xlabel=x, ylabel=y)
   panel.grid(alpha=0.3)
-  panel.legend(fontsize=7)
+  panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the field: it would hide some of it
   return figure
 
 
 def attention(weights: np.ndarray, queries: Sequence[str], keys: Sequence[str]) -> Figure:
   """How much each query (a line) takes of each key (a column): weights f[Q,K] from 0 to 1."""
-  figure = _figure(1.5 + 0.17 * len(keys), 1.2 + 0.17 * len(queries))
+  figure = _figure(2.3 + 0.17 * len(keys), 1.2 + 0.17 * len(queries))
   panel = figure.subplots()
-  panel.imshow(weights, cmap="magma", vmin=0)
+  shown = panel.imshow(weights, cmap="magma", vmin=0)
   panel.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7)
   panel.set_yticks(range(len(queries)), queries, fontsize=7)
+  scale = figure.colorbar(shown, fraction=0.05)
+  scale.set_label("share of attention", fontsize=7)
+  scale.ax.tick_params(labelsize=7)
   return figure
 
 
 def heat(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
-  """Pictures u8[N,H,W,3] under their maps f[N,T], T cells of a square grid: bright where a map is high, u8[N,H,W,3].
+  """Pictures u8[N,H,W,3] without their colours, red where their maps f[N,T] are high, T cells of a square grid.
 
-  All maps share one scale, from 0 to the highest value.
+  All maps share one scale, from 0 (the grey picture alone) to the highest value. Returns u8[N,H,W,3].
   """
-  from matplotlib import colormaps
-
   n, height, width, _ = images.shape
   side = round(maps.shape[1] ** 0.5)
-  shares = (maps / max(float(maps.max()), 1e-12)).reshape(n, side, side)
-  cells = colormaps["magma"](shares)[..., :3] * 255
-  glow = np.stack([_stretched(cell.astype(np.uint8), height, width) for cell in cells])
+  shares = (maps / max(float(maps.max()), 1e-12)).reshape(n, side, side, 1)
+  cells = np.repeat(np.rint(shares * 255), 3, axis=-1).astype(np.uint8)
+  share = 0.8 * np.stack([_stretched(cell, height, width) for cell in cells]) / 255  # something is always to be seen
   grey = images.mean(axis=-1, keepdims=True)
-  return (0.35 * grey + 0.65 * glow).astype(np.uint8)
+  return ((1 - share) * grey + share * np.array(_GLOW)).astype(np.uint8)
 
 
 def colours(features: np.ndarray, size: int) -> np.ndarray:
@@ -195,6 +226,19 @@ def _figure(width: float, height: float) -> Figure:
 def _stretched(cells: np.ndarray, height: int, width: int) -> np.ndarray:
   """u8[h,w,3] without smoothing as u8[height,width,3]."""
   return np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _limit(panel: Axes, limits: Mapping[str, float]) -> None:
+  """Lines across a panel, each with its label on it at the right."""
+  for label, height in limits.items():
+    panel.axhline(height, color="black", linestyle="--", linewidth=1)
+    at = panel.get_yaxis_transform()  # x from 0 to 1, y as of the data
+    panel.text(0.99, height, label, fontsize=8, ha="right", va="bottom", transform=at)
+
+
+def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int) -> None:
+  for i, line in enumerate(lines):
+    draw.text((x, y + i * _LINE_HEIGHT), line, fill="black", font=_font())
 
 
 @functools.cache

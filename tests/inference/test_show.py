@@ -55,6 +55,18 @@ def test_side_by_side_puts_rows_under_each_other_with_room_for_labels():
   assert np.all(np.asarray(sheet)[: one.height, -one.width :] == np.asarray(one))
 
 
+def test_side_by_side_says_above_what_a_column_is_and_wraps_long_labels():
+  images = _pictures(2, size=40)
+  plain = show.side_by_side({"a": images})
+  headed = show.side_by_side({"a": images}, heads=["drawn", "the nearest of all"])
+  assert headed.width == plain.width and headed.height > plain.height
+  above = np.asarray(headed)[: headed.height - plain.height].min(axis=(0, 2))
+  assert (above[: headed.width // 2] < 128).any() and (above[headed.width // 2 :] < 128).any()
+  assert np.all(np.asarray(headed)[-plain.height :] == np.asarray(plain))
+  long = show.side_by_side({"a large cyan diamond at the top left and a small one": images})
+  assert long.width < plain.width + 160 and long.height == plain.height
+
+
 def test_curves_have_a_panel_for_each_metric_of_each_stage():
   rows = [{"step": step, "stage": "tower", "loss": 1 / step, "accuracy": 0.5} for step in (1, 2, 3)]
   rows += [{"step": step, "stage": "flow", "loss": 2.0} for step in (4, 5)] + [{"step": 6, "stage": "done"}]
@@ -74,12 +86,21 @@ def test_lines_are_the_curves_that_are_given():
   assert (panel.get_xlabel(), panel.get_ylabel(), panel.get_yscale()) == ("time", "loss", "log")
 
 
+def test_a_logarithmic_axis_has_a_tick_at_each_point_and_a_limit_is_named():
+  figure = show.lines({"a": ([4, 16, 64], [3.0, 4.0, 5.0])}, "chips", "GiB", log_x=True, limits={"16 GiB": 4.5})
+  (panel,) = figure.axes
+  assert [tick.get_text() for tick in panel.get_xticklabels()] == ["4", "16", "64"]
+  assert list(panel.lines[-1].get_ydata()) == [4.5, 4.5]
+  assert [text.get_text() for text in panel.texts] == ["16 GiB"]
+
+
 def test_bars_are_stacked_beside_their_limits():
-  figure = show.bars({"a": [1.0, 2.0], "b": [3.0, 1.0]}, ["4", "16"], "GiB", {"limit": 3.5})
+  figure = show.bars({"a": [1.0, 2.0], "b": [3.0, 1.0]}, ["4", "16"], "GiB", {"limit": 3.5}, x="chips")
   (panel,) = figure.axes
   tops = [patch.get_y() + patch.get_height() for patch in panel.patches]
   assert tops == [1.0, 2.0, 4.0, 3.0]
   assert list(panel.lines[0].get_ydata()) == [3.5, 3.5]
+  assert (panel.get_xlabel(), panel.get_ylabel()) == ("chips", "GiB")
   assert [tick.get_text() for tick in panel.get_xticklabels()] == ["4", "16"]
 
 
@@ -94,10 +115,11 @@ def test_arrows_begin_at_their_points():
 
 def test_attention_is_a_line_for_each_query_and_a_column_for_each_key():
   weights = np.random.default_rng(0).random((2, 3))
-  (panel,) = show.attention(weights, ["red", "square"], ["a", "red", "square"]).axes
+  panel, scale = show.attention(weights, ["red", "square"], ["a", "red", "square"]).axes
   np.testing.assert_array_equal(panel.images[0].get_array(), weights)
   assert [tick.get_text() for tick in panel.get_yticklabels()] == ["red", "square"]
   assert [tick.get_text() for tick in panel.get_xticklabels()] == ["a", "red", "square"]
+  assert scale.get_ylabel() == "share of attention"
 
 
 def test_heat_glows_where_the_map_is_high_and_on_one_scale():
@@ -106,6 +128,11 @@ def test_heat_glows_where_the_map_is_high_and_on_one_scale():
   light = warm.astype(int).sum(axis=-1)
   assert light[0, :10, :10].min() > light[1, 10:, 10:].max() > light[0, 10:, 10:].max()
   assert warm.shape == (2, 20, 20, 3) and warm.dtype == np.uint8
+
+
+def test_where_a_map_is_0_the_picture_is_as_it_was_but_grey():
+  warm = show.heat(_pictures(2) + 7, np.array([[1.0, 0, 0, 0]] * 2))
+  np.testing.assert_array_equal(warm[:, 10:], _pictures(2)[:, 10:] + 7)
 
 
 def test_like_features_have_like_colours():
