@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation.vqa import LETTER, SHORT
 from configs import presets
 
 SAMPLING = dict(guidance=placeholder(float), steps=placeholder(int))  # unset: as the run itself samples
@@ -23,10 +24,10 @@ SHAPES = dict(
   geneval=dict(kind="drawn", judge="detector", detector="shapes", n=64, best_of=1, best_by="caption", **SAMPLING),
 )
 
-SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's hint
-
 # The original's table of understanding, and what its successors report. Folders: one folder a class in the order of the
-# labels, or items.jsonl.
+# labels, or items.jsonl, whose `category` tells POPE's three samplings, MMBench's and MMMU's subjects apart. Wordings
+# and counting are those of lmms-eval and of each benchmark's own script (evaluation/vqa.py); where those have a model
+# write a letter, here it chooses the likeliest. Of MMMU: the questions with choices and one picture.
 UNDERSTANDING = dict(
   imagenet=dict(kind="zero_shot", classes="imagenet1k", data="", n=0),
   cifar100=dict(kind="zero_shot", classes="cifar100", data="", n=0),
@@ -36,8 +37,9 @@ UNDERSTANDING = dict(
   coco_captions=dict(kind="captions", data="", n=0),
   vqav2=dict(kind="questions", measure="soft", data="", n=0, suffix=SHORT),
   pope=dict(kind="yes_no", data="", n=0, suffix=SHORT),
-  mmbench=dict(kind="choices", by="letter", circular=True, data="", n=0),
-  seed=dict(kind="choices", by="words", circular=False, data="", n=0),
+  mmbench=dict(kind="choices", by="letter", circular=True, data="", n=0, suffix=LETTER),
+  mmmu=dict(kind="choices", by="letter", circular=False, data="", n=0, suffix=f"\n{LETTER}"),  # a blank line before it
+  seed=dict(kind="choices", by="words", circular=False, data="", n=0),  # accuracy_per_token, as SEED-Bench's own script
   docvqa=dict(kind="questions", measure="anls", data="", n=0, suffix=SHORT),
 )
 
@@ -78,8 +80,8 @@ GENERATION = dict(
 )
 
 # Benchmarks of prompts: GenEval's evaluation_metadata.jsonl and a detector of yours, module:function; DPG-Bench's
-# prompts with their questions, four pictures of each, answered by the model itself. Reports are of published detectors
-# and judges (Mask2Former, mPLUG-large): with others numbers compare among your own models alone.
+# dpg_bench.csv, whose questions the model itself answers. Four pictures of each prompt, as both ask for. Reports are of
+# published judges (Mask2Former and CLIP's colours; mPLUG-large): with others numbers compare among your models alone.
 PROMPTS = dict(
   geneval=dict(kind="drawn", judge="detector", detector="", prompts="", times=4, n=0),
   dpg=dict(kind="drawn", judge="questions", prompts="", times=4, n=0),

@@ -98,6 +98,65 @@ class Detected(Drawn):
     return tasks.means(scores, weights, categories) | {"score": float((right[there] / total[there]).mean())}
 
 
+class Questioned(Drawn):
+  """DPG-Bench, answered by the model itself: the share of a prompt's questions to which yes is likelier than no.
+
+  An item's `questions` are such as "Is there a dog?"; in `depends`, a list for each question names by number from 0 the
+  questions whose no makes it wrong, and so in turn what depends on it. With `kinds`, a word for each question, there is
+  a metric of each kind too, where an answer counts as it was given. Source: DSG (Cho et al. 2024); Hu et al. 2024 and
+  compute_dpg_bench.py, whose kinds are of the last of a prompt's four pictures alone; here they are of all.
+  """
+
+  def __init__(self, drawer: Drawer, items: Sequence[Item], model: ClipFlow):
+    super().__init__(drawer, items, self._judge)
+    self.model = model
+    self.kinds = sorted({kind for item in items for kind in item.more.get("kinds", [])})
+
+  @staticmethod
+  def check(item: Item) -> None:
+    """UserError for an item that cannot be judged so."""
+    questions, depends, kinds = (item.more.get(key, []) for key in ("questions", "depends", "kinds"))
+    if not questions:
+      raise UserError(f"prompt {item.id} has no questions to be judged by: give a file of prompts that have some")
+    for key, given in (("depends", depends), ("kinds", kinds)):
+      if given and len(given) != len(questions):
+        raise UserError(f"prompt {item.id} has {len(given)} {key} for {len(questions)} questions: one each is needed")
+    strange = [number for parents in depends for number in parents if number not in range(len(questions))]
+    if strange:
+      raise UserError(f"prompt {item.id}: a question depends on number {strange[0]} of {len(questions)}, from 0")
+
+  def _judge(self, images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
+    lists = [list(item.more["questions"]) for item in items]
+    counts = [len(questions) for questions in lists]
+    asked = [question for questions in lists for question in questions]
+    shown = np.repeat(folders.fit(images, self.model.image_size), counts, axis=0)
+    yes, no = (self.model.likelihood(asked, [word] * len(asked), shown).log_p for word in ("yes", "no"))
+    return [
+      self._answer(item, given) for item, given in zip(items, np.split(yes > no, np.cumsum(counts)[:-1]), strict=True)
+    ]
+
+  def _answer(self, item: Item, given: np.ndarray) -> Answer:
+    true = given.copy()
+    for number, parents in enumerate(item.more.get("depends", [])):
+      true[number] &= all(true[parent] for parent in parents)
+    scores = {"score": float(true.mean())}
+    kinds = np.array(item.more.get("kinds", [""] * len(given)))
+    for kind in self.kinds:
+      scores |= {f"asked {kind}": float((kinds == kind).sum()), f"yes {kind}": float(given[kinds == kind].sum())}
+    wrong = [question for question, right in zip(item.more["questions"], true, strict=True) if not right]
+    return Answer(scores, f"no: {' '.join(wrong)}" if wrong else "yes", item.question)
+
+  @staticmethod
+  def summary(scores: tasks.Scores, weights: np.ndarray, categories: np.ndarray) -> dict[str, float]:
+    sums = {name: float(weights @ values) for name, values in scores.items()}
+    shares = {"score": sums["score"] / float(weights.sum())}
+    for name in scores:
+      if name.startswith("asked "):
+        kind = name.removeprefix("asked ")
+        shares[kind] = sums[f"yes {kind}"] / sums[name] if sums[name] else float("nan")
+    return shares
+
+
 def by_clip(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answer]]:
   """The CLIP score of each picture and its prompt, 100 x cosine or 0 (Hessel et al. 2021), by the model's own CLIP."""
 
@@ -105,30 +164,6 @@ def by_clip(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answ
     texts = [item.question for item in items]
     cosines = np.sum(model.embed_image(folders.fit(images, model.image_size)) * model.embed_text(texts), axis=1)
     return [Answer({"clip_score": 100 * max(0.0, float(c))}, "", text) for c, text in zip(cosines, texts, strict=True)]
-
-  return judge
-
-
-def by_questions(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answer]]:
-  """DPG-Bench's score by whoever answers: the share of a prompt's questions to which yes is likelier than no.
-
-  An item's `questions` are such as "Is there a dog?"; in `depends`, a list for each question names by number from 0 the
-  questions whose no makes it moot and so wrong (DSG, Cho et al. 2024; Hu et al. 2024).
-  """
-
-  def judge(images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
-    lists = [list(item.more["questions"]) for item in items]
-    counts = [len(questions) for questions in lists]
-    asked = [question for questions in lists for question in questions]
-    shown = np.repeat(folders.fit(images, model.image_size), counts, axis=0)
-    yes, no = (model.likelihood(asked, [word] * len(asked), shown).log_p for word in ("yes", "no"))
-    made = []
-    for item, said in zip(items, np.split(yes > no, np.cumsum(counts)[:-1]), strict=True):
-      depends = item.more.get("depends") or [[]] * len(said)
-      true = [bool(own) and all(said[parent] for parent in parents) for own, parents in zip(said, depends, strict=True)]
-      wrong = [q for q, t in zip(item.more["questions"], true, strict=True) if not t]
-      made.append(Answer({"score": float(np.mean(true))}, f"no: {' '.join(wrong)}" if wrong else "yes", item.question))
-    return made
 
   return judge
 

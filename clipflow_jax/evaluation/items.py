@@ -7,6 +7,7 @@ its folders are classes, and the pictures in one are answered by its name, or by
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ from clipflow_jax.evaluation import folders
 
 ITEMS = "items.jsonl"
 KEYS = ("file", "id", "question", "answers", "choices", "category")
-MORE = ("include", "exclude", "questions", "depends")
+MORE = ("include", "exclude", "questions", "depends", "kinds")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Item:
   category: str = ""
   label: int | None = None  # the number of its class, where folders are classes: two of ImageNet's have one name
   more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of MORE: what one kind of task alone asks
+  group: str = ""  # of items that are no choice of their own, such as several pictures of one prompt
 
   def look(self, size: int) -> np.ndarray:
     """The picture as u8[size,size,3]. UserError with its name where it cannot be read."""
@@ -71,7 +73,7 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
 
 
 def read_prompts(file: Path | str) -> list[Item]:
-  """Prompts to draw: one a line, or in a .jsonl file objects with the prompt as `question`.
+  """Prompts to draw: one a line, in a .jsonl objects with the prompt as `question`, in a .csv DPG-Bench's table.
 
   GenEval's own names for it and for the category, `prompt` and `tag`, do as well: its file is read as it is.
   """
@@ -82,7 +84,34 @@ def read_prompts(file: Path | str) -> list[Item]:
     raise UserError(f"cannot read the prompts {file}: {error}") from error
   if file.suffix == ".jsonl":
     return [_parse(line, file, number) for number, line in enumerate(lines, start=1)]
+  if file.suffix == ".csv":
+    return _questioned(file)
   return [Item(str(number), question=line.strip()) for number, line in enumerate(lines)]
+
+
+def _questioned(file: Path) -> list[Item]:
+  """Of a table of questions, by the columns' names: its prompts in their order, as `generation.Questioned` takes them.
+
+  The official script passes over the first line, and so loses the first prompt; here it counts.
+  """
+  prompts: dict[str, list[dict[str, str]]] = {}
+  made = []
+  try:
+    with file.open(encoding="utf-8", newline="") as opened:
+      for row in csv.DictReader(opened):
+        prompts.setdefault(row["item_id"], []).append(row)
+    for name, rows in prompts.items():
+      number = {int(row["proposition_id"]): i for i, row in enumerate(rows)}
+      parents = [[int(parent) for parent in row["dependency"].split(",")] for row in rows]
+      more = dict(
+        questions=[row["question_natural_language"] for row in rows],
+        depends=[[number[parent] for parent in each if parent] for each in parents],  # 0 is none
+        kinds=[row["tuple"].split("(")[0].split("-")[0].strip() for row in rows],
+      )
+      made.append(Item(name, question=rows[0]["text"], more=more))
+  except (KeyError, ValueError, AttributeError) as error:
+    raise UserError(f"{file} is not a table of questions such as DPG-Bench's dpg_bench.csv: {error!r}") from error
+  return made
 
 
 def of_examples(examples: Iterable[Example], what: str) -> list[Item]:

@@ -17,7 +17,7 @@ import numpy as np
 from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import captioning, classification, folders, generation, geneval, items, tasks, vqa
+from clipflow_jax.evaluation import captioning, classification, folders, generation, geneval, items, report, tasks, vqa
 from clipflow_jax.evaluation.items import Item
 from clipflow_jax.evaluation.tasks import Answer, Scorer
 
@@ -54,7 +54,7 @@ class Done:
 def evaluate(run: Run, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Done]:
   """{name: Done} of the chosen tasks, {name: settings with `kind` of KINDS}. Everything is checked before any is run.
 
-  What was answered before, by the same model with the same settings, is not asked again.
+  What was answered before, by the same model with the same settings and software, is not asked again.
   """
   prepared = {name: _prepare(run, name, dict(settings)) for name, settings in chosen.items()}
   done = {}
@@ -105,7 +105,8 @@ def _ask(
 
   def start() -> Done:
     prompts = items.fingerprint(asked)
-    key = tasks.key_of(checkpoint(run.model), prompts, run.seed, {k: str(v) for k, v in settings.items()})
+    said = {k: str(v) for k, v in settings.items()}
+    key = tasks.key_of(checkpoint(run.model), prompts, run.seed, said, report.software())
     made = scorer()
     answers = tasks.run(run.directory / f"{name}.jsonl", key, asked, made, chunk=CHUNK)
     result = tasks.summarise(answers, asked, made.summary, resamples=run.resamples, seed=run.seed)
@@ -210,15 +211,27 @@ def questions(run, name, *, data: str = "", measure: str = "exact", suffix: str 
 
 def yes_no(run, name, *, data: str = "", suffix: str = "", n: int = 0):
   """Questions of yes and no, with POPE's statistics. Of the own test split, those that are answered so."""
-  asked = [item for item in _items(run, data, "questions", n) if item.answers and item.answers[0] in ("yes", "no")]
+  asked = _items(run, data, "questions", n)
+  fit = [bool(item.answers) and item.answers[0].strip().lower() in ("yes", "no") for item in asked]
+  if data and not all(fit):
+    odd = asked[fit.index(False)]
+    raise UserError(
+      f"task {name}: item {odd.id} is answered by {', '.join(odd.answers) or 'nothing'}, not by yes or no"
+    )
+  asked = [item for item, good in zip(asked, fit, strict=True) if good]
   return _ask(run, name, asked, lambda: vqa.YesNo(run.model, suffix), data=data, suffix=suffix)
 
 
-def choices(run, name, *, data: str, by: str = "letter", circular: bool = False, n: int = 0):
-  """Multiple choice by the likelihood of its letters or of its words, circular: with each choice first."""
+def choices(
+  run, name, *, data: str, by: str = "letter", circular: bool = False, suffix: str = vqa.LETTER, n: int = 0
+):  # fmt: skip
+  """Multiple choice by the likelihood of its letters or of its words, circular: with each choice first.
+
+  suffix: what follows the list of choices.
+  """
   asked = _items(run, data, "", n)
-  scorer = vqa.Chooser(run.model, by, circular)
-  return _ask(run, name, asked, lambda: scorer, data=data, by=by, circular=circular)
+  scorer = vqa.Chooser(run.model, by, circular, suffix)
+  return _ask(run, name, asked, lambda: scorer, data=data, by=by, circular=circular, suffix=suffix)
 
 
 def drawn(
@@ -234,11 +247,10 @@ def drawn(
     raise UserError(f"task {name}: judge {judge!r} is unknown; choose one of {', '.join(judges)}")
   found = geneval.make_detector(detector) if judge == "detector" else None
   each = _prompts(run, prompts, n, shapes=judge == "detector")
-  if judge == "questions" and (mute := [item.id for item in each if not item.more.get("questions")]):
-    raise UserError(
-      f"task {name}: prompt {mute[0]} has no questions to be judged by: --config.tasks.{name}.prompts=FILE"
-    )
-  asked = [dataclasses.replace(item, id=f"{item.id}#{time}") for item in each for time in range(times)]
+  if judge == "questions":
+    for item in each:
+      generation.Questioned.check(item)
+  asked = [dataclasses.replace(item, id=f"{item.id}#{i}", group=item.id) for item in each for i in range(times)]
   sampling = dict(guidance=guidance, steps=steps) | (dict(best_of=best_of, judge=best_by) if best_of > 1 else {})
   drawer = generation.Drawer(
     run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
@@ -247,8 +259,9 @@ def drawn(
   def scorer() -> Scorer:
     if found is not None:
       return generation.Detected(drawer, asked, found)
-    made = generation.by_clip(run.model) if judge == "clip" else generation.by_questions(run.model)
-    return generation.Drawn(drawer, asked, made)
+    if judge == "questions":
+      return generation.Questioned(drawer, asked, run.model)
+    return generation.Drawn(drawer, asked, generation.by_clip(run.model))
 
   return _ask(
     run, name, asked, scorer, drawer.kept, prompts_file=prompts, judge=judge, detector=detector,
@@ -303,7 +316,7 @@ def _prompts(run: Run, prompts: str, n: int, shapes: bool = False) -> list[Item]
 
 
 def _drawn_folder(run: Run, name: str, asked: Sequence[Item], sampling: Mapping[str, Any], size: int) -> Path:
-  key = tasks.key_of(checkpoint(run.model), items.fingerprint(asked), dict(sampling), size, run.seed)
+  key = tasks.key_of(checkpoint(run.model), items.fingerprint(asked), dict(sampling), size, run.seed, report.software())
   return run.directory / "drawn" / f"{name}-{key}"
 
 

@@ -22,7 +22,7 @@ from clipflow_jax.evaluation.items import Item
 log = logging.getLogger(__name__)
 
 Scores = Mapping[str, np.ndarray]  # f64[N] each
-# (scores, weights f64[N], categories [N]) -> metrics: of items that count so many times.
+# (scores, weights f64[N], categories [N]) -> metrics of items that count so many times; NaN of what none tells.
 Summary = Callable[[Scores, np.ndarray, np.ndarray], dict[str, float]]
 
 
@@ -96,38 +96,43 @@ def summarise(
 ) -> dict[str, Any]:
   """{"count", "metrics": {name: {"value", "low", "high"}}, "by_category": {category: the same}}.
 
-  low, high: the 95 % interval of the percentile bootstrap over items (Efron 1979), what the choice of these items
-  leaves open. Nothing of a model's own randomness is in it.
+  low, high: the 95 % interval of the percentile bootstrap over items (Efron 1979), those of one group together: what
+  the choice of these items, or groups, leaves open. Metrics of which the items tell nothing are left out.
   """
   names = list(answers[0].scores)
   scores = {name: np.array([answer.scores[name] for answer in answers], np.float64) for name in names}
   categories = np.array([item.category for item in items])
-  found: dict[str, Any] = {"count": len(items), "metrics": _intervals(scores, categories, summary, resamples, seed)}
+  numbers: dict[str, int] = {}
+  groups = np.array([numbers.setdefault(item.group or f"#{i}", len(numbers)) for i, item in enumerate(items)])
+  metrics = _intervals(scores, categories, groups, summary, resamples, seed)
+  found: dict[str, Any] = {"count": len(items), "metrics": metrics}
   distinct = sorted(set(categories.tolist()))
   if len(distinct) > 1:
     found["by_category"] = {}
     for category in distinct:
       rows = categories == category
       own = {name: values[rows] for name, values in scores.items()}
-      metrics = _intervals(own, categories[rows], summary, resamples, seed)
+      metrics = _intervals(own, categories[rows], groups[rows], summary, resamples, seed)
       found["by_category"][category] = {"count": int(rows.sum()), "metrics": metrics}
   return found
 
 
 def _intervals(
-  scores: Scores, categories: np.ndarray, summary: Summary, resamples: int, seed: int
+  scores: Scores, categories: np.ndarray, groups: np.ndarray, summary: Summary, resamples: int, seed: int
 ) -> dict[str, dict[str, float]]:
-  n = len(categories)
-  metrics = {name: {"value": value} for name, value in summary(scores, np.ones(n), categories).items()}
+  whole = summary(scores, np.ones(len(categories)), categories)
+  metrics = {name: {"value": value} for name, value in whole.items() if not np.isnan(value)}
+  distinct, group = np.unique(groups, return_inverse=True)
+  n = len(distinct)
   if not resamples or n < 2:
     return metrics
   rng = np.random.default_rng(seed)
   drawn = [
-    summary(scores, np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64), categories)
+    summary(scores, np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)[group], categories)
     for _ in range(resamples)
   ]
   for name, interval in metrics.items():
-    low, high = np.percentile([one[name] for one in drawn], [2.5, 97.5])
+    low, high = np.nanpercentile([one[name] for one in drawn], [2.5, 97.5])
     interval |= {"low": float(low), "high": float(high)}
   return metrics
 

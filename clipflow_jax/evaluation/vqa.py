@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+# What follows a question, word for word as lmms-eval's tasks vqav2, pope, docvqa (the first) and mmbench, seedbench,
+# mmmu (the second) have it, after LLaVA-1.5 (Liu et al. 2024): another wording is another benchmark.
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
 
 class Answerer:
   """Asks for an answer in the model's words; `measure` (written, answers) -> scores."""
@@ -62,19 +67,21 @@ class Chooser:
   """Multiple choice by likelihood: of each choice's words, or by=letter of its letter under a list of the choices.
 
   accuracy takes the likeliest choice; accuracy_per_token divides by its number of tokens (SEED-Bench's way), which for
-  letters is the same. An item's answer is the choice's words or its letter. circular: each item is asked once with each
-  choice first, and counts where all of them are answered rightly (Liu et al. 2023, MMBench's CircularEval).
+  letters is the same. An item's answer is the choice's words or its letter. suffix: what follows the listed choices,
+  which stand as LLaVA-1.5's model_vqa_mmbench.py and lmms-eval's seedbench and mmmu list them; a hint of MMBench's is
+  the question's first line. circular: each item is asked once with each choice first, and counts where all of them are
+  answered rightly (Liu et al. 2023, MMBench's CircularEval).
   """
 
   summary = staticmethod(tasks.means)
   HOW = ("words", "letter")
 
-  def __init__(self, model: ClipFlow, by: str = "words", circular: bool = False):
+  def __init__(self, model: ClipFlow, by: str = "words", circular: bool = False, suffix: str = LETTER):
     if by not in self.HOW:
       raise UserError(f"choices are compared by {' or '.join(self.HOW)}, not by {by!r}")
     if circular and by == "words":
       raise UserError("circular asks with each choice first, which words alone do not show; set by=letter")
-    self.model, self.by, self.circular = model, by, circular
+    self.model, self.by, self.circular, self.suffix = model, by, circular, suffix
 
   def score(self, items: Sequence[Item]) -> list[Answer]:
     turned = [list(_turned(item) if self.circular else [item]) for item in items]
@@ -97,7 +104,7 @@ class Chooser:
     for item in items:
       letters = LETTERS[: len(item.choices)]
       lines = [f"{letter}. {text}" for letter, text in zip(letters, item.choices, strict=True)]
-      listed = "\n".join([item.question, *lines, "Answer with the option's letter from the given choices directly."])
+      listed = "\n".join([item.question, *lines]) + self.suffix
       asked += [listed if self.by == "letter" else item.question] * len(item.choices)
       answers += letters if self.by == "letter" else item.choices
       images += [item.look(self.model.image_size)] * len(item.choices)
@@ -122,9 +129,9 @@ def soft(written: str, answers: Sequence[str]) -> dict[str, float]:
   """VQAv2's accuracy: a third for each of the other people who said the same, at most 1, the mean over who is left out.
 
   Where all people agree the words are compared as they are, and with fewer than three it is the share that agrees.
-  Source: Goyal et al. 2017 and its official script.
+  Source: Goyal et al. 2017 and its official script, GT-Vision-Lab/VQA's vqaEval.py.
   """
-  written = re.sub(r"[\n\t]", " ", written).strip()
+  written, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (written, *answers))
   if len(set(answers)) > 1:
     written, answers = normalise(written), [normalise(answer) for answer in answers]
   same = [answer == written for answer in answers]
@@ -160,9 +167,13 @@ def anls(written: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def yes_no_counts(written: str, answers: Sequence[str]) -> dict[str, float]:
-  """Which of the four cells it falls into. As POPE's script: no, where the first sentence has the word no or not."""
-  sentence = set(re.findall(r"\w+", written.split(".")[0].lower()))
-  said, truth = not sentence & {"no", "not"}, answers[0].strip().lower() == "yes"
+  """Which of the four cells it falls into.
+
+  As AoiDragon/POPE's evaluate.py reads an answer: no, where No, no or not is a word of its first sentence, commas taken
+  away and words what blanks part; all else, silence too, is yes.
+  """
+  sentence = set(written.split(".")[0].replace(",", "").split(" "))
+  said, truth = not sentence & {"No", "no", "not"}, answers[0].strip().lower() == "yes"
   cells = {"hit": said and truth, "false_alarm": said and not truth, "miss": not said and truth}
   return {name: float(value) for name, value in (cells | {"rejected": not said and not truth}).items()}
 
@@ -241,3 +252,4 @@ someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'
 _CONTRACTIONS = {word.replace("'", ""): word for word in _LOST.split()} | {
   word[: mark.start()] + word[mark.end() :]: word for word in _LOST_ONE.split() for mark in re.finditer("'", word)
 }
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the script's one entry that takes the apostrophe away

@@ -226,6 +226,7 @@ def test_captions_without_references_are_told():
     ("black / white", "black white"),
     ("3.5", "3.5"),
     ("an apple.", "apple"),
+    ("somebody'd go", "somebodyd go"),
   ],
 )
 def test_answers_are_normalised_as_by_vqav2s_script(given, wanted):
@@ -243,6 +244,7 @@ def test_answers_are_normalised_as_by_vqav2s_script(given, wanted):
     ("blue", ["red"] * 7 + ["blue"] * 3, 0.9),
     ("green", ["red"] * 5 + ["blue"] * 5, 0.0),
     ("red", ["red"], 1.0),
+    ("red", ["red\n", " red"] + ["red"] * 8, 1.0),  # blanks at the ends are no disagreement
   ],
 )
 def test_soft_accuracy_leaves_each_person_out_once(written, answers, wanted):
@@ -277,6 +279,23 @@ def test_yes_and_no_have_popes_statistics():
   )
 
 
+@pytest.mark.parametrize(
+  ("written", "no"),
+  [
+    ("No", True),
+    ("No, there is none", True),
+    ("I do not see one. Yes", True),
+    ("Yes. No", False),  # the first sentence alone
+    ("NO", False),  # neither No nor no
+    ("no!", False),  # another word to POPE's script, which takes commas away alone
+    ("nothing", False),
+    ("", False),
+  ],
+)
+def test_answers_are_read_as_popes_script_reads_them(written, no):
+  assert vqa.yes_no_counts(written, ["Yes"])["miss"] == no
+
+
 class Chooser:
   """Likes answers by their length; remembers what it was asked."""
 
@@ -308,8 +327,11 @@ def test_choices_are_compared_by_their_letters():
   answers = vqa.Chooser(model, by="letter").score(CHOICES)
   questions, letters = model.asked
   assert letters == list("AB") + list("ABC")
-  assert questions[2].startswith("which?\nA. an\nB. elephant\nC. dog\nAnswer with")
+  listed = "which?\nA. an\nB. elephant\nC. dog"
+  assert questions[2] == f"{listed}\nAnswer with the option's letter from the given choices directly."
   assert [answer.written for answer in answers] == ["horse", "an"]  # all letters are alike: the first
+  vqa.Chooser(model, by="letter", suffix="\n\nWhich?").score(CHOICES[1:])
+  assert model.asked[0][0] == f"{listed}\n\nWhich?"
 
 
 def test_asked_circularly_an_item_counts_where_it_is_right_whichever_choice_is_first():

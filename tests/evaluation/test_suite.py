@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import json
@@ -181,14 +182,24 @@ def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
     (dict(kind="drawn", judge="me"), "judge 'me' is unknown"),
     (dict(kind="drawn", judge="detector", detector="yolo"), "detector 'yolo' is unknown"),
     (dict(kind="drawn", judge="detector", detector="no.such:make"), "detector 'no.such:make' cannot be had"),
-    (dict(kind="drawn", judge="questions", prompts=""), "task x: prompt .* has no questions to be judged by"),
+    (dict(kind="drawn", judge="questions", prompts=""), "prompt .* has no questions to be judged by: give a file"),
+    (dict(kind="drawn", judge="questions", prompts="kinds.jsonl"), "prompt 1 has 1 kinds for 2 questions"),
+    (dict(kind="drawn", judge="questions", prompts="depends.jsonl"), "prompt 1: a question depends on number 2 of 2"),
+    (dict(kind="drawn", judge="questions", prompts="t.csv"), "t.csv is not a table of questions such as DPG-Bench's"),
     (dict(kind="distance", inception="here"), "task x needs reference"),
     (dict(kind="captions", data="nowhere"), "there is no folder nowhere"),
+    (dict(kind="yes_no", data="DATA"), "task x: item a is answered by red, not by yes or no"),
     (dict(kind="drawn", prompts="nowhere.txt"), "cannot read the prompts nowhere.txt"),
   ],
 )
-def test_tasks_that_are_wrong_are_told_before_any_is_run(tmp_path, settings, says):
+def test_tasks_that_are_wrong_are_told_before_any_is_run(tmp_path, monkeypatch, settings, says):
   model = Oracle()
+  monkeypatch.chdir(tmp_path)
+  for key, value in (("kinds", ["a"]), ("depends", [[], [2]])):
+    (tmp_path / f"{key}.jsonl").write_text(json.dumps({"prompt": "a", "questions": ["b?", "c?"], key: value}))
+  (tmp_path / "t.csv").write_text("item_id,text\n1,a\n")
+  (tmp_path / "DATA").mkdir()
+  (tmp_path / "DATA" / "items.jsonl").write_text(json.dumps(dict(id="a", question="is it?", answers=["red"])))
   with pytest.raises(UserError, match=says):
     suite.evaluate(suite.Run(model, tmp_path, SOURCE), {"questions": tasks()["questions"], "x": settings})
   assert model.calls == 0
@@ -223,14 +234,24 @@ def test_questions_judge_what_is_drawn_and_a_no_makes_what_depends_on_it_moot(tm
   name = classification.NAMES[classification.PAIRS.index((thing.colour, thing.shape))]
   other = next(n for n in classification.NAMES if n != name)
   model.scenes["it"] = scene
-  asked = [f"is there {name}?", f"is there {other}?", f"is there {name}?"]
-  line = dict(question="it", questions=asked, depends=[[], [0], [1]], id="a")
-  (tmp_path / "p.jsonl").write_text(json.dumps(line))
-  chosen = {"dpg": dict(kind="drawn", judge="questions", prompts=str(tmp_path / "p.jsonl"), times=2)}
-  done = suite.evaluate(suite.Run(model, tmp_path / "out", None, resamples=0), chosen)["dpg"]
-  assert done.result["count"] == 2
-  assert done.result["metrics"]["score"]["value"] == pytest.approx(1 / 3)
-  assert done.answers[0].written == f"no: {asked[1]} {asked[2]}"
+  yes, no = f"is there {name}?", f"is there {other}?"
+  table = [  # 1 is right; 2 is not, so 3 is not, and what depends on 3 is not either
+    ("a", "it", 1, "0", "entity - whole (x)", yes),
+    ("a", "it", 2, "1", "attribute - color (x, y)", no),
+    ("a", "it", 3, "1, 2", "attribute - size (x, y)", yes),
+    ("a", "it", 4, "3", "relation - spatial (x, y)", yes),
+    ("b", "it", 1, "0", "global - style (x)", yes),
+  ]
+  with (tmp_path / "p.csv").open("w", newline="") as opened:
+    columns = "item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"
+    csv.writer(opened).writerows([columns, *table])
+  chosen = {"dpg": dict(kind="drawn", judge="questions", prompts=str(tmp_path / "p.csv"), times=2)}
+  done = suite.evaluate(suite.Run(model, tmp_path / "out", None, resamples=40), chosen)["dpg"]
+  assert done.result["count"] == 4  # two pictures of each prompt
+  values = {name: metric["value"] for name, metric in done.result["metrics"].items()}
+  assert values == {"score": (1 / 4 + 1) / 2, "attribute": 1 / 2, "entity": 1, "global": 1, "relation": 1}
+  assert done.result["metrics"]["score"]["low"] == 1 / 4  # one prompt twice, with all its pictures
+  assert done.answers[0].written == f"no: {no} {yes} {yes}"
 
 
 def test_fid_draws_the_prompts_again_and_compares_with_the_reference(tmp_path, monkeypatch):

@@ -85,6 +85,22 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
   assert 0.9 <= np.mean(covered) <= 0.98
 
 
+def test_items_of_one_group_are_drawn_together():
+  prompts = [Answer({"right": float(i % 2)}) for i in range(8)]
+  alone = tasks.summarise(prompts, [Item(str(i)) for i in range(8)], tasks.means)["metrics"]
+  pictures = [Item(f"{i}#{j}", group=str(i)) for i in range(8) for j in range(4)]
+  alike = tasks.summarise([one for one in prompts for _ in range(4)], pictures, tasks.means)["metrics"]
+  assert alike == alone  # four pictures of each that are alike tell no more than one
+
+
+def test_what_none_of_the_items_tells_is_left_out():
+  def summary(scores, weights, categories):
+    return {name: float("nan") if not values.any() else 1.0 for name, values in scores.items()}
+
+  answers = [Answer({"a": 0.0, "b": 1.0})] * 3
+  assert set(tasks.summarise(answers, [Item(str(i)) for i in range(3)], summary)["metrics"]) == {"b"}
+
+
 def test_one_item_has_no_interval(whole):
   found = tasks.summarise(whole[:1], ITEMS[:1], tasks.means)
   assert found == {"count": 1, "metrics": {"third": {"value": 0.0}}}
