@@ -38,11 +38,15 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Looks:
-  """How much each query takes of each key, f32[L,h,Q,K], in every layer and head; what queries and keys are."""
+  """How much each query takes of each key, f32[L,h,Q,K], in every layer and head; what queries and keys are.
+
+  answer: which of the queries are the words of an answer, and its end.
+  """
 
   weights: np.ndarray
   queries: list[str]
   keys: list[str]
+  answer: list[int] = dataclasses.field(default_factory=list)
 
 
 class Inside:
@@ -133,7 +137,8 @@ class Inside:
     weights = self._read(model.params, row, model.encode(picture[None])[:, None])["text"]
     slots = np.flatnonzero(row.segments[0])
     words = self._words(row)
-    return Looks(np.asarray(weights)[:, 0].transpose(0, 2, 1, 3)[:, :, slots][..., slots], words, words)
+    answered = np.flatnonzero(row.loss_weights[0, slots]).tolist()  # a weight for each word that is the model's
+    return Looks(np.asarray(weights)[:, 0].transpose(0, 2, 1, 3)[:, :, slots][..., slots], words, words, answered)
 
   def _rows(self, prompts: Sequence[str]) -> tuple[Batch, Batch]:
     """The prompts as rows, and as many without a prompt, all of one length."""

@@ -82,6 +82,8 @@ def test_words_look_back_and_a_picture_at_all_of_itself(model: ClipFlow, inside:
   picture = np.zeros((model.image_size, model.image_size, 3), np.uint8)
   looks = inside.look_reading(picture, "what is it?", "red")
   assert looks.queries == looks.keys
+  assert looks.answer == list(range(looks.answer[0], len(looks.queries)))
+  assert "".join(looks.queries[i] for i in looks.answer[:-1]) == "red"
   np.testing.assert_allclose(looks.weights.sum(axis=-1), 1, atol=1e-5)
   own = np.array([word == PICTURE for word in looks.keys])
   assert own.sum() == model.model.feature_shape[0]
