@@ -9,6 +9,7 @@ not, for Orbax keeps no checksum of array data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -54,6 +55,7 @@ class Checkpoints:
     """Creates `directory` (workdir/checkpoints) and removes what a killed save left in it."""
     self._directory = _absolute(directory)
     self._saving: int | None = None
+    self._saved: ocp.AsyncResponse[bool] | None = None  # of the save under way
     self._orbax = ocp.training.Checkpointer(
       self._directory,
       context=_context(),
@@ -71,7 +73,7 @@ class Checkpoints:
     # JSON is encoded in the background, after the caller has gone on: copied, and refused, here.
     items = {"state": state, "data": json.loads(json.dumps(data_state)), "meta": json.loads(json.dumps(meta))}
     self._saving = step
-    self._orbax.save_checkpointables_async(step, items, force=True)
+    self._saved = self._orbax.save_checkpointables_async(step, items, force=True)
 
   def restore(self, abstract_state: PyTree) -> Restored | None:
     """The newest readable checkpoint, or None when there is none at all.
@@ -97,12 +99,19 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Until the save under way is on disk. Raises RuntimeError when it failed."""
+    saved, self._saved = self._saved, None
     try:
       self._orbax.wait()
     except Exception as error:
       raise RuntimeError(
         f"the checkpoint of step {self._saving} could not be written to {self._directory}: {_reason(error)}"
       ) from error
+    finally:
+      # Orbax waits besides in a thread with an event loop, which ends when it is asked how that went, and not before:
+      # each save would leave a thread and three open files.
+      if saved is not None:
+        with contextlib.suppress(Exception):  # raised above
+          saved.result()
 
   def close(self) -> None:
     """Waits for the save under way, then frees what Orbax holds."""

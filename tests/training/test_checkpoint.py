@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,22 @@ def test_a_failed_save_is_raised_by_the_next(tmp_path: Path):
   checkpoints.save(2, state, data_state={}, meta={})
   checkpoints.close()
   assert load(tmp_path, ("step",)).step == 2
+
+
+def test_a_save_that_is_done_leaves_no_thread_and_no_open_file(tmp_path: Path):
+  """Of a long run they would be thousands, and a process may open some 1,000 files."""
+
+  def held() -> tuple[int, int]:
+    checkpoints.wait()
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(1), data_state={}, meta={})
+  threads, files = held()
+  for step in (2, 3, 4):
+    checkpoints.save(step, make_state(1), data_state={}, meta={})
+  assert held()[0] <= threads and held()[1] <= files
+  checkpoints.close()
 
 
 def test_saving_and_restoring_are_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd):
