@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from clipflow_jax.training import flops, hlo
+from clipflow_jax.training import flops, hlo, hlo_text
 
 # Two devices in each of two groups; a loop of 7 rounds around a product and a gather, as a TPU's compiler writes them.
 TEXT = """HloModule step, is_scheduled=true
@@ -189,7 +189,7 @@ def test_an_attention_kernels_products_count_and_its_own_words_may_take_several_
   ],
 )
 def test_groups_are_read_in_every_form_that_compilers_write(attributes: str, group: tuple[int, ...]):
-  assert hlo._group(attributes, 8) == group
+  assert hlo_text.group(attributes, 8) == group
 
 
 @pytest.mark.parametrize(
