@@ -4,21 +4,30 @@
   from clipflow_jax.evaluation import harness
   lm_eval.simple_evaluate(harness.language(ClipFlow.from_checkpoint("runs/joint")), tasks=["arc_easy"])
 
-A context is the user's turn and what follows it the assistant's, by the model's own chat template.
+A context is the user's turn and what follows it the assistant's, by the model's own chat template. Of a context that is
+longer than the model's rows the end is kept, as the harness's own models do. Settings that count are `until`,
+`max_gen_toks` or `max_new_tokens`, and with `do_sample` the `temperature`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipflow_jax.data import sequence
 from clipflow_jax.data.images import square
 from clipflow_jax.errors import UserError
 
 if TYPE_CHECKING:
-  from clipflow_jax.inference.pipeline import ClipFlow
+  from clipflow_jax.inference.pipeline import ClipFlow, Message
+
+log = logging.getLogger(__name__)
+
+_NEW = 256  # tokens of an answer at most where a task does not say, as in lm_eval
+_SPARE = 8  # tokens by which a text may grow where it is cut
 
 
 def language(model: ClipFlow) -> Any:
@@ -45,21 +54,51 @@ class Words:
   def __init__(self, model: ClipFlow):
     super().__init__()
     self.model = model
+    empty = sequence.talked((("", ""),), np.zeros((model.image_size, model.image_size, 3), np.uint8))
+    self.room = model.config.get("max_length", 512) - int(model.rows([empty]).segments.sum()) - _SPARE  # for words
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """(log-probability, whether greedy decoding writes it) of each continuation; args: (context, continuation)."""
-    contexts, continuations = zip(*(request.args for request in requests), strict=True)
-    found = self.model.likelihood(list(contexts), [text.strip() for text in continuations], end=False)
+    continuations = [continuation.strip() for _, continuation in _args(requests)]
+    contexts = [
+      self._end(context, self.room - len(self._starts(continuation)))
+      for (context, _), continuation in zip(_args(requests), continuations, strict=True)
+    ]
+    found = self.model.likelihood(contexts, continuations, end=False)
     return list(zip(map(float, found.log_p), map(bool, found.greedy), strict=True))
 
   def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-    """The log-probability of each text after an empty turn of the user; args: (text,)."""
-    texts = [request.args[0] for request in requests]
-    return list(map(float, self.model.likelihood([""] * len(texts), texts, end=False).log_p))
+    """The log-probability of each text after an empty turn of the user; args: (text,).
+
+    A text that is longer than a row is cut into pieces, each told without the others.
+    """
+    cut = [self._pieces(text) for (text,) in _args(requests)]
+    pieces = [piece for own in cut for piece in own]
+    log_p = self.model.likelihood([""] * len(pieces), pieces, end=False).log_p
+    ends = np.cumsum([len(own) for own in cut])[:-1]
+    return [float(part.sum()) for part in np.split(np.asarray(log_p, np.float64), ends)]
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
-    """The greedy answer to each context, up to the first of its `until`; args: (context, {"until": [...]})."""
-    return [_until(self.model.chat(_turn(context, [])), settings) for context, settings in _args(requests)]
+    """The answer to each context, up to the first of its `until`; args: (context, settings)."""
+    talks = [_turn(self._end(context, self.room), []) for context, _ in _args(requests)]
+    return _write(self.model, talks, [settings for _, settings in _args(requests)])
+
+  def _starts(self, text: str) -> list[int]:
+    """Where in a text its tokens start."""
+    told = self.model.tokenizer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [start for start, _ in told["offset_mapping"]]
+
+  def _end(self, text: str, tokens: int) -> str:
+    """The last so many tokens of a text."""
+    starts = self._starts(text)
+    if len(starts) <= tokens:
+      return text
+    log.warning("a context of %d tokens is cut to its last %d", len(starts), tokens)
+    return text[starts[-max(1, tokens)] :]
+
+  def _pieces(self, text: str) -> list[str]:
+    cuts = self._starts(text)[:: self.room] or [0]
+    return [text[a:b] for a, b in zip([0, *cuts[1:]], [*cuts[1:], len(text)], strict=True)]
 
 
 class Pictures:
@@ -75,16 +114,18 @@ class Pictures:
     self.model = model
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
-    """The greedy answer about each request's pictures."""
-    return [
-      _until(self.model.chat(_turn(context, visual(self.task_dict[task][split][document]))), settings)
-      for context, settings, visual, document, task, split in _args(requests)
+    """The answer about each request's pictures, up to the first of its `until`."""
+    talks = [
+      _turn(context, visual(self.task_dict[task][split][document]))
+      for context, _, visual, document, task, split in _args(requests)
     ]
+    return _write(self.model, talks, [settings for _, settings, *_ in _args(requests)])
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """(minus the mean log-probability per token, whether greedy decoding writes it), as lmms_eval's models return.
 
-    UserError for a request with more or fewer than one picture.
+    lmms_eval 0.7.3 itself makes a text of each such pair and then fails to score it, whatever the model; tasks whose
+    answers are written are not concerned. UserError for a request with more or fewer than one picture.
     """
     contexts, targets, images = [], [], []
     for context, target, visual, number, task, split in _args(requests):
@@ -93,7 +134,7 @@ class Pictures:
       if len(shown) != 1:
         raise UserError(f"{task}: likelihoods are told of one picture, document {number} has {len(shown)}")
       contexts.append(context)
-      targets.append(target if isinstance(target, str) else target(document))
+      targets.append((target if isinstance(target, str) else target(document)).strip())
       images.append(square(shown[0], self.model.image_size))
     found = self.model.likelihood(contexts, targets, np.stack(images), end=False)
     losses = -found.log_p / np.maximum(found.tokens, 1)
@@ -107,9 +148,24 @@ def _args(requests: Sequence[Any]) -> list[tuple[Any, ...]]:
   return [request.args for request in requests]
 
 
-def _turn(context: str, images: Sequence[Any]) -> list[dict[str, Any]]:
+def _turn(context: str, images: Sequence[Any]) -> list[Message]:
   parts = [{"type": "image", "image": image} for image in images]
   return [{"role": "user", "content": [*parts, {"type": "text", "text": context}]}]
+
+
+def _write(model: ClipFlow, talks: Sequence[list[Message]], settings: Sequence[dict[str, Any]]) -> list[str]:
+  """What the model answers, in batches of its size."""
+  answers: list[str] = []
+  for start in range(0, len(talks), model.batch_size):
+    asked = settings[start : start + model.batch_size]
+    *_, written = model.stream(
+      talks[start : start + model.batch_size],
+      new=[int(one.get("max_gen_toks") or one.get("max_new_tokens") or _NEW) for one in asked],
+      temperature=[float(one.get("temperature") or 0) if one.get("do_sample") else 0.0 for one in asked],
+      seeds=list(range(start, start + len(asked))),
+    )
+    answers += [_until(one.text, own) for one, own in zip(written, asked, strict=True)]
+  return answers
 
 
 def _until(text: str, settings: dict[str, Any]) -> str:
