@@ -48,28 +48,31 @@ def tiny(image_size: int = 60) -> dict[str, Any]:
   # Muon lets queries and keys grow without bound: without their norm a flow of this size learns half as fast.
   each = dict(qk_norm=True, unroll=True)
   vision = dict(patch, width=128, layers=3, heads=2, mlp=384, embedding=64, **each)
-  attention = dict(heads=2, kv_heads=2, head_dim=64, **each)
   return dict(
     clip=dict(
       vision=vision,
       text=dict(vocabulary=0, length=32, width=128, layers=2, heads=2, mlp=256, embedding=64, **each),
-      captioner=dict(vocabulary=0, width=128, layers=1, mlp=256, **attention),
+      captioner=dict(vocabulary=0, width=128, layers=1, mlp=256, heads=2, kv_heads=2, head_dim=64, **each),
     ),
     transformer=dict(
       vocabulary=0,
       width=128,
       layers=4,
+      heads=4,
+      kv_heads=4,
+      head_dim=32,
       mlp=256,
       flow_width=128,
       flow_mlp=256,
       early_layer=1,
       out_scale=0.0,
-      rope_sections=(16, 8, 8),
-      **attention,
+      rope_sections=(8, 4, 4),
+      **each,
     ),
     pixel_decoder=dict(patch, width=128, layers=3, heads=2, mlp=256, flow=False, **each),
     prediction="x",
     shift_scale=11.3,  # the dimension law undershoots for features of low rank
+    whiten=1.0,
   )
 
 
@@ -120,7 +123,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       compilation_cache="",  # a folder for compiled programs, for a faster start the next time
       hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never
       hang_ends=False,  # and end the run then, to be started again
-      sampling=dict(steps=40, guidance=2.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="early"),
+      sampling=dict(steps=40, guidance=1.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="early"),
     )
   )
   for key, value in fields.items():

@@ -18,6 +18,7 @@ from clipflow_jax.bench.frame import Work
 from clipflow_jax.data import feature_cache, images
 from clipflow_jax.data.example import Example
 from clipflow_jax.data.feature_cache import FeatureSource
+from clipflow_jax.data.feature_statistics import Statistics
 from clipflow_jax.errors import UserError
 
 STORED, WANTED = 256, 224  # pixels of the JPEGs, and of the pictures made of them
@@ -79,9 +80,7 @@ def _write_features(folder: Path, mebibytes: int) -> FeatureSource:
   count = max(1, mebibytes * 2**20 // (TOKENS * CHANNELS * 2))
   rng = np.random.default_rng(0)
   few = rng.normal(size=(8, TOKENS, CHANNELS)).astype(jnp.bfloat16)
-  statistics = feature_cache.Statistics(
-    np.zeros((TOKENS, CHANNELS), np.float32), np.ones((TOKENS, CHANNELS), np.float32)
-  )
+  statistics = Statistics(np.zeros((TOKENS, CHANNELS), np.float32), np.ones((TOKENS, CHANNELS), np.float32))
   examples = (([Example(str(i), few[0], ("a caption",), "a caption", ())], few[i % 8][None]) for i in range(count))
   folder.mkdir()
   feature_cache.write_statistics(folder, statistics)

@@ -1,6 +1,6 @@
 """What the frozen tower sees, written once: `clipflow cache-features` writes it, `config.data.features` reads it.
 
-FOLDER/request.json says what of; statistics.npz holds mean and std f32[T,C], by which features are standardised;
+FOLDER/request.json says what of; statistics.npz holds the Statistics by which features are standardised;
 FOLDER/SOURCE/00000.array_record, ... hold the texts of examples, 00000.features, ... beside them their features, bytes
 and nothing else: a record's are copied once from the file to where they are used, which measured faster than from
 ArrayRecord. manifest.json, written last, lists the shards.
@@ -8,7 +8,6 @@ ArrayRecord. manifest.json, written last, lists the shards.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -26,10 +25,12 @@ import msgpack
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clipflow_jax.data import feature_statistics
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Example, said
+from clipflow_jax.data.feature_statistics import Statistics, Sums
 from clipflow_jax.errors import UserError
-from clipflow_jax.models.vision import VisionTower
+from clipflow_jax.models.vision import Standardise, VisionTower
 from clipflow_jax.parallel import distributed
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,7 @@ LENGTH = 1024  # records of a source that a shard is made of
 MEASURED = 4096  # pictures behind the statistics
 ENDLESS = 2**31 - 1  # records of a source that makes them up
 
-Encode = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Statistics:
-  """What standardises raw features: (raw - mean) / std."""
-
-  mean: np.ndarray  # f32[T,C]
-  std: np.ndarray  # f32[T,C]
+Encode = Callable[[np.ndarray, dict[str, np.ndarray]], jax.Array]
 
 
 class FeatureSource:
@@ -130,7 +123,7 @@ def read_statistics(folder: Path) -> Statistics:
 def write(
   tower: VisionTower,
   params: Mapping[str, Any],
-  statistics: Statistics | None,
+  statistics: Statistics | float,
   sources: Mapping[str, Any],
   folder: Path,
   *,
@@ -146,10 +139,10 @@ def write(
   Each process writes shards of its own, on its own devices, `rows` pictures a device at a time; a shard is renamed into
   place when it is complete, and one that is there is not made again: a run that was killed goes on.
 
-  params: the tower's. statistics: what standardises, None to measure it on these pictures. of: JSON, said of the
-  features beside the tower. count: only the first so many of each source (0: all). UserError for another dtype than
-  DTYPES, for parameters or pictures that are not the tower's, for a folder with features of something else, and for an
-  endless source without a count.
+  params: the tower's. statistics: what standardises; to measure it on these pictures, how far to whiten. of: JSON,
+  said of the features beside the tower. count: only the first so many of each source (0: all). UserError for another
+  dtype than DTYPES, for parameters or pictures that are not the tower's, for a folder with features of something else,
+  and for an endless source without a count.
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} of cached features is unknown; choose one of {', '.join(DTYPES)}")
@@ -170,7 +163,9 @@ def write(
   encode, devices = _tower(tower, params)
   rows *= devices
   if lead and not (folder / STATISTICS).exists():
-    write_statistics(folder, statistics or _measure(sources, sizes, tower, encode, rows))
+    if not isinstance(statistics, Statistics):
+      statistics = _measure(sources, sizes, tower, encode, rows, statistics)
+    write_statistics(folder, statistics)
   distributed.barrier("the statistics of features", 3600.0)
   there, side = read_statistics(folder), tower.image_size
 
@@ -182,7 +177,7 @@ def write(
   for name, number, which in jobs[jax.process_index() :: jax.process_count()]:
     file = folder / name / f"{number:05d}.array_record"
     if not file.exists():
-      found = _encoded(sources[name], which, bad, lambda x: encode(x, there.mean, there.std), rows, side)
+      found = _encoded(sources[name], which, bad, lambda x: encode(x, there.arrays()), rows, side)
       write_shard(file, found, dtype)
       log.info("%s: %d pictures", file, len(which))
   if bad.bad:
@@ -198,7 +193,7 @@ def write_statistics(folder: Path, statistics: Statistics) -> None:
   """What `read_statistics` reads."""
   partial = folder / "statistics.partial"
   with partial.open("wb") as file:
-    np.savez(file, mean=statistics.mean, std=statistics.std)
+    np.savez(file, allow_pickle=False, **statistics.arrays())
   os.replace(partial, folder / STATISTICS)
 
 
@@ -272,8 +267,8 @@ def _check_fit(tower: VisionTower, params: Mapping[str, Any]) -> None:
 
 
 def _tower(tower: VisionTower, params: Mapping[str, Any]) -> tuple[Encode, int]:
-  """(pictures u8[B,H,W,3], mean, std f32[T,C] -> features f32[B,T,C] standardised by them; number of devices, which
-  divides B).
+  """(pictures u8[B,H,W,3], arrays of Statistics, or none -> features f32[B,T,C] standardised by them; number of
+  devices, which divides B).
 
   Over the devices of this process, each with a copy of the tower: nothing is exchanged.
   """
@@ -282,9 +277,11 @@ def _tower(tower: VisionTower, params: Mapping[str, Any]) -> tuple[Encode, int]:
   by_rows, everywhere = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
   placed = jax.device_put(jax.tree.map(np.asarray, dict(params)), everywhere)
 
-  @functools.partial(jax.jit, in_shardings=(everywhere, by_rows, everywhere, everywhere), out_shardings=by_rows)
-  def see(placed, images, mean, std):
-    return (tower.apply({"params": placed}, images).features - mean) / std
+  @functools.partial(jax.jit, in_shardings=(everywhere, by_rows, everywhere), out_shardings=by_rows)
+  def see(placed, images, statistics):
+    raw = tower.apply({"params": placed}, images).features
+    standardise = Standardise(whiten="whitening" in statistics)
+    return standardise.apply({"params": statistics}, raw) if statistics else raw
 
   return functools.partial(see, placed), len(devices)
 
@@ -308,21 +305,27 @@ def _encoded(
     yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
 
 
-def _measure(sources: Mapping[str, Any], sizes: Mapping[str, int], tower: VisionTower, encode: Encode, rows: int):
+def _measure(
+  sources: Mapping[str, Any],
+  sizes: Mapping[str, int],
+  tower: VisionTower,
+  encode: Encode,
+  rows: int,
+  whiten: float,
+) -> Statistics:
   """The Statistics of MEASURED pictures from all over the sources."""
-  mean, std = np.zeros((tower.tokens, tower.width), np.float32), np.ones((tower.tokens, tower.width), np.float32)
-  first, second, pictures = np.zeros(mean.shape), np.zeros(mean.shape), 0
+  sums = jax.jit(functools.partial(feature_statistics.sums, whiten=whiten))
+  total: Sums = {}
+  pictures = 0
   share = -(-MEASURED // len(sources))
   for name, source in sources.items():
     which = np.unique(np.linspace(0, sizes[name] - 1, min(share, sizes[name])).astype(np.int64)).tolist()
-    raw = _encoded(source, which, BadRecords(None, 1.0), lambda x: encode(x, mean, std), rows, tower.image_size)
+    raw = _encoded(source, which, BadRecords(None, 1.0), lambda x: encode(x, {}), rows, tower.image_size)
     for _, features in raw:
-      wide = features.astype(np.float64)
-      first, second, pictures = first + wide.sum(0), second + np.square(wide).sum(0), pictures + len(wide)
-  average = first / pictures
-  deviation = np.sqrt(np.maximum(second / pictures - np.square(average), 1e-4))
+      total = feature_statistics.add(total, sums(features))
+      pictures += len(features)
   log.info("measured the features of %d pictures", pictures)
-  return Statistics(average.astype(np.float32), deviation.astype(np.float32))
+  return feature_statistics.statistics(total, pictures, whiten)
 
 
 def _records(file: Path) -> int:

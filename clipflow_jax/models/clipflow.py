@@ -23,7 +23,7 @@ from clipflow_jax.models.layers import GridPositions, Linear, grid_positions, to
 from clipflow_jax.models.pixel_decoder import PixelDecoder
 from clipflow_jax.models.time import TimeTokens
 from clipflow_jax.models.transformer import Context, Transformer
-from clipflow_jax.models.vision import Seen
+from clipflow_jax.models.vision import Seen, Standardise
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -39,19 +39,6 @@ class Place:
 # What a drawer is given of the stream: the flow expert its keys and values, the separate drawer f[B,M,Q,D].
 Conditioning = tuple[Context, Place] | jax.Array
 Given = Conditioning | Remembered
-
-
-class Statistics(nn.Module):
-  """Mean and std per (token, channel) of the tower's features: measured on data, kept with the weights."""
-
-  tokens: int
-  channels: int
-
-  @nn.compact
-  def __call__(self) -> tuple[jax.Array, jax.Array]:
-    shape = (self.tokens, self.channels)
-    mean = self.param("mean", nn.initializers.zeros, shape, jnp.float32)
-    return mean, self.param("std", nn.initializers.ones, shape, jnp.float32)
 
 
 class FlowHead(nn.Module):
@@ -93,6 +80,7 @@ class ClipFlow(nn.Module):
   clip, transformer, pixel_decoder: fields of those modules. prediction: what the flow head gives, "x" or "v".
   drawer: fields of a `DiT` that draws in place of the flow expert, and `queries`, how many it has in the stream.
   shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).
+  whiten: how far features' channels are whitened (`data.feature_statistics.statistics`); 0: not at all.
   kernel: of every attention (`kernels.attend`). dtype: what is computed in, "float32" or "bfloat16"; softmax, norms'
   statistics, losses and parameters are float32 all the same.
   """
@@ -103,6 +91,7 @@ class ClipFlow(nn.Module):
   drawer: dict[str, Any] | None = None
   prediction: str = "x"
   shift_scale: float = 1.0
+  whiten: float = 0.0
   kernel: str = "xla"
   dtype: Any = jnp.float32
 
@@ -134,10 +123,10 @@ class ClipFlow(nn.Module):
       raise ValueError(f"prediction {self.prediction!r} is unknown; choose x or v")
     if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
       raise UserError(f"model.dtype {self.dtype!r} is unknown; choose float32 or bfloat16")
-    tokens, channels = self.feature_shape
+    channels = self.feature_shape[1]
     shared = dict(kernel=self.kernel, dtype=jnp.dtype(self.dtype))
     self.clip_model = Clip(**self.clip, **shared)
-    self.statistics = Statistics(tokens, channels)
+    self.statistics = Standardise(bool(self.whiten))
     if self.transformer:
       fields = self.transformer
       self.language_model = Transformer(**fields, **shared)
@@ -163,8 +152,7 @@ class ClipFlow(nn.Module):
 
   def standardise(self, raw: jax.Array) -> jax.Array:
     """Raw features f32[...,T,C] -> standardised by the stored statistics."""
-    mean, std = self.statistics()
-    return (raw - mean) / std
+    return self.statistics(raw)
 
   def features(self, batch: Batch) -> jax.Array:
     """Standardised features f32[B,N,T,C] of the batch's pictures, cached or seen now, without gradients."""

@@ -175,3 +175,22 @@ def unit(x: jax.Array) -> jax.Array:
   """x f[..., E] in float32 at unit norm."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
+class Standardise(nn.Module):
+  """Raw features f32[...,T,C] standardised by what was measured on data (`data.feature_statistics`).
+
+  whiten: whether channels are made to differ too.
+  """
+
+  whiten: bool = False
+
+  @nn.compact
+  def __call__(self, raw: jax.Array) -> jax.Array:
+    shape, channels = raw.shape[-2:], raw.shape[-1]
+    mean = self.param("mean", nn.initializers.zeros, shape, jnp.float32)
+    features = (raw - mean) / self.param("std", nn.initializers.ones, shape, jnp.float32)
+    if self.whiten:
+      matrix = self.param("whitening", lambda key, *how: jnp.eye(*how), channels, channels)
+      features = jnp.matmul(features, matrix, precision="highest")
+    return features

@@ -37,7 +37,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(.*/)?(class_token|mask_token|attention_scale|mlp_scale|head_gates)", (None,)),
   (r".*/probe", (None, None)),
   (r"(.*/)?\w*norm/(scale|bias)", (None,)),
-  (r"statistics/(mean|std)", (None, None)),
+  (r"statistics/(mean|std|whitening)", (None, None)),
 )
 
 # What `training.adapters` makes of a kernel: which of the kernel's two axes are its own, too.

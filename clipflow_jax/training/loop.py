@@ -18,9 +18,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
-from clipflow_jax.data import mixture, text
+from clipflow_jax.data import feature_statistics, mixture, text
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.feature_cache import FeatureSource
+from clipflow_jax.data.feature_statistics import Statistics, Sums
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.errors import UserError
@@ -120,8 +121,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     now, aside = state.set_aside(now, unused)
     aside = distributed.fetch(aside) if aside else {}
     if cached:
-      features.check(cached, aside, np.asarray(state.flatten(now.frozen).get("statistics/mean", 0)))
-      now = _with_statistics(now, cached.statistics.mean, cached.statistics.std)
+      features.check(cached, aside, state.flatten(now.frozen))
+      now = _with_statistics(now, cached.statistics)
 
     def whole(now):
       return state.taken_back(now, jax.tree.map(distributed.place, aside, shardings_aside))
@@ -207,33 +208,32 @@ def make_pipeline(config: ConfigDict, starts: Sequence[checkpoint.Restored] = ()
 
 
 def measure_features(model: ClipFlow, now: TrainState, batches: Iterator[Batch], pictures: int) -> TrainState:
-  """The state with mean and deviation per (token, channel) of the tower's features over some `pictures` of batches."""
+  """The state with the statistics of the tower's features over some `pictures` of batches."""
 
   @jax.jit
-  def moments(params, images, roles):
+  def sums(params, images, roles):
     seen = roles.reshape(-1, 1, 1) > 0  # a packed row may have room for more pictures
     raw = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="see").features
-    raw = jnp.where(seen, raw, 0.0)
-    return raw.sum(0), jnp.square(raw).sum(0), seen.sum()
+    return feature_statistics.sums(jnp.where(seen, raw, 0.0), model.whiten), seen.sum()
 
-  first = second = np.float32(0)
+  total: Sums = {}
   count = 0
   while count < pictures:
     batch = next(batches)
-    sums = jax.device_get(moments(now.averaged, batch.images, batch.image_roles))
-    first, second, count = first + sums[0], second + sums[1], count + int(sums[2])
-  mean = first / count
-  std = np.sqrt(np.maximum(second / count - np.square(mean), 1e-4))
+    found, seen = jax.device_get(sums(now.averaged, batch.images, batch.image_roles))
+    total = feature_statistics.add(total, found)
+    count += int(seen)
   log.info("measured the features of %d pictures", count)
-  return _with_statistics(now, np.asarray(mean), std)
+  return _with_statistics(now, feature_statistics.statistics(total, count, model.whiten))
 
 
-def _with_statistics(now: TrainState, mean: np.ndarray, std: np.ndarray) -> TrainState:
+def _with_statistics(now: TrainState, statistics: Statistics) -> TrainState:
   flat = state.flatten(now.frozen)
-  for name, value in (("statistics/mean", mean), ("statistics/std", std)):
-    if name not in flat:
-      raise UserError(f"config.train must freeze {name}: it is measured, not learned")
-    flat[name] = distributed.place(value.astype(flat[name].dtype), flat[name].sharding)
+  for name, value in statistics.arrays().items():
+    path = f"statistics/{name}"
+    if path not in flat:
+      raise UserError(f"config.train must freeze {path}: it is measured, not learned")
+    flat[path] = distributed.place(value.astype(flat[path].dtype), flat[path].sharding)
   return dataclasses.replace(now, frozen=state.nest(flat))
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from clipflow_jax.data import feature_cache
 from clipflow_jax.data.example import BadRecord, Example
-from clipflow_jax.data.feature_cache import STEP, FeatureSource, Statistics
+from clipflow_jax.data.feature_cache import STEP, FeatureSource
+from clipflow_jax.data.feature_statistics import Statistics
 from clipflow_jax.errors import UserError
-from clipflow_jax.models.vision import VisionTower
+from clipflow_jax.models.vision import Standardise, VisionTower
 
 SIDE, TOKENS, WIDTH, PICTURES = 16, 4, 8, 21
 TOWER = VisionTower(SIDE, 8, WIDTH, layers=2, heads=2, mlp=16, embedding=4)
@@ -97,10 +98,20 @@ def test_int8_is_within_half_a_step(params, raw, tmp_path):
 
 
 def test_statistics_that_a_run_never_measured_are_those_of_the_pictures(params, raw, tmp_path):
-  write(params, tmp_path / "measured", None)
+  write(params, tmp_path / "measured", 0.0)
   found = feature_cache.read_statistics(tmp_path / "measured")
   np.testing.assert_allclose(found.mean, raw.mean(0), atol=1e-5)
   np.testing.assert_allclose(found.std, np.sqrt(np.maximum(raw.var(0), 1e-4)), rtol=1e-3)
+
+
+def test_whitened_features_are_those_that_the_model_makes(params, raw, tmp_path):
+  write(params, tmp_path / "whitened", 0.5)
+  source = FeatureSource(tmp_path / "whitened", "data.source")
+  arrays = source.statistics.arrays()
+  expected = Standardise(whiten=True).apply({"params": arrays}, raw)
+  found = np.stack([source[i].image for i in range(len(GOOD))]).astype(np.float32)
+  np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
+  assert np.abs(found - (raw - arrays["mean"]) / arrays["std"]).max() > 0.1
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(params, written, tmp_path):

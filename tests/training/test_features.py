@@ -110,16 +110,19 @@ def test_a_run_on_cached_features_goes_on(ran, trained, pictures, cached, tmp_pa
 def test_features_of_another_tower_or_standard_are_refused(trained, cached):
   source = features.FeatureSource(cached, "data.source")
   read = checkpoint.load(trained, ("frozen",)).state["frozen"]
-  mean = source.statistics.mean
-  features.check(source, read, mean)
-  features.check(source, read, np.zeros_like(mean))
+  frozen = state.flatten(read)
+  mean = frozen["statistics/mean"]
+  features.check(source, read, frozen)
+  features.check(source, read, frozen | {"statistics/mean": np.zeros_like(mean)})
   with pytest.raises(UserError, match="standardised as this run's: cache them from what init_from names"):
-    features.check(source, read, mean + 1)
+    features.check(source, read, frozen | {"statistics/mean": mean + 1})
+  with pytest.raises(UserError, match="standardised as this run's"):
+    features.check(source, read, frozen | {"statistics/whitening": np.eye(mean.shape[1])})
   with pytest.raises(UserError, match="config.train must freeze clip_model"):
-    features.check(source, {}, mean)
+    features.check(source, {}, frozen)
   other = jax.tree.map(lambda leaf: leaf + 1, read)
   with pytest.raises(UserError, match=f"of another tower than this run's: set init_from={trained}"):
-    features.check(source, other, mean)
+    features.check(source, other, frozen)
 
 
 def test_a_run_without_a_tower_has_nothing_to_cache(trained, pictures, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipflow_jax.data import mixture, text
+from clipflow_jax.data import feature_statistics, mixture, text
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
@@ -206,13 +207,18 @@ def test_a_run_to_begin_with_that_is_not_there_is_named(tmp_path):
 # Features.
 
 
-def test_measured_features_have_mean_0_and_deviation_1(whole):
+@pytest.mark.parametrize("whiten", [0.0, 0.5])
+def test_measured_features_have_mean_0_and_deviation_1(whole, whiten, tmp_path):
   workdir, final = whole
   config = tiny_runs.decoder_stage()
   read = checkpoint.load(workdir, ())
-  (workdir / "scratch").mkdir()
-  chat = text.Chat(text.from_files(read.meta["tokenizer"], workdir / "scratch"))
-  model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
+  chat = text.Chat(text.from_files(read.meta["tokenizer"], tmp_path))
+  fields = config.model.to_dict() | dict(whiten=whiten)
+  model = ClipFlow(**text.with_vocabulary(fields, len(chat.tokenizer)))
+  if whiten:
+    frozen = state.flatten(final.frozen)
+    frozen["statistics/whitening"] = np.eye(model.feature_shape[1], dtype=np.float32)
+    final = dataclasses.replace(final, frozen=state.nest(frozen))
   pipeline = Pipeline(
     parts=mixture.make(config.data.source, "train"),
     chat=chat,
@@ -229,7 +235,14 @@ def test_measured_features_have_mean_0_and_deviation_1(whole):
   assert len(images) < 4 * 5 * len(pictures)  # there was room left
   features = model.apply({"params": measured.params}, images, method=lambda m, x: m.standardise(m.see(x).features))
   np.testing.assert_allclose(features.mean(0), 0, atol=1e-3)
-  np.testing.assert_allclose(features.std(0), 1, atol=2e-3)
+  np.testing.assert_allclose(np.square(features).mean(), 1, atol=2e-3)
+  if whiten:
+    raw = model.apply({"params": measured.params}, images, method="see").features
+    sums = feature_statistics.add({}, feature_statistics.sums(raw, whiten))
+    found = feature_statistics.statistics(sums, len(raw), whiten)
+    np.testing.assert_allclose(measured.params["statistics"]["whitening"], found.whitening, atol=1e-3)
+  else:
+    np.testing.assert_allclose(features.std(0), 1, atol=2e-3)
   assert_identical(measured.trained, final.trained)
 
 
