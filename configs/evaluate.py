@@ -34,7 +34,7 @@ UNDERSTANDING = dict(
   flowers102=dict(kind="zero_shot", classes="flowers102", data="", n=0),
   cifar100_probe=dict(kind="few_shot", classes="cifar100", data="", n=0, train="", l2=3.16),  # CLIP's C = 0.316
   flowers102_probe=dict(kind="few_shot", classes="flowers102", data="", n=0, train="", l2=3.16),
-  coco_captions=dict(kind="captions", data="", n=0),
+  coco_captions=dict(kind="captions", question="Provide a one-sentence caption for the provided image.", data="", n=0),
   vqav2=dict(kind="questions", measure="soft", data="", n=0, suffix=SHORT),
   pope=dict(kind="yes_no", data="", n=0, suffix=SHORT),
   mmbench=dict(kind="choices", by="letter", circular=True, data="", n=0, suffix=LETTER),
@@ -43,39 +43,51 @@ UNDERSTANDING = dict(
   docvqa=dict(kind="questions", measure="anls", data="", n=0, suffix=SHORT),
 )
 
-# How the literature measures, as far as it says; `says` goes into RESULT.json. The reference is a folder of pictures at
-# `size` pixels, or statistics as pytorch-fid saves them; inception is a folder with the weights in safetensors;
-# metrics may name fd_dinov2 too, for which dinov2 is a folder or hub id.
+# How the literature measures, as far as it says; `says` goes into RESULT.json, and so does the guidance that was used.
+# The reference is a folder of pictures at `size` pixels, or statistics as pytorch-fid saves them; inception is a folder
+# with the weights in safetensors; metrics may name fd_dinov2 too, for which dinov2 is a folder or hub id. `resize`
+# is how both become Inception's 299 px: torch-fidelity as TensorFlow's FID did, or clean-fid (Parmar et al. 2022).
+SWEPT = "guidance: the run's own, where published numbers are the best of a sweep"
 GENERATION = dict(
   cifar10=dict(
     size=32,
     n=50_000,
     metrics=("fid", "is"),
+    resize="torch-fidelity",
     unconditional=True,
     guidance=1.0,
-    says="50,000 unconditional pictures of 32 px against the 50,000 of the training split, no guidance",
+    says="50,000 unconditional pictures of 32 px against the 50,000 of the training split, not resampled; no guidance",
   ),
   coco30k=dict(
     size=256,
     n=30_000,
+    resize="torch-fidelity",
     prompts="",
-    says="30,000 captions of COCO 2014's validation split, 256 px, against all of it, centre-cropped and resized",
+    says="30,000 captions of COCO 2014's validation split, drawn at 256 px, against all pictures of that split, "
+    f"centre-cropped and resampled to 256 px; {SWEPT}",
   ),
   celeba_hq=dict(
     size=256,
     n=30_000,
+    resize="torch-fidelity",
     unconditional=True,
     guidance=1.0,
-    says="30,000 unconditional pictures of 256 px against all 30,000 of CelebA-HQ, no guidance",
+    says="30,000 unconditional pictures of 256 px against all 30,000 of CelebA-HQ, resampled from 1024 px; no guidance",
   ),
   mjhq=dict(
-    size=1024, n=30_000, prompts="", resize="clean-fid", says="the 30,000 prompts of MJHQ-30K against its pictures"
+    size=1024,
+    n=30_000,
+    resize="clean-fid",
+    prompts="",
+    says=f"the 30,000 prompts of MJHQ-30K, drawn at 1024 px, against its 30,000 pictures, not resampled; {SWEPT}",
   ),
   imagenet256=dict(
     size=256,
     n=50_000,
+    resize="torch-fidelity",
     prompts="classes:imagenet1k",
-    says="50,000 pictures of 256 px, 50 of each class, against the training split's statistics, centre-cropped",
+    says="50,000 pictures of 256 px, 50 of each class, against the statistics of the training split, centre-cropped "
+    f"and resampled to 256 px; {SWEPT}",
   ),
 )
 

@@ -29,17 +29,22 @@ Ngram = tuple[str, ...]
 
 
 class Captioner:
-  """Describes pictures: BLEU-4 of the corpus, CIDEr, ROUGE-L, exact match with an item's answers, the references."""
+  """Describes pictures: BLEU-4 of the corpus, CIDEr, ROUGE-L, exact match with an item's answers, the references.
 
-  def __init__(self, model: ClipFlow, items: Sequence[Item]):
+  question: what asks for a description; "" as the model was taught to be asked.
+  """
+
+  def __init__(self, model: ClipFlow, items: Sequence[Item], question: str = ""):
     lacking = [item.id for item in items if not item.answers]
     if lacking:
       raise UserError(f"item {lacking[0]} has no answers: captions are compared with what people wrote")
-    self.model = model
+    self.model, self.question = model, question
     self.cider = Cider([[words(text) for text in item.answers] for item in items])
 
   def score(self, items: Sequence[Item]) -> list[Answer]:
-    written = self.model.caption(np.stack([item.look(self.model.image_size) for item in items]))
+    images = np.stack([item.look(self.model.image_size) for item in items])
+    question = self.question
+    written = self.model.answer(images, [question] * len(images)) if question else self.model.caption(images)
     return [self._compare(text, item.answers) for text, item in zip(written, items, strict=True)]
 
   def _compare(self, text: str, references: Sequence[str]) -> Answer:

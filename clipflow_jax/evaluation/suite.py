@@ -194,10 +194,10 @@ def _classes(run: Run, name: str, data: str, classes: str, names: Sequence[str],
   return classification.shapes_items(n or 1000, run.seed, run.model.image_size)
 
 
-def captions(run, name, *, data: str = "", n: int = 0):
-  """Descriptions against references: BLEU-4, CIDEr, ROUGE-L, exact."""
+def captions(run, name, *, data: str = "", question: str = "", n: int = 0):
+  """Descriptions against references: BLEU-4, CIDEr, ROUGE-L, exact. question: what asks, "" as the model was taught."""
   asked = _items(run, data, "captions", n)
-  return _ask(run, name, asked, lambda: captioning.Captioner(run.model, asked), data=data)
+  return _ask(run, name, asked, lambda: captioning.Captioner(run.model, asked, question), data=data, question=question)
 
 
 def questions(run, name, *, data: str = "", measure: str = "exact", suffix: str = "", n: int = 0):
@@ -265,7 +265,7 @@ def drawn(
 
   return _ask(
     run, name, asked, scorer, drawer.kept, prompts_file=prompts, judge=judge, detector=detector,
-    size=drawer.size, times=times, sampling=sampling,
+    size=drawer.size, times=times, sampling=_whole(run, sampling),
   )  # fmt: skip
 
 
@@ -292,7 +292,12 @@ def distance(
   def start() -> Done:
     found = generation.distances(drawer, asked, Path(reference), metrics, using, chunk=CHUNK)
     settings = dict(
-      reference=reference, resize=resize, size=drawer.size, unconditional=unconditional, says=says, **sampling
+      reference=reference,
+      resize=resize,
+      size=drawer.size,
+      unconditional=unconditional,
+      says=says,
+      sampling=_whole(run, sampling),
     )
     result = {key: {"value": value} for key, value in found.items()}
     prompt_hash = items.fingerprint(asked)
@@ -313,6 +318,12 @@ def _prompts(run: Run, prompts: str, n: int, shapes: bool = False) -> list[Item]
   if prompts:
     return items.choose(items.read_prompts(prompts), n, run.seed)
   return geneval.shapes_items(n or 128, run.seed) if shapes else _items(run, "", "prompts", n)
+
+
+def _whole(run: Run, sampling: Mapping[str, Any]) -> dict[str, Any]:
+  """What is asked of the sampling, and what is not asked as the run itself samples: for RESULT.json."""
+  own = run.model.config.to_dict().get("sampling", {})
+  return own | {name: value for name, value in sampling.items() if value is not None}
 
 
 def _drawn_folder(run: Run, name: str, asked: Sequence[Item], sampling: Mapping[str, Any], size: int) -> Path:

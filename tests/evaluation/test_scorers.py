@@ -200,6 +200,13 @@ def test_words_are_in_lower_case_without_punctuation():
   assert captioning.words("a T-shirt at 3.5 dollars.") == ["a", "t-shirt", "at", "3.5", "dollars"]
 
 
+def test_captions_are_asked_for_as_a_protocol_words_it():
+  asked = [Item("a", picture("red"), answers=("a dog",))]
+  model = types.SimpleNamespace(image_size=2, caption=lambda images: ["a cat"], answer=lambda images, q: q)
+  assert captioning.Captioner(model, asked).score(asked)[0].written == "a cat"
+  assert captioning.Captioner(model, asked, "Say it.").score(asked)[0].written == "Say it."
+
+
 def test_captions_without_references_are_told():
   with pytest.raises(UserError, match="item 7 has no answers"):
     captioning.Captioner(None, [Item("7")])

@@ -175,7 +175,7 @@ def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
   ("settings", "says"),
   [
     (dict(kind="taste"), "task x: kind 'taste' is unknown; choose one of zero_shot, few_shot"),
-    (dict(kind="captions", colour=1), "task x: 'colour' is no setting of 'captions'; there are data, n"),
+    (dict(kind="captions", colour=1), "task x: 'colour' is no setting of 'captions'; there are data, question, n"),
     (dict(kind="choices"), "task x needs data: --config.tasks.x.data="),
     (dict(kind="zero_shot", classes="cifar10"), "task x needs pictures of cifar10: --config.tasks.x.data=DIR"),
     (dict(kind="questions", measure="taste"), "measure 'taste' is unknown; choose one of exact, soft, anls"),
@@ -213,6 +213,21 @@ def test_every_table_has_kinds_and_settings_that_are_there():
       assert settings.keys() - {"kind", "reference", "inception", "data"} <= known.keys(), name
   with pytest.raises(UserError, match="table 'taste' is unknown; choose one of shapes, understanding, generation"):
     evaluate.get_config("table=taste")
+
+
+def test_presets_say_how_the_literature_measures():
+  for name, preset in evaluate.GENERATION.items():
+    assert preset["resize"] in ("torch-fidelity", "clean-fid"), name
+    for part in (f"{preset['n']:,} ", f"{preset['size']} px", " against ", "resampled", "guidance"):
+      assert part in preset["says"], (name, part)
+
+
+def test_the_result_says_how_pictures_were_drawn_where_only_the_run_itself_knows(tmp_path):
+  model = Oracle()
+  model.config.sampling = dict(steps=40, guidance=1.5)
+  chosen = {"clip_score": tasks()["clip_score"] | dict(steps=2)}
+  done = suite.evaluate(suite.Run(model, tmp_path, SOURCE, SEED, 0), chosen)
+  assert done["clip_score"].result["settings"]["sampling"] == dict(steps=2, guidance=1.5)
 
 
 def test_training_is_told_plain_numbers_and_no_file_is_left(whole, tmp_path, monkeypatch):
