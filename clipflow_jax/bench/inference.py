@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from clipflow_jax.bench import training
 from clipflow_jax.bench.frame import Work
 from clipflow_jax.evaluation import inception
 from clipflow_jax.inference import image, text
-from clipflow_jax.inference.pipeline import keys_of
+from clipflow_jax.inference.batching import keys_of
 from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.inception import SIZE, InceptionV3
@@ -153,9 +152,7 @@ def _work(
   **facts: Any,
 ) -> Work:
   """Calls of the compiled function, each until it is done. The first of its arguments is the parameters."""
-  before = time.perf_counter()
-  compiled = jax.jit(function).lower(*arguments).compile()
-  seconds = time.perf_counter() - before
+  compiled, seconds = training.compiled(function, *arguments)
   count = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
   name = str(jnp.dtype(dtype))
   return Work(

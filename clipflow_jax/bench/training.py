@@ -46,14 +46,12 @@ def step(told: dict[str, Any]) -> Work:
     shapes, _ = state.set_aside(shapes, ("clip_model",))
   now = _fill(shapes)
   pure = steps.make(model, objective, tx, seed=0, ema=config.ema, accumulate=config.accumulate)
-  before = time.perf_counter()
-  compiled = jax.jit(pure, donate_argnums=0).lower(now, batch).compile()
-  compile_seconds = time.perf_counter() - before
+  advance, compile_seconds = compiled(pure, now, batch, donate_argnums=0)
   moved = sum(leaf.nbytes for leaf in jax.tree.leaves((now, now.trained, now.ema, now.opt_state, batch)))
 
   def run() -> None:
     nonlocal now
-    now, _ = compiled(now, batch)
+    now, _ = advance(now, batch)
     jax.block_until_ready(now)
 
   rows, words = np.shape(batch.tokens)
@@ -70,6 +68,13 @@ def step(told: dict[str, Any]) -> Work:
     peer=_for_peer(config, model, lengths),
     memory=peak_memory(),
   )
+
+
+def compiled(function: Callable, *arguments: Any, **how: Any) -> tuple[Callable, float]:
+  """The function compiled for arguments of such shapes, and the seconds that took. how: of `jax.jit`."""
+  before = time.perf_counter()
+  made = jax.jit(function, **how).lower(*arguments).compile()
+  return made, time.perf_counter() - before
 
 
 def peak_memory() -> Callable[[], float] | None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
-from clipflow_jax.inference.pipeline import ClipFlow, keys_of, padded, seeds_of
+from clipflow_jax.inference.batching import keys_of, padded, seeds_of
+from clipflow_jax.inference.pipeline import ClipFlow
 
 ROOM = 128  # programs are compiled for so many times, or a multiple
 

@@ -19,8 +19,9 @@ from clipflow_jax.data import sequence
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
+from clipflow_jax.inference.batching import keys_of, seeds_of
 from clipflow_jax.inference.image import Sampling
-from clipflow_jax.inference.pipeline import ClipFlow, keys_of, seeds_of
+from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.models.clipflow import Place
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
@@ -22,12 +20,13 @@ from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, likelihood, rerank, text
+from clipflow_jax.inference.batching import Programs, bucket, keys_of, padded, seeds_of
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow as Model
-from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
+from clipflow_jax.parallel import sharding
 from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.state import Params
 
@@ -56,7 +55,7 @@ class ClipFlow:
     self.batch_size = batch_size
     self.shortest = 16  # slots of the shortest rows that programs are compiled for
     self.image_size = model.clip["vision"]["image_size"]
-    self._compiled: dict[Any, Callable] = {}
+    self._programs = Programs()
 
   @classmethod
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64, weights: str = "") -> ClipFlow:
@@ -146,7 +145,7 @@ class ClipFlow:
       features = image.draw(self.model, params, rows, empty, keys, sampling)
       return image.decode(self.model, params, features, keys) if pixels else features
 
-    return self._batched(("draw", sampling, pixels), run, (rows, seeds_of(len(prompts), seed)), empty)
+    return self.batched(("draw", sampling, pixels), run, (rows, seeds_of(len(prompts), seed)), empty)
 
   def to_draw(self, prompts: Sequence[str], steps: int | None, guidance: float | None) -> tuple[Sampling, Batch, Batch]:
     """How to draw, the prompts as N rows, and one row of no prompt. Raises UserError for what cannot be drawn."""
@@ -177,7 +176,7 @@ class ClipFlow:
     def run(params, features, seeds):
       return image.decode(self.model, params, features, keys_of(seeds))
 
-    return self._batched(("decode",), run, (np.asarray(features), seeds_of(len(features), seed)))
+    return self.batched(("decode",), run, (np.asarray(features), seeds_of(len(features), seed)))
 
   # Reading.
 
@@ -187,7 +186,7 @@ class ClipFlow:
     def run(params, images):
       return self.model.apply({"params": params}, images, method=lambda m, x: m.standardise(m.see(x).features))
 
-    return self._batched(("encode",), run, (self._images(images),))
+    return self.batched(("encode",), run, (self._images(images),))
 
   def caption(self, images: np.ndarray, new: int = 64) -> list[str]:
     """A full description of each picture, of so many tokens at most."""
@@ -227,7 +226,7 @@ class ClipFlow:
     part = padded(n)
     rows = self.rows([self._conversation(talks[i]) for i in part], prompt=True)
     heat, noise = np.asarray(temperature, np.float32)[part], seeds_of(n, seeds)[part]
-    room = _bucket(max(room, *new), every)
+    room = bucket(max(room, *new), every)
     end = self.tokenizer.end
 
     def begin(params, rows, heat, noise):
@@ -237,8 +236,8 @@ class ClipFlow:
     def go_on(params, writing, heat, noise):
       return text.go_on(self.model, params, writing, new=every, end=end, choose=text.sampled(heat, keys_of(noise)))
 
-    begin = self._compiled.setdefault(("begin", room), jax.jit(begin))
-    go_on = self._compiled.setdefault(("go_on", every), jax.jit(go_on, donate_argnums=1))
+    begin = self._programs.jitted(("begin", room), begin)
+    go_on = self._programs.jitted(("go_on", every), go_on, donate_argnums=1)
     writing = begin(self.params, rows, heat, noise)
     words = np.zeros((len(part), 0), np.int32)
     written: list[Written] = []
@@ -309,7 +308,7 @@ class ClipFlow:
       found = likelihood.likelihood(self.model, params, rows, seen, end=not_counted)
       return jax.numpy.stack([found.log_p, found.tokens, found.greedy], axis=1)
 
-    log_p, tokens, greedy = self._batched(("likelihood", end), run, (rows,)).T
+    log_p, tokens, greedy = self.batched(("likelihood", end), run, (rows,)).T
     return Likelihood(log_p, tokens.astype(np.int32), greedy > 0)
 
   # Comparing.
@@ -320,7 +319,7 @@ class ClipFlow:
     def run(params, images):
       return self.model.apply({"params": params}, images, method=lambda m, x: m.see(x).embedding)
 
-    return self._batched(("embed_image",), run, (self._images(images),))
+    return self.batched(("embed_image",), run, (self._images(images),))
 
   def embed_text(self, texts: Sequence[str]) -> np.ndarray:
     """CLIP embeddings f32[N,E] at unit norm."""
@@ -336,7 +335,7 @@ class ClipFlow:
     def run(params, tokens, mask):
       return self.model.apply({"params": params}, tokens, mask, method=lambda m, *a: m.clip_model.embed_text(*a))
 
-    return self._batched(("embed_text",), run, (rows.tokens, rows.loss_weights > 0))
+    return self.batched(("embed_text",), run, (rows.tokens, rows.loss_weights > 0))
 
   def classify(self, images: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Which of the names each picture is nearest to in CLIP's space, i32[N] (zero-shot classification)."""
@@ -351,7 +350,7 @@ class ClipFlow:
     layout = Layout(limit, pictures, self.model.grid)
     examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
     longest = max(len(e["tokens"]) for e in examples)
-    layout = dataclasses.replace(layout, length=min(limit, _bucket(longest, self.shortest)))
+    layout = dataclasses.replace(layout, length=min(limit, bucket(longest, self.shortest)))
     return sequence.stack([sequence.pack([example], layout) for example in examples])
 
   def _write(self, conversations: Sequence[Conversation], new: int) -> list[str]:
@@ -360,14 +359,14 @@ class ClipFlow:
       raise UserError("nothing to read: there are no pictures")
     if new < 1:
       raise UserError(f"{new} tokens are no answer; let it write at least 1")
-    room = _bucket(new)
+    room = bucket(new)
     rows = self.rows(conversations, prompt=True)
 
     def run(params, rows):
       features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
       return text.generate(self.model, params, rows, features, new=room, end=self.tokenizer.end)
 
-    written = self._batched(("write", room), run, (rows,))
+    written = self.batched(("write", room), run, (rows,))
     return [self.tokenizer.decode(ids[:new].tolist()) for ids in written]
 
   def _blank(self) -> np.ndarray:
@@ -400,51 +399,6 @@ class ClipFlow:
     if not parts[part]:
       raise UserError(f"this checkpoint has no {part}, so it cannot {verb}; train a stage that has one")
 
-  def _rows_lie(self) -> tuple[NamedSharding | None, int]:
-    """Where a batch's rows lie, if the parameters are on a mesh, and into how many parts its devices cut them."""
-    place = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
-    if not isinstance(place, NamedSharding):
-      return None, 1
-    parts = math.prod(place.mesh.shape[axis] for axis in sharding.LOGICAL["batch"])
-    return NamedSharding(place.mesh, sharding.spec("batch")), parts
-
-  def _batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
-    """run(params, *items, *constant) over items' first axis in padded batches of one size, jitted once per shape."""
-    jitted = self._compiled.setdefault(name, jax.jit(run))
-    rows, parts = self._rows_lie()
-    n = jax.tree.leaves(items)[0].shape[0]
-    size = -(-min(self.batch_size, len(padded(n))) // parts) * parts
-    outputs = []
-    for start in range(0, n, size):
-      part = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is filled with its last item
-      batch = jax.tree.map(lambda x, part=part: x[part], items)
-      if rows is not None:
-        batch = jax.tree.map(lambda x: distributed.place(x, rows), batch)
-      made = jitted(self.params, *batch, *constant)
-      outputs.append(multihost_utils.process_allgather(made, tiled=True)[: n - start])  # whole, on every process
-    if not outputs:
-      raise UserError("nothing to do: the list is empty")
-    return np.concatenate(outputs)
-
-
-def _bucket(length: int, least: int = 16) -> int:
-  """The length that is compiled for: one of few, twice as long each, so that few programs are."""
-  return least << (-(-length // least) - 1).bit_length()
-
-
-def padded(n: int) -> np.ndarray:
-  """Indices of n items with the last repeated up to a power of two, so that programs are compiled for few sizes."""
-  return np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
-
-
-def seeds_of(n: int, seed: int | Sequence[int]) -> np.ndarray:
-  """The seed and the place that are the noise of each of n items, u32[n,2]. seed: one for all, or one for each."""
-  seeds, places = ([seed] * n, range(n)) if isinstance(seed, int) else (seed, [0] * n)
-  if len(seeds) != n:
-    raise UserError(f"{len(seeds)} seeds for {n} items; give one for all, or one for each")
-  return np.stack([np.asarray(seeds, np.int64), np.asarray(places)], axis=1).astype(np.uint32)
-
-
-def keys_of(seeds: jax.Array) -> jax.Array:
-  """key[N] of seeds and places u32[N,2]."""
-  return jax.vmap(lambda one: jax.random.fold_in(jax.random.key(one[0]), one[1]))(seeds)
+  def batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
+    """run(params, *items, *constant) over items' first axis, as `Programs.over`. name: of what `run` computes."""
+    return self._programs.over(name, run, self.params, items, *constant, size=self.batch_size)

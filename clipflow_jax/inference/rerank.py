@@ -7,10 +7,12 @@ test-time scaling). CLIP alone may have to look at pictures: where the features 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -66,7 +68,7 @@ def by_yes(model: ClipFlow, features: np.ndarray, prompts: Sequence[str]) -> np.
 def by_clip(model: ClipFlow, features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
   """f32[N]: cosine of each drawing and its prompt in CLIP's space; of what `clip_reads` not, each is decoded for it."""
   if clip_reads(model.model):
-    seen = embed_features(model.model, model.params, features)
+    seen = model.batched(("embed_features",), functools.partial(embed_features, model.model), (features,))
   else:
     seen = model.embed_image(model.decode(features))
   return np.sum(seen * model.embed_text(prompts), axis=1)
@@ -86,22 +88,21 @@ def clip_reads(model: Model) -> bool:
   return last and tower.get("pooling", "mean") != "class" and tower.get("feature_pool", 1) == 1
 
 
-def embed_features(model: Model, params: Any, features: np.ndarray) -> np.ndarray:
+def embed_features(model: Model, params: Any, features: jax.Array) -> jax.Array:
   """CLIP embeddings f32[N,E] of standardised features f32[N,T,C] that `clip_reads`, by what its tower does last."""
   tower = model.clip["vision"]
   eps = tower.get("norm_eps", 1e-6)
   held = params["clip_model"]["vision_tower"]
-
-  def embed(x: jax.Array) -> jax.Array:
-    x = x * params["statistics"]["std"] + params["statistics"]["mean"]
-    x = nn.LayerNorm(eps).apply({"params": held["out_norm"]}, x)
-    if tower.get("pooling", "mean") == "attention":
-      pool = AttentionPool(tower["heads"], tower["mlp"], tower.get("activation", "gelu_tanh"), eps)
-      x = pool.apply({"params": held["pool"]}, x)
-    else:
-      x = x.mean(axis=1)
-    if tower["embedding"]:
-      x = Linear(tower["embedding"], tower.get("projection_bias", False)).apply({"params": held["projection"]}, x)
-    return unit(x)
-
-  return np.asarray(jax.jit(embed)(features))
+  measured, x = params["statistics"], features
+  if "whitening" in measured:
+    x = jnp.linalg.solve(measured["whitening"], x.swapaxes(1, 2)).swapaxes(1, 2)  # the matrix is symmetric
+  x = x * measured["std"] + measured["mean"]
+  x = nn.LayerNorm(eps).apply({"params": held["out_norm"]}, x)
+  if tower.get("pooling", "mean") == "attention":
+    pool = AttentionPool(tower["heads"], tower["mlp"], tower.get("activation", "gelu_tanh"), eps)
+    x = pool.apply({"params": held["pool"]}, x)
+  else:
+    x = x.mean(axis=1)
+  if tower["embedding"]:
+    x = Linear(tower["embedding"], tower.get("projection_bias", False)).apply({"params": held["projection"]}, x)
+  return unit(x)

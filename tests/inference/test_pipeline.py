@@ -331,12 +331,13 @@ def test_sampling_that_cannot_be_is_refused(wrong, what):
 
 ON_FOUR = """
 import sys, jax, numpy as np
+from clipflow_jax.inference import batching
 from clipflow_jax.inference.pipeline import ClipFlow
 assert jax.device_count() == 4
 model = ClipFlow.from_checkpoint(sys.argv[1]).spread()
 pictures = np.load(sys.argv[2])
 seen = model.embed_image(pictures)
-rows, parts = model._rows_lie()
+rows, parts = batching.rows_lie(model.params)
 assert parts == 4 and rows.shard_shape((8, 1)) == (2, 1)
 np.savez(sys.argv[3], seen=seen, drawn=model.draw_features(["red", "a star", "blue"], steps=2, seed=3))
 """

@@ -3,11 +3,13 @@ from __future__ import annotations
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import rerank
+from clipflow_jax.inference.batching import Programs
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests import tiny
 
@@ -55,9 +57,13 @@ def vision(**fields):
   return tiny.model(clip=clip | dict(vision=clip["vision"] | fields))
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(pooling="attention"), dict(embedding=0)], ids=str)
-def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields):
-  model = vision(feature_layers=(2,), **fields)
+@pytest.mark.parametrize(
+  ("fields", "whiten"),
+  [(dict(), 0.0), (dict(), 1.0), (dict(pooling="attention"), 0.0), (dict(embedding=0), 0.0)],
+  ids=str,
+)
+def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields, whiten):
+  model = vision(feature_layers=(2,), **fields).clone(whiten=whiten)
   images = np.random.default_rng(0).integers(0, 256, (3, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
 
   def see(bound):
@@ -66,8 +72,24 @@ def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields)
 
   abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), method=see)["params"])
   params = tiny.random_params(abstract)
+  if whiten:
+    random = params["statistics"]["whitening"]
+    params["statistics"]["whitening"] = jnp.eye(len(random)) + 0.1 * (random + random.T)
   features, wanted = jax.jit(lambda: model.apply({"params": params}, method=see))()
   np.testing.assert_allclose(rerank.embed_features(model, params, features), wanted, atol=1e-5)
+
+
+def test_clip_judges_features_by_a_program_that_is_compiled_once(monkeypatch):
+  traced, programs = [], Programs()
+  monkeypatch.setattr(rerank, "embed_features", lambda model, params, x: (traced.append(x), x[:, 0] * params["by"])[1])
+  model = types.SimpleNamespace(
+    model=vision(feature_layers=(2,)),
+    batched=lambda name, run, items: programs.over(name, run, {"by": np.float32(2)}, items, size=4),
+    embed_text=lambda texts: np.ones((len(texts), 2)),
+  )
+  for _ in range(2):
+    assert rerank.by_clip(model, np.float32([[[3, 4]], [[1, 0]]]), ["a", "b"]).tolist() == [14, 2]
+  assert len(traced) == 1
 
 
 def test_clip_looks_at_pictures_where_the_features_are_not_what_it_reads():

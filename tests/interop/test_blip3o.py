@@ -11,7 +11,7 @@ from clipflow_jax import cli
 from clipflow_jax.data import text
 from clipflow_jax.flow import path as flow_path
 from clipflow_jax.flow import solvers
-from clipflow_jax.inference import pipeline
+from clipflow_jax.inference import batching
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.interop import blip3o, huggingface
 from clipflow_jax.models import clipflow
@@ -62,7 +62,7 @@ def test_its_features_are_drawn_as_its_own_sampler_would(imported, tmp_path):
   rows = model.prompt_rows(["a red circle"])
   asked = model.tokenizer.decode(rows.tokens[0][rows.segments[0] > 0].tolist())
   assert preset.PROMPT.replace("{caption}", "a red circle") in asked
-  noise = solvers.start(pipeline.keys_of(pipeline.seeds_of(1, 0)), (1, 64, CHANNELS))
+  noise = solvers.start(batching.keys_of(batching.seeds_of(1, 0)), (1, 64, CHANNELS))
 
   def run(bound):
     _, context = bound.read(rows, None)

@@ -1,0 +1,80 @@
+"""Any number of items through programs of few shapes: in padded batches, cut over the devices, each compiled once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from clipflow_jax.errors import UserError
+from clipflow_jax.parallel import distributed, sharding
+from clipflow_jax.training.state import Params
+
+
+class Programs:
+  """Functions of a model's parameters, jitted by name: each is compiled once for every shape that it meets."""
+
+  def __init__(self) -> None:
+    self._jitted: dict[tuple, Callable] = {}
+
+  def jitted(self, name: tuple, run: Callable, **how: Any) -> Callable:
+    """`run`, or what came first by that name, which must compute the same. how: of `jax.jit`."""
+    return self._jitted.setdefault(name, jax.jit(run, **how))
+
+  def over(self, name: tuple, run: Callable, params: Params, items: tuple, *constant: Any, size: int) -> np.ndarray:
+    """run(params, *items, *constant) over the items' first axis, in padded batches of at most about `size`.
+
+    Whole, on every process. UserError where there are no items.
+    """
+    jitted = self.jitted(name, run)
+    rows, parts = rows_lie(params)
+    n = jax.tree.leaves(items)[0].shape[0]
+    size = -(-min(size, len(padded(n))) // parts) * parts
+    outputs = []
+    for start in range(0, n, size):
+      part = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is filled with its last item
+      batch = jax.tree.map(lambda x, part=part: x[part], items)
+      if rows is not None:
+        batch = jax.tree.map(lambda x: distributed.place(x, rows), batch)
+      made = jitted(params, *batch, *constant)
+      outputs.append(multihost_utils.process_allgather(made, tiled=True)[: n - start])
+    if not outputs:
+      raise UserError("nothing to do: the list is empty")
+    return np.concatenate(outputs)
+
+
+def rows_lie(params: Params) -> tuple[NamedSharding | None, int]:
+  """Where a batch's rows lie, if the parameters are on a mesh, and into how many parts its devices cut them."""
+  place = getattr(jax.tree.leaves(params)[0], "sharding", None)
+  if not isinstance(place, NamedSharding):
+    return None, 1
+  parts = math.prod(place.mesh.shape[axis] for axis in sharding.LOGICAL["batch"])
+  return NamedSharding(place.mesh, sharding.spec("batch")), parts
+
+
+def bucket(length: int, least: int = 16) -> int:
+  """The length that is compiled for: one of few, twice as long each, so that few programs are."""
+  return least << (-(-length // least) - 1).bit_length()
+
+
+def padded(n: int) -> np.ndarray:
+  """Indices of n items with the last repeated up to a power of two, so that programs are compiled for few sizes."""
+  return np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+
+
+def seeds_of(n: int, seed: int | Sequence[int]) -> np.ndarray:
+  """The seed and the place that are the noise of each of n items, u32[n,2]. seed: one for all, or one for each."""
+  seeds, places = ([seed] * n, range(n)) if isinstance(seed, int) else (seed, [0] * n)
+  if len(seeds) != n:
+    raise UserError(f"{len(seeds)} seeds for {n} items; give one for all, or one for each")
+  return np.stack([np.asarray(seeds, np.int64), np.asarray(places)], axis=1).astype(np.uint32)
+
+
+def keys_of(seeds: jax.Array) -> jax.Array:
+  """key[N] of seeds and places u32[N,2]."""
+  return jax.vmap(lambda one: jax.random.fold_in(jax.random.key(one[0]), one[1]))(seeds)
