@@ -143,6 +143,25 @@ def test_a_script_is_there_and_is_valid_bash(line):
   assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
+def rows(head: str) -> set[str]:
+  """What stands in backticks in the first column of the table with this head."""
+  table = README.partition(f"\n| {head} |")[2].partition("\n\n")[0]
+  return {name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+
+
+def test_its_tables_have_every_command_and_every_config():
+  (subparsers,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
+  assert rows("`clipflow ...`") == set(subparsers.choices)
+  configs = {path.name for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text()}
+  assert rows("config") == configs
+
+
+def test_it_names_every_room():
+  layout = README.partition("```\nclipflow_jax/")[2].partition("```")[0]
+  packages = {path.parent.name for path in (ROOT / "clipflow_jax").glob("*/__init__.py")}
+  assert packages | {"configs", "launch", "notebooks", "tests"} <= set(re.findall(r"(\w+)/", layout))
+
+
 def test_its_pictures_are_there():
   pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
   assert pictures and all((ROOT / picture).is_file() for picture in pictures)
