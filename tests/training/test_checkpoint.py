@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.training.checkpoint import Checkpoints, load
+from tests.benchmarks.import_memory import resident
 
 META = {
   "config": {"model": {"width": 8}, "name": None},
@@ -173,6 +174,18 @@ def test_a_save_that_is_done_leaves_no_thread_and_no_open_file(tmp_path: Path):
   for step in (2, 3, 4):
     checkpoints.save(step, make_state(1), data_state={}, meta={})
   assert held()[0] <= threads and held()[1] <= files
+  checkpoints.close()
+
+
+def test_a_save_gives_free_memory_back_to_the_system(tmp_path: Path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(1), data_state={}, meta={})
+  checkpoints.wait()
+  texts = [f"{i:2000d}" for i in range(30_000)]
+  full = resident("VmRSS")
+  del texts[:-1]  # the last one keeps glibc from shortening its heap
+  checkpoints.save(2, make_state(1), data_state={}, meta={})
+  assert full - resident("VmRSS") > 40e6  # of 60
   checkpoints.close()
 
 
