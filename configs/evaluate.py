@@ -11,7 +11,10 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation.vqa import LETTER, SHORT
 from configs import presets
 
-SAMPLING = dict(guidance=placeholder(float), steps=placeholder(int))  # unset: as the run itself samples
+# A type stands for a value of it that is not set: of a benchmark it has to be given, for on other data its name would
+# lie; pictures are otherwise drawn as the run itself samples.
+GIVE = str
+SAMPLING = dict(guidance=float, steps=int)
 
 # On the built-in shapes, or where a task has no classes, on whatever a run's own test split is.
 SHAPES = dict(
@@ -29,18 +32,24 @@ SHAPES = dict(
 # and counting are those of lmms-eval and of each benchmark's own script (evaluation/vqa.py); where those have a model
 # write a letter, here it chooses the likeliest. Of MMMU: the questions with choices and one picture.
 UNDERSTANDING = dict(
-  imagenet=dict(kind="zero_shot", classes="imagenet1k", data="", n=0),
-  cifar100=dict(kind="zero_shot", classes="cifar100", data="", n=0),
-  flowers102=dict(kind="zero_shot", classes="flowers102", data="", n=0),
-  cifar100_probe=dict(kind="few_shot", classes="cifar100", data="", n=0, train="", l2=3.16),  # CLIP's C = 0.316
-  flowers102_probe=dict(kind="few_shot", classes="flowers102", data="", n=0, train="", l2=3.16),
-  coco_captions=dict(kind="captions", question="Provide a one-sentence caption for the provided image.", data="", n=0),
-  vqav2=dict(kind="questions", measure="soft", data="", n=0, suffix=SHORT),
-  pope=dict(kind="yes_no", data="", n=0, suffix=SHORT),
-  mmbench=dict(kind="choices", by="letter", circular=True, data="", n=0, suffix=LETTER),
-  mmmu=dict(kind="choices", by="letter", circular=False, data="", n=0, suffix=f"\n{LETTER}"),  # a blank line before it
-  seed=dict(kind="choices", by="words", circular=False, data="", n=0),  # accuracy_per_token, as SEED-Bench's own script
-  docvqa=dict(kind="questions", measure="anls", data="", n=0, suffix=SHORT),
+  imagenet=dict(kind="zero_shot", classes="imagenet1k", data=GIVE, n=0),
+  cifar100=dict(kind="zero_shot", classes="cifar100", data=GIVE, n=0),
+  flowers102=dict(kind="zero_shot", classes="flowers102", data=GIVE, n=0),
+  cifar100_probe=dict(kind="few_shot", classes="cifar100", data=GIVE, n=0, train=GIVE, l2=3.16),  # CLIP's C = 0.316
+  flowers102_probe=dict(kind="few_shot", classes="flowers102", data=GIVE, n=0, train=GIVE, l2=3.16),
+  coco_captions=dict(
+    kind="captions", question="Provide a one-sentence caption for the provided image.", data=GIVE, n=0
+  ),
+  vqav2=dict(kind="questions", measure="soft", data=GIVE, n=0, suffix=SHORT),
+  pope=dict(kind="yes_no", data=GIVE, n=0, suffix=SHORT),
+  mmbench=dict(kind="choices", by="letter", circular=True, data=GIVE, n=0, suffix=LETTER),
+  mmmu=dict(
+    kind="choices", by="letter", circular=False, data=GIVE, n=0, suffix=f"\n{LETTER}"
+  ),  # a blank line before it
+  seed=dict(
+    kind="choices", by="words", circular=False, data=GIVE, n=0
+  ),  # accuracy_per_token, as SEED-Bench's own script
+  docvqa=dict(kind="questions", measure="anls", data=GIVE, n=0, suffix=SHORT),
 )
 
 # How the literature measures, as far as it says; `says` goes into RESULT.json, and so does the guidance that was used.
@@ -62,7 +71,7 @@ GENERATION = dict(
     size=256,
     n=30_000,
     resize="torch-fidelity",
-    prompts="",
+    prompts=GIVE,
     says="30,000 captions of COCO 2014's validation split, drawn at 256 px, against all pictures of that split, "
     f"centre-cropped and resampled to 256 px; {SWEPT}",
   ),
@@ -78,7 +87,7 @@ GENERATION = dict(
     size=1024,
     n=30_000,
     resize="clean-fid",
-    prompts="",
+    prompts=GIVE,
     says=f"the 30,000 prompts of MJHQ-30K, drawn at 1024 px, against its 30,000 pictures, not resampled; {SWEPT}",
   ),
   imagenet256=dict(
@@ -95,18 +104,23 @@ GENERATION = dict(
 # dpg_bench.csv, whose questions the model itself answers. Four pictures of each prompt, as both ask for. Reports are of
 # published judges (Mask2Former and CLIP's colours; mPLUG-large): with others numbers compare among your models alone.
 PROMPTS = dict(
-  geneval=dict(kind="drawn", judge="detector", detector="", prompts="", times=4, n=0),
-  dpg=dict(kind="drawn", judge="questions", prompts="", times=4, n=0),
+  geneval=dict(kind="drawn", judge="detector", detector=GIVE, prompts=GIVE, times=4, n=0),
+  dpg=dict(kind="drawn", judge="questions", prompts=GIVE, times=4, n=0),
 )
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: table=shapes, understanding or generation."""
   table = presets.arguments(arg, table="shapes").table
-  drawn = dict(kind="distance", reference="", inception="", dinov2="", **SAMPLING)
+  drawn = dict(kind="distance", reference=GIVE, inception="", dinov2="", **SAMPLING)
   generation = {name: drawn | task for name, task in GENERATION.items()}
   generation |= {name: SAMPLING | task for name, task in PROMPTS.items()}
   tables = dict(shapes=SHAPES, understanding=UNDERSTANDING, generation=generation)
   if table not in tables:
     raise UserError(f"table {table!r} is unknown; choose one of {', '.join(tables)}")
-  return ConfigDict(dict(tasks=tables[table], seed=0, resamples=1000))
+  # Each its own: placeholders that are shared are set together.
+  tasks = {
+    name: {key: placeholder(value) if isinstance(value, type) else value for key, value in task.items()}
+    for name, task in tables[table].items()
+  }
+  return ConfigDict(dict(tasks=tasks, seed=0, resamples=1000))

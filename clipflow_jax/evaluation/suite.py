@@ -84,7 +84,11 @@ def _prepare(run: Run, name: str, settings: dict[str, Any]) -> Callable[[], Done
   unknown = sorted(settings.keys() - known.keys())
   if unknown:
     raise UserError(f"task {name}: {unknown[0]!r} is no setting of {kind!r}; there are {', '.join(known)}")
-  lacking = [key for key, p in known.items() if p.default is p.empty and not settings.get(key)]
+  lacking = [
+    key
+    for key, p in known.items()
+    if (p.default is p.empty and not settings.get(key)) or (settings.get(key, p.default) is None is not p.default)
+  ]
   if lacking:
     raise UserError(f"task {name} needs {lacking[0]}: --config.tasks.{name}.{lacking[0]}=...")
   settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

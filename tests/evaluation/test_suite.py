@@ -177,6 +177,8 @@ def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
     (dict(kind="taste"), "task x: kind 'taste' is unknown; choose one of zero_shot, few_shot"),
     (dict(kind="captions", colour=1), "task x: 'colour' is no setting of 'captions'; there are data, question, n"),
     (dict(kind="choices"), "task x needs data: --config.tasks.x.data="),
+    (dict(kind="yes_no", data=None), "task x needs data: --config.tasks.x.data="),
+    (dict(kind="drawn", prompts=None, guidance=None), "task x needs prompts: --config.tasks.x.prompts="),
     (dict(kind="zero_shot", classes="cifar10"), "task x needs pictures of cifar10: --config.tasks.x.data=DIR"),
     (dict(kind="questions", measure="taste"), "measure 'taste' is unknown; choose one of exact, soft, anls"),
     (dict(kind="drawn", judge="me"), "judge 'me' is unknown"),
@@ -213,6 +215,21 @@ def test_every_table_has_kinds_and_settings_that_are_there():
       assert settings.keys() - {"kind", "reference", "inception", "data"} <= known.keys(), name
   with pytest.raises(UserError, match="table 'taste' is unknown; choose one of shapes, understanding, generation"):
     evaluate.get_config("table=taste")
+
+
+def test_a_benchmark_by_name_is_of_its_own_data_or_not_measured(tmp_path):
+  model = Oracle()
+  for table in ("understanding", "generation"):
+    for name, settings in evaluate.get_config(f"table={table}").tasks.to_dict().items():
+      with pytest.raises(UserError, match=f"task {name} needs (data|train|prompts|reference|detector): --config.tasks"):
+        suite.evaluate(suite.Run(model, tmp_path, SOURCE), {name: settings})
+  assert model.calls == 0
+
+
+def test_what_one_task_is_given_no_other_gets():
+  config = evaluate.get_config("table=generation")
+  config.tasks.geneval.prompts, config.tasks.geneval.guidance = "mine.jsonl", 3.0
+  assert config.tasks.dpg.prompts is config.tasks.dpg.guidance is config.tasks.coco30k.guidance is None
 
 
 def test_presets_say_how_the_literature_measures():
