@@ -144,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     config="configs/evaluate.py",
   )
   loads(sub, help="whose report is written, or with --tasks, whose evaluation/")
-  sub.add_argument("--tasks", default="", help="names in the config, with commas between; all: every one")
+  tables = "--config=configs/evaluate.py:table=understanding and table=generation have more"
+  sub.add_argument("--tasks", default="", help=f"names in the config, with commas between; all: every one; {tables}")
   sub.add_argument(
     "--real", type=Path, help="a folder: fid,kid,is,precision_recall,fd_dinov2,cmmd,clip_distance; .npz: fid"
   )
