@@ -1,8 +1,10 @@
 """Whether memory stays flat: python -m tests.benchmarks.memory_over_steps [STEPS]
 
 Trains a pixel decoder of a few thousand parameters on a folder of pictures, decoded, captioned and batched as in any
-run, for so many steps (50,000), and prints ten times on the way the process's resident memory, which Linux tells, and
-how many Python objects are alive: where the first alone grows, no object is kept.
+run, for so many steps (50,000), with checkpoints as often as in any, and prints ten times on the way the process's
+resident memory, which Linux tells, and how many Python objects are alive: where the first alone grows, no object is
+kept. Every checkpoint gives free memory back. What it leaves behind is TensorStore's (0.1.86: a call of
+`KvStore.Spec.to_json` loses four objects): some 25 kB of a state of 40 arrays.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def main(steps: int) -> int:
   found: list[tuple[int, float]] = []
   with tempfile.TemporaryDirectory() as scratch:
     folder = tiny_data.folder(Path(scratch) / "pictures", tiny_data.samples(200))
-    config = tiny_runs.decoder_stage(steps=steps, log_every=100, sample_every=steps // 10)
+    config = tiny_runs.decoder_stage(steps=steps, log_every=100, checkpoint_every=1000, sample_every=steps // 10)
     config.data.source = dict(kind="folder", path=str(folder), size=tiny_runs.SIZE)
     config.data.batch_size = 2
 
