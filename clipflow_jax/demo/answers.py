@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipflow_jax.data.mixture import DESCRIBE
+from clipflow_jax.data import mixture
+from clipflow_jax.data.example import BadRecord
 from clipflow_jax.demo import uploads
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import rerank, show
@@ -79,7 +80,7 @@ class Answers:
     if picture is None and not words.strip():
       raise UserError("nothing is asked: write a message or attach a picture")
     parts: list[Message] = [{"type": "image", "image": picture}] if picture is not None else []
-    return {"role": "user", "content": [*parts, {"type": "text", "text": _checked(words) or DESCRIBE}]}
+    return {"role": "user", "content": [*parts, {"type": "text", "text": _checked(words) or mixture.DESCRIBE}]}
 
   def see(self, file: Path) -> np.ndarray:
     """A picture file as the model sees it, u8[H,W,3]."""
@@ -100,9 +101,24 @@ def enlarged(picture: np.ndarray) -> Image.Image:
   return show.enlarged(picture, max(1, SIDE // len(picture)))
 
 
+def suggestions(model: ClipFlow, most: int) -> tuple[list[str], list[str]]:
+  """Prompts and questions like those that the model learned from; none where its data is not to be had."""
+  if "data" not in model.config:
+    return [], []
+  try:
+    source = mixture.shown(model.config.data.source)
+    examples = [source[i] for i in range(min(most, len(source)))]
+  except (UserError, BadRecord):
+    return [], []
+  prompts = [caption for example in examples for caption in example.captions[:1]]
+  questions = [question for example in examples for question, _ in example.questions[:1]]
+  return list(dict.fromkeys(prompts)), list(dict.fromkeys(questions))
+
+
 def samples(workdir: Path, most: int) -> list[tuple[Image.Image, str]]:
-  """The newest pictures that a run has left behind, each with where it is from."""
-  found = [*workdir.glob("samples/*.png"), *workdir.glob("*/samples/*.png"), *workdir.glob("report/*.png")]
+  """The newest pictures that a run has left behind, each with where it is from. Plots are not among them."""
+  places = ("samples/*.png", "*/samples/*.png", "report/samples.png", "report/reconstructions.png")
+  found = [file for place in places for file in workdir.glob(place)]
   newest = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)[:most]
   return [(Image.open(file), str(file.relative_to(workdir))) for file in newest]
 

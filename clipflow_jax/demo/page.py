@@ -20,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.demo.address import bind, check_closed, is_loopback
-from clipflow_jax.demo.answers import MOST_CHARACTERS, Answers, End, enlarged, samples
+from clipflow_jax.demo.answers import MOST_CHARACTERS, Answers, End, enlarged, samples, suggestions
 from clipflow_jax.demo.guard import Guard
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.pipeline import ClipFlow
@@ -31,6 +31,8 @@ KEPT = 24  # drawings of a visitor, samples of a run
 AN_HOUR = 3600  # after it, uploads and pictures that were shown are deleted
 SESSIONS = 100  # visitors that are remembered
 MOST_STEPS = 100
+SUGGESTED = 6  # prompts
+BEGINS = "begins; the first of its kind is compiled, which takes a while"
 REFUSED = (UserError, BadRecord)  # for what was sent
 
 LOOKS = """
@@ -92,12 +94,13 @@ def launch(model: ClipFlow, workdir: Path, door: Door) -> gr.Blocks:
 def build(model: ClipFlow, workdir: Path) -> gr.Blocks:
   """The page, not yet served."""
   answers = Answers(model)
+  prompts, questions = suggestions(model, SUGGESTED)
   with gr.Blocks(title="CLIP-Flow", analytics_enabled=False, delete_cache=(AN_HOUR, AN_HOUR)) as blocks:
     gr.Markdown(f"# CLIP-Flow\nOne model that understands and draws images: {workdir.name}, step {model.step}.")
     with gr.Tab("Draw"):
-      drawn = _draw(answers)
+      drawn = _draw(answers, prompts)
     with gr.Tab("Chat"):
-      _chat(answers)
+      _chat(answers, questions)
     with gr.Tab("Interpolate"):
       _interpolate(answers)
     with gr.Tab("Gallery") as tab:
@@ -108,7 +111,7 @@ def build(model: ClipFlow, workdir: Path) -> gr.Blocks:
 # The tabs.
 
 
-def _draw(answers: Answers) -> gr.State:
+def _draw(answers: Answers, prompts: list[str]) -> gr.State:
   """Returns what the visitor has drawn: [(picture, caption)], the newest first."""
   sampling = answers.model.config.sampling
   drawn = gr.State([], time_to_live=AN_HOUR)
@@ -123,9 +126,11 @@ def _draw(answers: Answers) -> gr.State:
         best_of = gr.Slider(1, 8, 1, step=1, label="Best of", info="the model judges")
       button = gr.Button("Draw", variant="primary")
     picture = gr.Image(label="Drawing", height=440, **_PIXELS, **_SHOWN)
+  if prompts:
+    gr.Examples([[words] for words in prompts], [prompt], label="Prompts like those it has learned")
 
   def run(prompt: str, steps: int, guidance: float, seed: int, best_of: int, drawn: list) -> Iterator[tuple]:
-    yield gr.Image(None, label="begins; the first of its kind is compiled, which takes a while"), drawn
+    yield gr.Image(None, label=BEGINS), drawn
     how: dict[str, Any] = dict(steps=int(steps), guidance=guidance, seed=int(seed), best_of=int(best_of))
     caption = f"{prompt or 'anything'}, seed {seed:.0f}"
     try:
@@ -143,15 +148,14 @@ def _draw(answers: Answers) -> gr.State:
   return drawn
 
 
-def _chat(answers: Answers) -> None:
+def _chat(answers: Answers, questions: list[str]) -> None:
   talk = gr.State([], time_to_live=AN_HOUR)  # what the model is given: pictures as it sees them
   bubbles = gr.State([], time_to_live=AN_HOUR)  # what the visitor is shown
   shown = gr.Chatbot(
     label="Conversation", height=420, render_markdown=False, buttons=["copy"], feedback_options=None, **_PIXELS
   )
-  said = gr.MultimodalTextbox(
-    label="Message", placeholder="Attach a picture and ask about it, or just talk", **_ATTACHING
-  )
+  such = "".join(f", such as: {question}" for question in questions[:1])
+  said = gr.MultimodalTextbox(label="Message", placeholder=f"Attach a picture and ask about it{such}", **_ATTACHING)
   _uploads_only(said)
   again = gr.Button("New conversation", size="sm")
 
@@ -195,22 +199,24 @@ def _interpolate(answers: Answers) -> None:
     stops = gr.Slider(2, 12, 8, step=1, label="Pictures")
     seed = _seed()
   button = gr.Button("Interpolate", variant="primary")
-  row = gr.Image(label="From the one to the other", **_PIXELS, **_SHOWN)
+  label = "From the one to the other"
+  row = gr.Image(label=label, **_PIXELS, **_SHOWN)
 
-  def run(first: dict[str, Any], second: dict[str, Any], stops: int, seed: int) -> Any:
+  def run(first: dict[str, Any], second: dict[str, Any], stops: int, seed: int) -> Iterator[gr.Image]:
+    yield gr.Image(None, label=BEGINS)
     a, b = (End(end["text"], Path(end["files"][0]) if end["files"] else None) for end in (first, second))
     try:
-      return answers.walk(a, b, seed=int(seed), stops=int(stops))
+      yield gr.Image(answers.walk(a, b, seed=int(seed), stops=int(stops)), label=label)
     except REFUSED as error:
       _tell(error)
-      return gr.skip()
+      yield gr.Image(None, label=label)
 
   button.click(run, [*ends, stops, seed], row, **_EVENT)
 
 
 def _gallery(workdir: Path, drawn: gr.State, tab: gr.Tab) -> None:
   mine = gr.Gallery(label="Drawn in this session", columns=6, **_PIXELS, **_SHOWN)
-  left = gr.Gallery(label="Samples of the run", columns=3, **_SHOWN)
+  left = gr.Gallery(label="Samples of the run", columns=3, object_fit="contain", **_SHOWN)
   tab.select(lambda drawn: (drawn, samples(workdir, KEPT)), drawn, [mine, left], **_AT_ONCE)
 
 
@@ -243,8 +249,11 @@ def _uploads_only(component: gr.MultimodalTextbox) -> None:
 
 
 def _tell(error: Exception) -> None:
-  """What is wrong with what was sent, over the page, which stays as it was."""
-  gr.Warning(html.escape(str(error)), title="This cannot be done")
+  """What is wrong with what was sent, over the page, which stays as it was.
+
+  Until it is closed: where one is timed, its end takes along all that came since, read or not.
+  """
+  gr.Warning(html.escape(str(error)), duration=None, title="This cannot be done")
 
 
 def _accounts(file: Path) -> list[tuple[str, str]]:

@@ -158,6 +158,9 @@ def shown(visit, locator) -> np.ndarray:
 
 
 def test_a_drawing_forms_and_is_the_one_that_the_command_draws(visit, model):
+  prompts, _ = page.suggestions(model, 1)
+  visit.get_by_role("button", name=prompts[0]).click()
+  visit.wait_for_function("words => document.querySelector('textarea').value == words", arg=prompts[0])
   visit.get_by_label("Prompt").fill("a red circle")
   visit.get_by_label("number input for Steps").fill("24")
   visit.get_by_label("number input for Best of").fill("2")
@@ -211,17 +214,18 @@ def test_the_gallery_has_what_was_drawn(visit):
 def test_a_hostile_file_is_refused_in_words_and_the_page_goes_on(visit, hostile, name):
   file, says = hostile[name]
   open_tab(visit, "Chat")
-  visit.get_by_role("button", name="New conversation").click()
+  with visit.expect_response(lambda answer: answer.url.endswith("/run/predict")):  # it empties what is written, too
+    visit.get_by_role("button", name="New conversation").click()
+  attached = visit.locator(".thumbnail-item").count()
   attach(visit, CHAT, file, arrives=name != "huge.png")
   if name != "huge.png":
     visit.locator("button.submit-button").first.click()
   visit.get_by_test_id("toast-body").filter(has_text=says).wait_for()
+  visit.wait_for_function("n => document.querySelectorAll('.thumbnail-item').length == n", arg=attached)
   watch(visit, "[data-testid=bot]")
   ask(visit, f"<img src=x onerror='window.harmed = 1'> {name}?")
   visit.wait_for_function("noted.length > 0 && noted.at(-1) != '…'")
-  said = 0
-  while said != (said := visit.evaluate("noted.length")):  # what is sent while it still writes is not taken
-    visit.wait_for_timeout(2000)
+  visit.wait_for_function("!document.querySelector('.generating')")  # what is sent while it still writes is not taken
   assert visit.evaluate("window.harmed") is None
 
 
