@@ -47,6 +47,7 @@ EXTRAS = {
   "prepare": ["apache-beam>=2.70,<3"],
   "notebooks": ["jupyterlab>=4.4,<5", *NOTEBOOKS],
   "demo": DEMO,
+  "harness": ["lm_eval>=0.4.13,<0.5"],
   "serve": SERVE,
   "test": [
     "pytest>=9,<10",

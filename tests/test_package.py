@@ -61,7 +61,20 @@ def setup_arguments() -> dict:
 
 
 def test_the_extras_are_there(setup_arguments):
-  extras = {"test", "finetune", "notebooks", "demo", "tpu", "gpu", "parquet", "tfds", "prepare", "parity", "serve"}
+  extras = {
+    "test",
+    "finetune",
+    "notebooks",
+    "demo",
+    "tpu",
+    "gpu",
+    "parquet",
+    "tfds",
+    "prepare",
+    "parity",
+    "serve",
+    "harness",
+  }
   assert setup_arguments["extras_require"].keys() == extras
   assert setup_arguments["extras_require"]["parity"][0] == "torch==2.13.0"
 

@@ -35,7 +35,7 @@ def language(model: ClipFlow) -> Any:
   try:
     from lm_eval.api.model import LM
   except ImportError as error:
-    raise UserError("lm-evaluation-harness is not installed: pip install lm_eval") from error
+    raise UserError('lm-evaluation-harness is not installed: pip install "clipflow_jax[harness]"') from error
   return type("ClipFlowLanguage", (Words, LM), {})(model)
 
 

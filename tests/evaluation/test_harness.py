@@ -113,7 +113,7 @@ def test_a_model_of_pictures_is_one_of_lmms_eval(harnesses):
 def test_a_harness_that_is_not_installed_is_told(monkeypatch):
   for name in ("lm_eval", "lm_eval.api.model", "lmms_eval", "lmms_eval.api.model"):
     monkeypatch.setitem(sys.modules, name, None)
-  with pytest.raises(UserError, match="pip install lm_eval"):
+  with pytest.raises(UserError, match="clipflow_jax\[harness\]"):
     harness.language(Model())
   with pytest.raises(UserError, match="pip install lmms_eval"):
     harness.pictures(Model())
@@ -158,7 +158,7 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_lm_eval_measures_what_the_model_tells(trained, alone):
-  lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval")
+  lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: the extra [harness]")
   from lm_eval.tasks import TaskManager
 
   model = ClipFlow.from_checkpoint(trained)
