@@ -113,7 +113,7 @@ def test_a_model_of_pictures_is_one_of_lmms_eval(harnesses):
 def test_a_harness_that_is_not_installed_is_told(monkeypatch):
   for name in ("lm_eval", "lm_eval.api.model", "lmms_eval", "lmms_eval.api.model"):
     monkeypatch.setitem(sys.modules, name, None)
-  with pytest.raises(UserError, match="clipflow_jax\[harness\]"):
+  with pytest.raises(UserError, match=r"clipflow_jax\[harness\]"):
     harness.language(Model())
   with pytest.raises(UserError, match="pip install lmms_eval"):
     harness.pictures(Model())
