@@ -7,7 +7,7 @@ from configs import presets
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: as `presets.scale`."""
-  config = presets.stage("joint", steps=720, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
+  config = presets.stage("joint", steps=800, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   config.data.row = ("converse", "draw", "draw")
   config.data.source.questions = 5
   config.data.length = 128
