@@ -43,12 +43,10 @@ UNDERSTANDING = dict(
   vqav2=dict(kind="questions", measure="soft", data=GIVE, n=0, suffix=SHORT),
   pope=dict(kind="yes_no", data=GIVE, n=0, suffix=SHORT),
   mmbench=dict(kind="choices", by="letter", circular=True, data=GIVE, n=0, suffix=LETTER),
-  mmmu=dict(
-    kind="choices", by="letter", circular=False, data=GIVE, n=0, suffix=f"\n{LETTER}"
-  ),  # a blank line before it
-  seed=dict(
-    kind="choices", by="words", circular=False, data=GIVE, n=0
-  ),  # accuracy_per_token, as SEED-Bench's own script
+  # A blank line stands before it.
+  mmmu=dict(kind="choices", by="letter", circular=False, data=GIVE, n=0, suffix=f"\n{LETTER}"),
+  # By accuracy_per_token, as SEED-Bench's own script.
+  seed=dict(kind="choices", by="words", circular=False, data=GIVE, n=0),
   docvqa=dict(kind="questions", measure="anls", data=GIVE, n=0, suffix=SHORT),
 )
 

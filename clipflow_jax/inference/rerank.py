@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -20,7 +19,7 @@ from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.models.layers import Linear
-from clipflow_jax.models.vision import AttentionPool, unit
+from clipflow_jax.models.vision import AttentionPool, raw_features, unit
 
 if TYPE_CHECKING:
   from clipflow_jax.inference.pipeline import ClipFlow
@@ -93,10 +92,7 @@ def embed_features(model: Model, params: Any, features: jax.Array) -> jax.Array:
   tower = model.clip["vision"]
   eps = tower.get("norm_eps", 1e-6)
   held = params["clip_model"]["vision_tower"]
-  measured, x = params["statistics"], features
-  if "whitening" in measured:
-    x = jnp.linalg.solve(measured["whitening"], x.swapaxes(1, 2)).swapaxes(1, 2)  # the matrix is symmetric
-  x = x * measured["std"] + measured["mean"]
+  x = raw_features(features, params["statistics"])
   x = nn.LayerNorm(eps).apply({"params": held["out_norm"]}, x)
   if tower.get("pooling", "mean") == "attention":
     pool = AttentionPool(tower["heads"], tower["mlp"], tower.get("activation", "gelu_tanh"), eps)

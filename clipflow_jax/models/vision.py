@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -194,3 +195,10 @@ class Standardise(nn.Module):
       matrix = self.param("whitening", lambda key, *how: jnp.eye(*how), channels, channels)
       features = jnp.matmul(features, matrix, precision="highest")
     return features
+
+
+def raw_features(features: jax.Array, statistics: Mapping[str, jax.Array]) -> jax.Array:
+  """Standardised features f32[N,T,C] as they were before `Standardise`, whose parameters the statistics are."""
+  if "whitening" in statistics:  # which is symmetric
+    features = jnp.linalg.solve(statistics["whitening"], features.swapaxes(1, 2)).swapaxes(1, 2)
+  return features * statistics["std"] + statistics["mean"]

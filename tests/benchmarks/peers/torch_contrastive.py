@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch_steps import DEVICE, work
+from torch_steps import DEVICE, shape_of, work
 
 from clipflow_jax.bench.frame import Work, serve
 
@@ -15,13 +15,7 @@ def make(told: dict[str, Any]) -> Work:
   rows, length = told["rows"], told["lengths"][0]
 
   def tower(fields: dict[str, Any]) -> dict[str, Any]:
-    return dict(
-      hidden_size=fields["width"],
-      num_hidden_layers=fields["layers"],
-      num_attention_heads=fields["heads"],
-      intermediate_size=fields["mlp"],
-      hidden_act=fields["activation"],
-    )
+    return shape_of(fields) | dict(hidden_act=fields["activation"])
 
   side = told["vision"]["image_size"]
   vision = tower(told["vision"]) | dict(image_size=side, patch_size=told["vision"]["patch_size"])

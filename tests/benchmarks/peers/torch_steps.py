@@ -16,15 +16,15 @@ torch.backends.cuda.matmul.allow_tf32 = True
 torch.manual_seed(0)
 
 
-def shape_of(text: dict[str, Any]) -> dict[str, Any]:
-  """A language model's shape in the words of transformers' configurations."""
-  return dict(
-    hidden_size=text["width"],
-    num_hidden_layers=text["layers"],
-    num_attention_heads=text["heads"],
-    num_key_value_heads=text["kv_heads"],
-    intermediate_size=text["mlp"],
+def shape_of(fields: dict[str, Any]) -> dict[str, Any]:
+  """A tower's or a language model's shape in the words of transformers' configurations."""
+  shape = dict(
+    hidden_size=fields["width"],
+    num_hidden_layers=fields["layers"],
+    num_attention_heads=fields["heads"],
+    intermediate_size=fields["mlp"],
   )
+  return shape | (dict(num_key_value_heads=fields["kv_heads"]) if "kv_heads" in fields else {})
 
 
 def work(
