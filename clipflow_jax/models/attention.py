@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import Mask, Reach, attend, attend_beside
 from clipflow_jax.models.layers import Linear, RMSNorm, scaled_init
-from clipflow_jax.models.rotary import frequencies, turn
+from clipflow_jax.models.rotary import Rotation, turn
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -27,23 +27,6 @@ def visible(
   """
   same = (query_segments[..., :, None] == key_segments[..., None, :]) & (key_segments[..., None, :] > 0)
   return same & (key_order[..., None, :] <= query_order[..., :, None])
-
-
-def rotate(
-  x: jax.Array, positions: jax.Array, theta: float, sections: tuple[int, ...], scaling: dict[str, Any] | None = None
-) -> jax.Array:
-  """Rotary positions (Su et al. 2021): halves turned as in Llama, frequencies split by axis as in Qwen2-VL.
-
-  x f[B,S,h,k], positions i32[B,S,3] (time, row, column), sections: how many of the k/2 frequencies turn with
-  each axis. Positions equal on all three axes are ordinary RoPE. scaling: as in `frequencies`.
-  """
-  half = x.shape[-1] // 2
-  if sum(sections) != half:
-    raise ValueError(f"rotary sections {sections} must add up to half the head dim, {half}")
-  speeds, factor = frequencies(half, theta, scaling)
-  axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
-  angles = jnp.take(positions, axis, axis=-1).astype(jnp.float32) * speeds  # [B,S,k/2]
-  return turn(x, angles, factor=factor, halves=True)
 
 
 def sight(kernel: str, segments: jax.Array, order: jax.Array) -> Mask:
@@ -72,7 +55,7 @@ def looks(
 class Attention(nn.Module):
   """Grouped-query attention with rotary positions (Ainslie et al. 2023).
 
-  x f[B,S,D], positions i32[B,S,3], mask as `kernels.attend` -> (f[B,S,D], (keys, values) f[B,K,g,k]).
+  x f[B,S,D], rotation of its slots, mask as `kernels.attend` -> (f[B,S,D], (keys, values) f[B,K,g,k]).
 
   past: keys and values seen besides x's own. Without `write_at` x is M blocks for each of B rows of the past,
     f[B,P,g,k], and mask is bool[B,M,P] (`attend_beside`). With write_at, (layer, slot), they are the buffers of all
@@ -85,20 +68,17 @@ class Attention(nn.Module):
   heads: int
   kv_heads: int
   head_dim: int
-  rope_theta: float = 10_000.0
-  rope_sections: tuple[int, ...] = ()
   qk_norm: bool = True
   qkv_bias: bool = False
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
   out_bias: bool = False
-  rope_scaling: dict[str, Any] | None = None
   axes: tuple[str, str | None] = ("batch", "sequence")  # where x's rows and slots lie
   kernel: str = "xla"  # of `kernels.attend`
   out_scale: float = 1.0  # of `layers.scaled_init`
 
   @nn.compact
-  def __call__(self, x, positions, mask, past=None, write_at=None):
+  def __call__(self, x, rotation: Rotation, mask, past=None, write_at=None):
     def project(name, heads):
       y = Linear(heads * self.head_dim, self.qkv_bias, dtype=self.dtype, name=name)(x)
       return shard(y.reshape(*x.shape[:2], heads, self.head_dim), *self.axes, "heads")
@@ -107,8 +87,7 @@ class Attention(nn.Module):
     if self.qk_norm:
       q = RMSNorm(self.norm_eps, self.dtype, name="query_norm")(q)
       k = RMSNorm(self.norm_eps, self.dtype, name="key_norm")(k)
-    sections = self.rope_sections or (self.head_dim // 2,)
-    q, k = (rotate(a, positions, self.rope_theta, sections, self.rope_scaling) for a in (q, k))
+    q, k = turn(q, rotation, halves=True), turn(k, rotation, halves=True)
     q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     # Context parallelism: a chip's queries see the keys and values of all slots, gathered here (few heads, so little).

@@ -16,7 +16,7 @@ from flax import linen as nn
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, fourier, standardise
 from clipflow_jax.models.remat import scan
-from clipflow_jax.models.rotary import grid_angles, turn
+from clipflow_jax.models.rotary import Rotation, grid_angles, turn
 from clipflow_jax.parallel.sharding import shard
 
 TIME_FEATURES = 256
@@ -34,7 +34,7 @@ class Remembered(flax.struct.PyTreeNode):
 class Look(nn.Module):
   """Queries of x f[B,T,D] look at keys and values f[B,S,h,k] -> f[B,T,D]. Queries and keys are normed across all heads.
 
-  Without keys and values x looks at itself, and its keys turn by angles f32[T,k/2] as its queries do.
+  Without keys and values x looks at itself, and its keys turn by the rotation as its queries do.
   """
 
   width: int
@@ -50,10 +50,10 @@ class Look(nn.Module):
     """y f[B,S,D] -> its keys and values, f[B,S,h,k] each."""
     return self._split(self.key_norm(self.key(y))), self._split(self.value(y))
 
-  def __call__(self, x, angles, seen=None):
-    q = turn(self._split(self.query_norm(self.query(x))), angles)
+  def __call__(self, x, rotation, seen=None):
+    q = turn(self._split(self.query_norm(self.query(x))), rotation)
     k, v = seen or self.remember(x)
-    return attend(q, k if seen else turn(k, angles), v, None, self.kernel)
+    return attend(q, k if seen else turn(k, rotation), v, None, self.kernel)
 
   def _split(self, a: jax.Array) -> jax.Array:
     return shard(a.reshape(*a.shape[:2], self.heads, -1), "rows", None, "heads")
@@ -62,7 +62,7 @@ class Look(nn.Module):
 class JointAttention(nn.Module):
   """Tokens attend to each other and to what is remembered of the condition, and one matrix takes both out.
 
-  x f[B,T,D], seen: keys and values f[B,Q,h,k], angles f32[T,k/2] -> f[B,T,D]. What the condition says comes in by a
+  x f[B,T,D], seen: keys and values f[B,Q,h,k], rotation of T places -> f[B,T,D]. What the condition says comes in by a
   gate per head, shut at first.
   """
 
@@ -76,16 +76,16 @@ class JointAttention(nn.Module):
     self.head_gates = self.param("head_gates", nn.initializers.zeros, (self.heads,), jnp.float32)
     self.out = Linear(self.width, dtype=self.dtype)
 
-  def __call__(self, x, seen, angles):
+  def __call__(self, x, seen, rotation):
     gates = jnp.tanh(self.head_gates).astype(self.dtype)
-    read = self.cross(x, angles, seen).reshape(*x.shape[:2], self.heads, -1)
-    return self.out(self.own(x, angles) + (read * gates[:, None]).reshape(x.shape))
+    read = self.cross(x, rotation, seen).reshape(*x.shape[:2], self.heads, -1)
+    return self.out(self.own(x, rotation) + (read * gates[:, None]).reshape(x.shape))
 
 
 class DiTBlock(nn.Module):
   """Attention and SwiGLU, each between two norms; what goes in is scaled and what comes out is gated by the embedding.
 
-  x f[B,T,D], seen and angles as of JointAttention, embedding f[B,E] -> f[B,T,D]. Gates begin at zero: then the block
+  x f[B,T,D], seen and rotation as of JointAttention, embedding f[B,E] -> f[B,T,D]. Gates begin at zero: then the block
   does nothing (Peebles & Xie 2023, adaLN-Zero).
   """
 
@@ -110,10 +110,10 @@ class DiTBlock(nn.Module):
     """condition f[B,Q,D] -> its keys and values, f[B,Q,h,k] each."""
     return self.attention.cross.remember(self.condition_norm(condition))
 
-  def __call__(self, x, seen, embedding, angles):
+  def __call__(self, x, seen, embedding, rotation):
     told = self.modulation(nn.silu(embedding))[:, None]
     scale, gate, mlp_scale, mlp_gate = jnp.split(told, 4, axis=-1)
-    y = self.attention(self.attention_norm(x) * (1 + scale), seen, angles)
+    y = self.attention(self.attention_norm(x) * (1 + scale), seen, rotation)
     x = shard(x + jnp.tanh(gate) * self.attention_out_norm(y), "rows")
     y = self.mlp(self.mlp_norm(x) * (1 + mlp_scale))
     return shard(x + jnp.tanh(mlp_gate) * self.mlp_out_norm(y), "rows")
@@ -164,10 +164,10 @@ class DiT(nn.Module):
   def __call__(self, x_t: jax.Array, t: jax.Array, remembered: Remembered) -> jax.Array:
     x = shard(self.entry(x_t), "rows")
     embedding = self._time(t) + remembered.mean
-    angles = grid_angles(self.grid, self.grid, self.width // self.heads, in_turn=True)
+    rotation = Rotation.by(grid_angles(self.grid, self.grid, self.width // self.heads, in_turn=True))
 
     def body(block, x, seen):
-      return block(x, seen, embedding, angles), None
+      return block(x, seen, embedding, rotation), None
 
     x, _ = scan(body, self.layers, self.remat, self.unroll)(self.blocks, x, (remembered.keys, remembered.values))
     scale = self.out_modulation(nn.silu(embedding))[:, None]

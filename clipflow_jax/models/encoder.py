@@ -32,7 +32,7 @@ ACTIVATIONS = {
 class EncoderAttention(nn.Module):
   """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]. qk_norm: as in ViT-22B (Dehghani et al. 2023).
 
-  sub_norm: a norm before the last matrix (Wang et al. 2022). angles f32[S,k/2]: queries and keys are turned by them.
+  sub_norm: a norm before the last matrix (Wang et al. 2022). rotation: of queries and keys, or None.
   """
 
   heads: int
@@ -43,7 +43,7 @@ class EncoderAttention(nn.Module):
   sub_norm: bool = False
 
   @nn.compact
-  def __call__(self, x, mask, angles=None):
+  def __call__(self, x, mask, rotation=None):
     def project(name):
       y = Linear(x.shape[-1], self.key_bias or name != "key", dtype=self.dtype, name=name)(x)
       return shard(y.reshape(*x.shape[:2], self.heads, -1), "rows", None, "heads")
@@ -51,8 +51,8 @@ class EncoderAttention(nn.Module):
     q, k = project("query"), project("key")
     if self.qk_norm:
       q, k = RMSNorm(dtype=self.dtype, name="query_norm")(q), RMSNorm(dtype=self.dtype, name="key_norm")(k)
-    if angles is not None:
-      q, k = turn(q, angles), turn(k, angles)
+    if rotation is not None:
+      q, k = turn(q, rotation), turn(k, rotation)
     q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(project("value"), "value")
     out = checkpoint_name(attend(q, k, v, mask, self.kernel), "attention")
     if self.sub_norm:
@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Attention and GELU network, residual. x f[B,S,D], mask and angles as `EncoderAttention` -> f[B,S,D].
+  """Attention and GELU network, residual. x f[B,S,D], mask and rotation as `EncoderAttention` -> f[B,S,D].
 
   activation: a name of ACTIVATIONS. layer_scale: what is added is weighted by channel (Touvron et al. 2021, CaiT).
   post_norm: what is added is normed, not what is read. gated: SwiGLU in place of the GELU network. sub_norm, key_bias:
@@ -97,7 +97,7 @@ class EncoderBlock(nn.Module):
   key_bias: bool = True
 
   @nn.compact
-  def __call__(self, x, mask, angles=None):
+  def __call__(self, x, mask, rotation=None):
     def norm(name):
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
 
@@ -118,14 +118,14 @@ class EncoderBlock(nn.Module):
 
     own = dict(key_bias=self.key_bias, sub_norm=self.sub_norm)
     attention = EncoderAttention(self.heads, self.qk_norm, self.kernel, self.dtype, **own, name="attention")
-    x = shard(x + added("attention", lambda y: attention(y, mask, angles), x), "rows")
+    x = shard(x + added("attention", lambda y: attention(y, mask, rotation), x), "rows")
     return shard(x + added("mlp", network, x), "rows")
 
 
 class Encoder(nn.Module):
   """`layers` EncoderBlocks, scanned (`remat` and `unroll` as in `transformer.Stack`).
 
-  x f[B,S,D], mask and angles as `EncoderAttention`, layer_weights f32[layers]
+  x f[B,S,D], mask and rotation as `EncoderAttention`, layer_weights f32[layers]
   -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output, with `feature_norm` under an affine-free LayerNorm,
   or None).
   """
@@ -148,10 +148,10 @@ class Encoder(nn.Module):
   key_bias: bool = True
 
   @nn.compact
-  def __call__(self, x, mask=None, layer_weights=None, angles=None):
+  def __call__(self, x, mask=None, layer_weights=None, rotation=None):
     def body(block, carry, weight):
       x, total = carry
-      x = block(x, mask, angles)
+      x = block(x, mask, rotation)
       # Summed in the carry: no layer's output outlives its layer.
       if weight is not None:
         total = total + weight * (standardise(x) if self.feature_norm else x.astype(jnp.float32))

@@ -13,25 +13,25 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, to_patches
 from clipflow_jax.models.remat import scan
-from clipflow_jax.models.rotary import grid_angles, turn
+from clipflow_jax.models.rotary import Rotation, grid_angles, turn
 from clipflow_jax.parallel.sharding import shard
 
 FRAMES = 2  # a picture is a film of two equal frames
 
 
 class WindowAttention(nn.Module):
-  """x f[B,P,D], mask bool[1,P,P], angles f32[P,k/2] -> f[B,P,D]."""
+  """x f[B,P,D], mask bool[1,P,P], rotation of P places -> f[B,P,D]."""
 
   heads: int
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, mask, angles):
+  def __call__(self, x, mask, rotation):
     def project(name):
       y = Linear(x.shape[-1], True, dtype=self.dtype, name=name)(x)
       return shard(y.reshape(*y.shape[:2], self.heads, -1), "rows", None, "heads")
 
-    q, k = (turn(project(name), angles, halves=True) for name in ("query", "key"))
+    q, k = (turn(project(name), rotation, halves=True) for name in ("query", "key"))
     y = attend(q, k, project("value"), jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])))
     return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(y)
 
@@ -44,9 +44,9 @@ class QwenBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, mask, angles):
+  def __call__(self, x, mask, rotation):
     y = RMSNorm(dtype=self.dtype, name="attention_norm")(x)
-    x = shard(x + WindowAttention(self.heads, self.dtype, name="attention")(y, mask, angles), "rows")
+    x = shard(x + WindowAttention(self.heads, self.dtype, name="attention")(y, mask, rotation), "rows")
     y = RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
     return shard(x + SwiGLU(self.mlp, self.dtype, True, name="mlp")(y), "rows")
 
@@ -95,11 +95,11 @@ class QwenVision(nn.Module):
     pixels = (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
     patches = jnp.tile(to_patches(pixels, self.patch_size), FRAMES)
     x = shard(Linear(self.width, dtype=self.dtype, name="patches")(patches), "rows")
-    angles = grid_angles(rows, columns, self.width // self.heads, in_turn=False)
+    rotation = Rotation.by(grid_angles(rows, columns, self.width // self.heads, in_turn=False))
     near = self._windows(rows, columns)
 
     def body(block, x, sees_all):
-      return block(x, near | sees_all, angles), None
+      return block(x, near | sees_all, rotation), None
 
     layers = scan(body, self.layers, self.remat)
     sees_all = jnp.asarray(np.isin(np.arange(self.layers), self.whole))

@@ -1,4 +1,4 @@
-"""The frequencies of rotary positions, plain or stretched to longer texts."""
+"""Rotary positions: frequencies, plain or stretched to longer texts, and how vectors are turned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -34,17 +35,53 @@ def grid_angles(rows: int, columns: int, dim: int, step: float = 1.0, *, in_turn
   return (angles.swapaxes(1, 2) if in_turn else angles).reshape(rows * columns, dim // 2)
 
 
-def turn(x: jax.Array, angles: jax.Array, *, factor: float = 1.0, halves: bool = False) -> jax.Array:
-  """x f[B,S,h,k] with pairs of channels turned by their angles, f32[S,k/2] or f32[B,S,k/2] (Su et al. 2021).
+class Rotation(flax.struct.PyTreeNode):
+  """How far the pairs of channels are turned: cosines and sines, f32[S,k/2] or f32[B,S,k/2].
 
-  A pair is two neighbours, as it was written, or with `halves` one of each half, as in Llama. factor: on the result.
+  Made once for all layers that turn by it.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+
+  @classmethod
+  def by(cls, angles: jax.Array, factor: float = 1.0) -> Rotation:
+    """By angles in radians; factor: on all that is turned."""
+    # In a loop of two, for XLA makes them anew in whatever they are multiplied with, unless a loop lies between: of a
+    # tiny model's step on a CPU that was 7 %.
+    halves = jnp.moveaxis(angles.reshape(*angles.shape[:-1], 2, -1), -2, 0)
+    both = jax.lax.map(lambda half: (factor * jnp.cos(half), factor * jnp.sin(half)), halves)
+    return cls(*(jnp.moveaxis(part, 0, -2).reshape(angles.shape) for part in both))
+
+
+def at_positions(
+  positions: jax.Array, dim: int, theta: float, sections: tuple[int, ...] = (), scaling: Mapping[str, Any] | None = None
+) -> Rotation:
+  """Of vectors of this dim at positions i32[B,S,3] (time, row, column), frequencies split by axis as in Qwen2-VL.
+
+  sections: how many of the dim/2 frequencies turn with each axis; (): all by time. Positions equal on all three axes
+  are ordinary RoPE. scaling: as in `frequencies`. ValueError for sections that do not add up.
+  """
+  half = dim // 2
+  sections = sections or (half,)
+  if sum(sections) != half:
+    raise ValueError(f"rotary sections {sections} must add up to half the head dim, {half}")
+  speeds, factor = frequencies(half, theta, scaling)
+  axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
+  return Rotation.by(jnp.take(positions, axis, axis=-1).astype(jnp.float32) * speeds, factor)
+
+
+def turn(x: jax.Array, rotation: Rotation, *, halves: bool = False) -> jax.Array:
+  """x f[B,S,h,k] with pairs of channels turned (Su et al. 2021).
+
+  A pair is two neighbours, as it was written, or with `halves` one of each half, as in Llama.
   """
   axis = -2 if halves else -1
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((2, -1) if halves else (-1, 2)))
-  angles = jnp.expand_dims(angles[..., None, :], axis)
+  cos, sin = (jnp.expand_dims(part[..., None, :], axis) for part in (rotation.cos, rotation.sin))
   sign = jnp.expand_dims(jnp.array([-1.0, 1.0]), -3 - axis)
   # (a cos - b sin, b cos + a sin), as what a compiler makes into one pass: nothing is taken apart and put together.
-  turned = pairs * (factor * jnp.cos(angles)) + jnp.flip(pairs, axis) * (factor * jnp.sin(angles) * sign)
+  turned = pairs * cos + jnp.flip(pairs, axis) * (sin * sign)
   return turned.reshape(x.shape).astype(x.dtype)
 
 

@@ -19,6 +19,7 @@ from flax import linen as nn
 from clipflow_jax.models.attention import Attention, sight, visible
 from clipflow_jax.models.layers import RMSNorm, SwiGLU
 from clipflow_jax.models.remat import scan
+from clipflow_jax.models.rotary import at_positions
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -33,39 +34,33 @@ class Block(nn.Module):
   heads: int
   kv_heads: int
   head_dim: int
-  rope_theta: float = 10_000.0
-  rope_sections: tuple[int, ...] = ()
   qk_norm: bool = True
   qkv_bias: bool = False
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
   out_bias: bool = False
   mlp_bias: bool = False
-  rope_scaling: dict[str, Any] | None = None
   axes: tuple[str, str | None] = ("batch", "sequence")
   kernel: str = "xla"
   out_scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x, positions, mask, past=None, write_at=None):
+  def __call__(self, x, rotation, mask, past=None, write_at=None):
     attention = Attention(
       self.heads,
       self.kv_heads,
       self.head_dim,
-      self.rope_theta,
-      self.rope_sections,
       self.qk_norm,
       self.qkv_bias,
       self.norm_eps,
       self.dtype,
       self.out_bias,
-      self.rope_scaling,
       self.axes,
       self.kernel,
       self.out_scale,
       name="attention",
     )
-    y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), positions, mask, past, write_at)
+    y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), rotation, mask, past, write_at)
     x = shard(x + y, *self.axes)
     x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, out_scale=self.out_scale, name="mlp")(
       RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x)
@@ -74,11 +69,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """`layers` Blocks, scanned. past: keys and values stacked over layers, f[L,B,P,g,k] twice; write_at: the slot of
-  them that x's first overwrites.
+  """`layers` Blocks, scanned. x f[B,S,D] at positions i32[B,S,3], mask as `Attention`. past: keys and values stacked over
+  layers, f[L,B,P,g,k] twice; write_at: the slot of them that x's first overwrites.
 
-  remat: a name of `remat.POLICIES`. unroll: compile the layers one after the other. A loop stacks what its layers
-  leave for the backward pass, which in a tiny stack on CPU costs half as much as the layers; a deep stack without the
+  rope_theta, rope_sections, rope_scaling: as `rotary.at_positions`.
+  remat: a name of `remat.POLICIES`. unroll: compile the layers one after the other. A loop stacks what its layers leave for the backward pass, which in a tiny stack on CPU costs half as much as the layers; a deep stack without the
   loop compiles for minutes.
 
   Returns (f[B,S,D], (keys, values) f[L,B,K,g,k]); with `keep_kv` False the second is None.
@@ -89,16 +84,22 @@ class Stack(nn.Module):
   remat: str = "none"
   unroll: bool = False
   keep_kv: bool = True
+  rope_theta: float = 10_000.0
+  rope_sections: tuple[int, ...] = ()
+  rope_scaling: dict[str, Any] | None = None
 
   @nn.compact
   def __call__(self, x, positions, mask, past=None, write_at=None):
+    rope = self.rope_theta, self.rope_sections, self.rope_scaling
+    rotation = at_positions(positions, self.block["head_dim"], *rope)
+
     def body(block, x, past):
-      x, kv = block(x, positions, mask, past)
+      x, kv = block(x, rotation, mask, past)
       return x, kv if self.keep_kv else None
 
     def write(block, carry, layer):  # the buffers are carried, and written in place: stacked anew they would be copied
       x, buffers = carry
-      return block(x, positions, mask, buffers, (layer, write_at)), None
+      return block(x, rotation, mask, buffers, (layer, write_at)), None
 
     layers = Block(**self.block, name="layers")
     if write_at is None:
@@ -157,31 +158,29 @@ class Transformer(nn.Module):
       heads=self.heads,
       kv_heads=self.kv_heads,
       head_dim=self.head_dim,
-      rope_theta=self.rope_theta,
-      rope_sections=self.rope_sections,
       qk_norm=self.qk_norm,
       qkv_bias=self.qkv_bias,
       out_bias=self.out_bias,
       mlp_bias=self.mlp_bias,
-      rope_scaling=self.rope_scaling,
       norm_eps=self.norm_eps,
       kernel=self.kernel,
       out_scale=self.out_scale,
       dtype=self.dtype,
     )
+    rope = dict(rope_theta=self.rope_theta, rope_sections=self.rope_sections, rope_scaling=self.rope_scaling)
     self.embed = nn.Embed(
       self.vocabulary, self.width, embedding_init=nn.initializers.normal(self.width**-0.5), dtype=self.dtype
     )
-    self.text = Stack(self.layers, dict(shared, mlp=self.mlp, axes=self.axes), self.remat, self.unroll)
+    self.text = Stack(self.layers, dict(shared, mlp=self.mlp, axes=self.axes), self.remat, self.unroll, **rope)
     self.text_norm = RMSNorm(self.norm_eps, self.dtype)
     if not self.tie_embeddings:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)
     if self.flow_width:
       flow = dict(shared, mlp=self.flow_mlp, axes=("rows", None))
       if self.early_layer:
-        self.flow_early = Stack(self.early_layer, flow, self.remat, self.unroll, keep_kv=False)
+        self.flow_early = Stack(self.early_layer, flow, self.remat, self.unroll, keep_kv=False, **rope)
         self.early_norm = RMSNorm(self.norm_eps, self.dtype)
-      self.flow = Stack(self.layers - self.early_layer, flow, self.remat, self.unroll, keep_kv=False)
+      self.flow = Stack(self.layers - self.early_layer, flow, self.remat, self.unroll, keep_kv=False, **rope)
       self.flow_norm = RMSNorm(self.norm_eps, self.dtype)
 
   def read(self, x: jax.Array, segments: jax.Array, order: jax.Array, positions: jax.Array):

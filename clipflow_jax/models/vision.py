@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from clipflow_jax.models.encoder import ACTIVATIONS, CrossAttention, Encoder
 from clipflow_jax.models.layers import Linear, to_patches, to_unit
-from clipflow_jax.models.rotary import grid_angles
+from clipflow_jax.models.rotary import Rotation, grid_angles
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -131,7 +131,7 @@ class VisionTower(nn.Module):
       name="encoder",
     )
     weights = self._layer_weights() if with_features else None
-    tokens, features = encoder(shard(x.astype(self.dtype), "rows"), None, weights, self._angles(first))
+    tokens, features = encoder(shard(x.astype(self.dtype), "rows"), None, weights, self._rotation(first))
     embedding = self._pool(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens))
     if self.embedding:
       embedding = Linear(self.embedding, self.projection_bias, name="projection")(embedding)
@@ -151,12 +151,12 @@ class VisionTower(nn.Module):
       return AttentionPool(self.heads, self.mlp, self.activation, self.norm_eps, name="pool")(x)
     return x.mean(axis=1)
 
-  def _angles(self, first: int) -> jax.Array | None:
+  def _rotation(self, first: int) -> Rotation | None:
     if not self.rope_span:
       return None
     side = self.image_size // self.patch_size
     angles = grid_angles(side, side, self.width // self.heads, self.rope_span / side, in_turn=False)
-    return jnp.pad(angles, ((first, 0), (0, 0)))  # the class token stands nowhere
+    return Rotation.by(jnp.pad(angles, ((first, 0), (0, 0))))  # the class token stands nowhere
 
   def _pool_features(self, features: jax.Array) -> jax.Array:
     if self.feature_pool == 1:

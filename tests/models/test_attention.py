@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipflow_jax.models.attention import looks, rotate, visible
+from clipflow_jax.models.attention import looks, visible
 from clipflow_jax.models.kernels import attend, attend_beside
+from clipflow_jax.models.rotary import at_positions, turn
 from tests import tiny
 
 RULES = settings(derandomize=True, deadline=None, max_examples=100)
@@ -110,6 +111,10 @@ def test_a_block_takes_of_the_past_and_of_itself(arrays):
 
 def vectors(seed: int, slots: int) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), (1, slots, 1, 16))
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float, sections: tuple[int, ...]) -> jax.Array:
+  return turn(x, at_positions(positions, x.shape[-1], theta, sections), halves=True)
 
 
 def numpy_rope(x: np.ndarray, position: np.ndarray, theta: float) -> np.ndarray:
