@@ -17,7 +17,6 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.batch_size = 32
   config.objective.weights = dict(flow=1.0)
   config.objective.levels = 2
-  config.objective.early = 0.5
   config.objective.stop_text = True
   config = presets.scale(config, ",".join(item for item in arg.split(",") if item not in drawers))
   if drawers:
@@ -31,7 +30,7 @@ def _separate(config: ConfigDict) -> None:
   """The flow expert's depth, width and network as a drawer of their own, guided by the empty prompt."""
   transformer = config.model.transformer
   width, mlp = transformer.flow_width, transformer.flow_mlp
-  for name in ("flow_width", "flow_mlp", "early_layer"):
+  for name in {"flow_width", "flow_mlp", "early_layer"} & set(transformer):
     del transformer[name]
   heads = max(1, width // 64)
   how = {name: transformer[name] for name in ("remat", "unroll") if name in transformer}

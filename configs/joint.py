@@ -17,6 +17,5 @@ def get_config(arg: str = "") -> ConfigDict:
   # learns to read and the flow never learns what a caption says of places.
   config.objective.weights = dict(language=0.05, flow=1.0)
   config.objective.levels = 2
-  config.objective.early = 0.5
   config.objective.targets = 2
   return presets.scale(config, arg)

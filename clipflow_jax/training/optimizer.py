@@ -13,9 +13,10 @@ from optax.contrib import MuonDimensionNumbers
 from clipflow_jax.errors import UserError
 from clipflow_jax.training.state import Params, flatten, nest
 
-# Matrices between hidden layers go to Muon; heads, embeddings, gains and biases to Adam.
+# Matrices between hidden layers go to Muon; heads, embeddings, gains and biases to Adam, and the matrix that takes in
+# noisy features: what is signal in them has few directions, which Muon would make no stronger than the others.
 MUON = r".*/kernel"
-NOT_MUON = r".*head/kernel"
+NOT_MUON = r".*(head|entry)/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Optimizer:
 
   learning_rate: its peak, after `warmup` steps from 0 and before a cosine to `final` of it at `steps`.
   adam_learning_rate: the peak for what Muon leaves to Adam. clip: global gradient norm.
+  iterations: of Muon's Newton-Schulz, which makes an update orthogonal.
   patience: steps in a row with a non-finite gradient that are skipped before the run stops.
   offload: "host" keeps the moments in the host's memory and brings them to the device within each step; "" never.
   """
@@ -38,6 +40,7 @@ class Optimizer:
   clip: float = 1.0
   b1: float = 0.9
   b2: float = 0.95
+  iterations: int = 5
   patience: int = 10
   offload: str = ""
 
@@ -54,6 +57,7 @@ class Optimizer:
     if self.name == "muon":
       rule = optax.contrib.muon(
         self.schedule(self.learning_rate),
+        ns_steps=self.iterations,
         weight_decay=self.weight_decay,
         adam_b1=self.b1,
         adam_b2=self.b2,
