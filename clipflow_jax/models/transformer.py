@@ -69,12 +69,12 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """`layers` Blocks, scanned. x f[B,S,D] at positions i32[B,S,3], mask as `Attention`. past: keys and values stacked over
-  layers, f[L,B,P,g,k] twice; write_at: the slot of them that x's first overwrites.
+  """`layers` Blocks, scanned. x f[B,S,D] at positions i32[B,S,3], mask as `Attention`.
 
-  rope_theta, rope_sections, rope_scaling: as `rotary.at_positions`.
-  remat: a name of `remat.POLICIES`. unroll: compile the layers one after the other. A loop stacks what its layers leave for the backward pass, which in a tiny stack on CPU costs half as much as the layers; a deep stack without the
-  loop compiles for minutes.
+  past: keys and values stacked over layers, f[L,B,P,g,k] twice; write_at: the slot of them that x's first overwrites.
+  rope_theta, rope_sections, rope_scaling: as `rotary.at_positions`. remat: a name of `remat.POLICIES`. unroll: compile
+  the layers one after the other. A loop stacks what its layers leave for the backward pass, which in a tiny stack on
+  CPU costs half as much as the layers; a deep stack without the loop compiles for minutes.
 
   Returns (f[B,S,D], (keys, values) f[L,B,K,g,k]); with `keep_kv` False the second is None.
   """
