@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -53,6 +54,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   All processes of a run call this with the same config, inside `distributed.joined`; their workdir is one folder that
   all of them see.
   """
+  began = time.perf_counter()
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
@@ -98,26 +100,33 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
   )
-  with jax.set_mesh(mesh), distributed.termination() as stop:
+  with jax.set_mesh(mesh), distributed.termination() as stop, concurrent.futures.ThreadPoolExecutor(1) as compiler:
     restored = checkpoints.restore(target)
+    # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
+    taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh)) if starts and not restored else {}
+
+    # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
+    cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
+    unused = ("clip_model",) if cached else ()
+    kept, shardings_aside = state.set_aside(shardings, unused)
+    target, _ = state.set_aside(target, unused)
+
+    # The step, compiled once: beside us, while the state is made.
+    adapted = Adapters(**config.adapters).around(model)
+    pure = step.make(adapted, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
+    jitted = jax.jit(pure, in_shardings=(kept, batch_sharding), out_shardings=(kept, None), donate_argnums=0)
+    compiling = compiler.submit(jitted.lower(target, example).compile)
+
     if restored:
       now = restored.state
       batches.set_state(restored.data_state)
       log.info("resumed at step %d", restored.step)
     else:
-      # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
-      taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh)) if starts else {}
       now = jax.jit(fresh, out_shardings=shardings)(taken)
-      del taken
       if config.measure_features and not config.data.get("features"):
         pictures = map(put, pipeline.batches(BadRecords(None, 1.0), shards))
         now = measure_features(model, now, pictures, config.measure_features)
-
-    # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
-    cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
-    unused = ("clip_model",) if cached else ()
-    shardings, shardings_aside = state.set_aside(shardings, unused)
-    target, _ = state.set_aside(target, unused)
+    del taken
     now, aside = state.set_aside(now, unused)
     aside = distributed.fetch(aside) if aside else {}
     if cached:
@@ -127,18 +136,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     def whole(now):
       return state.taken_back(now, jax.tree.map(distributed.place, aside, shardings_aside))
 
-    # The step, compiled once.
-    adapted = Adapters(**config.adapters).around(model)
-    pure = step.make(adapted, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
-    jitted = jax.jit(
-      pure,
-      in_shardings=(shardings, batch_sharding),
-      out_shardings=(shardings, None),
-      donate_argnums=0,
-    )
-    before = time.perf_counter()
-    compiled = jitted.lower(target, example).compile()
-    log.info("compiled the step in %.1f s", time.perf_counter() - before)
+    compiled = compiling.result()
+    log.info("compiled the step %.1f s after the start", time.perf_counter() - began)
     throughput = Throughput(
       total_steps=config.steps,
       images_per_step=int(np.prod(example.image_roles.shape)),
