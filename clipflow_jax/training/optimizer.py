@@ -25,7 +25,6 @@ class Optimizer:
 
   learning_rate: its peak, after `warmup` steps from 0 and before a cosine to `final` of it at `steps`.
   adam_learning_rate: the peak for what Muon leaves to Adam. clip: global gradient norm.
-  iterations: of Muon's Newton-Schulz, which makes an update orthogonal.
   patience: steps in a row with a non-finite gradient that are skipped before the run stops.
   offload: "host" keeps the moments in the host's memory and brings them to the device within each step; "" never.
   """
@@ -40,7 +39,6 @@ class Optimizer:
   clip: float = 1.0
   b1: float = 0.9
   b2: float = 0.95
-  iterations: int = 5
   patience: int = 10
   offload: str = ""
 
@@ -57,7 +55,6 @@ class Optimizer:
     if self.name == "muon":
       rule = optax.contrib.muon(
         self.schedule(self.learning_rate),
-        ns_steps=self.iterations,
         weight_decay=self.weight_decay,
         adam_b1=self.b1,
         adam_b2=self.b2,
