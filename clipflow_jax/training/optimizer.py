@@ -13,10 +13,9 @@ from optax.contrib import MuonDimensionNumbers
 from clipflow_jax.errors import UserError
 from clipflow_jax.training.state import Params, flatten, nest
 
-# Matrices between hidden layers go to Muon; heads, embeddings, gains and biases to Adam, and the matrix that takes in
-# noisy features: what is signal in them has few directions, which Muon would make no stronger than the others.
+# Matrices between hidden layers go to Muon; heads, embeddings, gains and biases to Adam.
 MUON = r".*/kernel"
-NOT_MUON = r".*(head|entry)/kernel"
+NOT_MUON = r".*head/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
