@@ -27,7 +27,6 @@ mypy
 say "import-linter: floors"
 lint-imports
 say "pytest, after $SECONDS s"
-# A file at a time for each core, in the order of tests/conftest.py: its fixtures are made once. More than four would
-# want more memory than most have.
+# A file at a time for each core: its fixtures are made once. More than four would want more memory than most have.
 # Not exec: a summary of where the time went stands above pytest's closing line.
-pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=10 "$@"
+pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=10 "$@"

@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -22,13 +21,6 @@ if CACHE not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Files with the most slow tests first: processes take a file at a time, and none is to begin a long one last."""
-  slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-  items.sort(key=lambda item: -slow[item.path])
-
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
