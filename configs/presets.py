@@ -162,7 +162,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     if config.name == "joint":
       config.objective.targets = 8
     if config.objective.weights.get("flow"):
-      # One pass a step guides by the early head. A flow of four layers learns half as fast with one: it has none.
+      # One pass a step guides by the early head. A flow of four layers learns more slowly with one: it has none.
       config.objective.early = 0.5
       config.sampling.update(guide="early", guidance=1.5)
     config.tokenizer.vocabulary = 32_768

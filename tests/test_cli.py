@@ -244,14 +244,12 @@ def test_a_user_error_is_one_line():
   assert "\n" not in str(error.value)
 
 
-# The quickstart's model with one layer where it has several (two where one is the early head's): what takes the time
-# here is to compile it.
+# The quickstart's model with one layer where it has several: what takes the time here is to compile it.
 SHALLOW = [
   f"--config.stages.{stage}.{key}"
   for stage in quickstart.get_config().order
   for key in (
-    *(f"model.{part}.layers=1" for part in ("clip.vision", "clip.text", "pixel_decoder")),
-    "model.transformer.layers=2",
+    *(f"model.{part}.layers=1" for part in ("clip.vision", "clip.text", "transformer", "pixel_decoder")),
     "tokenizer.examples=100",
     "sampling.steps=4",
   )

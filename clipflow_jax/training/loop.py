@@ -123,10 +123,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       log.info("resumed at step %d", restored.step)
     else:
       now = jax.jit(fresh, out_shardings=shardings)(taken)
+      del taken
       if config.measure_features and not config.data.get("features"):
         pictures = map(put, pipeline.batches(BadRecords(None, 1.0), shards))
         now = measure_features(model, now, pictures, config.measure_features)
-    del taken
     now, aside = state.set_aside(now, unused)
     aside = distributed.fetch(aside) if aside else {}
     if cached:
