@@ -172,8 +172,10 @@ def _chat(answers: Answers, questions: list[str]) -> None:
       _tell(error)
       yield {"text": said["text"], "files": []}, bubbles, talk, bubbles
 
-  said.submit(run, [said, talk, bubbles], [said, shown, talk, bubbles], **_EVENT)
-  gr.on([again.click, shown.clear], lambda: (None, [], [], []), None, [said, shown, talk, bubbles], **_AT_ONCE)
+  all_of_it = [said, shown, talk, bubbles]
+  asking = said.submit(run, [said, talk, bubbles], all_of_it, **_EVENT)
+  # An answer that is still being written ends with its conversation: it would come back over the new one.
+  gr.on([again.click, shown.clear], lambda: (None, [], [], []), None, all_of_it, cancels=[asking], **_AT_ONCE)
 
 
 def _as_shown(message: dict[str, Any], folder: str) -> Iterator[str | dict[str, str]]:

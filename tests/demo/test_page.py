@@ -70,7 +70,8 @@ def served(model, trained, reached, tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def visit(served) -> Iterator[Any]:
-  """One visitor's tab; `requests` are all the addresses that it asks for, `complaints` the browser's."""
+  """One visitor's tab; `requests` are all the addresses that it asks for, `complaints` the browser's, `streams` those
+  by which it hears of what the model does, while it does it."""
   if not CHROMIUM:
     pytest.skip("there is no Chromium: apt-get install chromium")
   with playwright.sync_playwright() as driver:
@@ -78,11 +79,14 @@ def visit(served) -> Iterator[Any]:
     browser = driver.chromium.launch(executable_path=CHROMIUM, args=as_root)
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.set_default_timeout(PATIENCE)
-    tab.requests, tab.complaints = [], []
+    tab.requests, tab.complaints, tab.streams = [], [], set()
     tab.on("request", lambda request: tab.requests.append(request.url))
+    tab.on("request", lambda request: "/queue/data" in request.url and tab.streams.add(request))
+    for ends in ("requestfinished", "requestfailed"):
+      tab.on(ends, lambda request: tab.streams.discard(request))
     tab.on("console", lambda message: tab.complaints.append(message.text))
     tab.goto(served)
-    tab.get_by_role("button", name="Draw", exact=True).wait_for()  # by then it listens
+    wait_until_it_listens(tab)
     yield tab
     browser.close()
 
@@ -129,6 +133,16 @@ def watch(visit, selector: str) -> None:
     }""",
     selector,
   )
+
+
+def wait_until_it_listens(visit) -> None:
+  visit.get_by_role("button", name="Draw", exact=True).wait_for()
+
+
+def wait_until_it_is_done(visit) -> None:
+  """What is sent while the answer to something else is still under way is not taken."""
+  while visit.streams:
+    visit.wait_for_timeout(50)
 
 
 def open_tab(visit, name: str) -> None:
@@ -190,6 +204,16 @@ def test_the_answer_about_a_picture_streams_and_is_what_chat_says(visit, model, 
   assert visit.locator("[data-testid=user] img").count() == 1
 
 
+def test_a_new_conversation_ends_the_answer_that_is_being_written(visit):
+  open_tab(visit, "Chat")
+  watch(visit, "[data-testid=bot]")
+  ask(visit, "and what else?")
+  visit.wait_for_function("noted.length > 0")
+  visit.get_by_role("button", name="New conversation").click()
+  wait_until_it_is_done(visit)
+  visit.wait_for_function("!document.querySelector('[data-testid=bot]')")
+
+
 def test_a_walk_leads_from_a_prompt_to_a_picture(visit, model, red):
   open_tab(visit, "Interpolate")
   visit.get_by_placeholder("A prompt, or attach").first.fill("a star")
@@ -213,19 +237,19 @@ def test_the_gallery_has_what_was_drawn(visit):
 @pytest.mark.parametrize("name", ["text.png", "bomb.png", "script.svg", "huge.png"])
 def test_a_hostile_file_is_refused_in_words_and_the_page_goes_on(visit, hostile, name):
   file, says = hostile[name]
+  visit.reload()
+  wait_until_it_listens(visit)
   open_tab(visit, "Chat")
-  with visit.expect_response(lambda answer: answer.url.endswith("/run/predict")):  # it empties what is written, too
-    visit.get_by_role("button", name="New conversation").click()
   attached = visit.locator(".thumbnail-item").count()
   attach(visit, CHAT, file, arrives=name != "huge.png")
   if name != "huge.png":
     visit.locator("button.submit-button").first.click()
   visit.get_by_test_id("toast-body").filter(has_text=says).wait_for()
   visit.wait_for_function("n => document.querySelectorAll('.thumbnail-item').length == n", arg=attached)
+  wait_until_it_is_done(visit)
   watch(visit, "[data-testid=bot]")
   ask(visit, f"<img src=x onerror='window.harmed = 1'> {name}?")
   visit.wait_for_function("noted.length > 0 && noted.at(-1) != '…'")
-  visit.wait_for_function("!document.querySelector('.generating')")  # what is sent while it still writes is not taken
   assert visit.evaluate("window.harmed") is None
 
 
