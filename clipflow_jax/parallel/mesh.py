@@ -25,7 +25,9 @@ def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
   devices = jax.devices() if devices is None else devices
   slices = {getattr(device, "slice_index", 0) for device in devices}
   if len(slices) == 1:
-    return jax.make_mesh(sides, AXES, axis_types=types, devices=devices)
+    # An axis of 64 on 16 x 16 x 16 chips takes 16 along one side and 4 along the next.
+    placed = mesh_utils.create_device_mesh(sides, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=types)
   if sides[0] != len(slices):
     raise UserError(f"the devices are {len(slices)} slices, but mesh axis slice is {sides[0]}; set mesh.slice to it")
   inside, across = [1, *sides[1:]], [sides[0], *[1] * (len(AXES) - 1)]

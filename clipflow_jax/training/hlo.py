@@ -19,7 +19,8 @@ from clipflow_jax.training import hlo_text
 from clipflow_jax.training.hlo_text import Array, Instruction
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Attention kernels: how many products of all queries with all keys each makes. Operands: f[B,h,Q,k], f[B,g,K,k], ...
+# Attention kernels: how many products of all queries with all keys each makes. Operands: f[B,h,Q,k], f[B,g,K,k], ...;
+# a chip with one row has no B.
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 PREFETCH = ("copy-start", "slice-start", "async-start")  # traffic that takes no time of its own
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "copy-done")
@@ -189,8 +190,8 @@ class Program:
       products = next((n for name, n in KERNELS.items() if instruction.name.startswith(name)), 0)
       if not products:
         return 0.0
-      (b, heads, queries, width), (_, _, keys, _) = (scope[name].arrays[0].dims for name in instruction.operands[:2])
-      return 2.0 * products * b * heads * queries * keys * width
+      (*rows, width), (*_, keys, _) = (scope[name].arrays[0].dims for name in instruction.operands[:2])
+      return 2.0 * products * math.prod(rows) * keys * width
     if instruction.op == "fusion":
       inner = self.computations[CALLED.search(instruction.attributes)[1]]
       return sum(self._flops(one, inner) for one in inner.values())

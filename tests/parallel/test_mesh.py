@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import mesh
+from configs import hardware
 
 ON_EIGHT_DEVICES = """
 import jax, jax.numpy as jnp
@@ -69,3 +74,26 @@ def test_on_several_devices_arrays_are_cut_as_the_tables_say():
   command = [sys.executable, "-c", ON_EIGHT_DEVICES]
   result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What jax asks of a TPU chip to place it."""
+
+  id: int
+  coords: tuple[int, int, int]
+  platform: str = "tpu"
+  device_kind: str = "TPU v5"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+@pytest.mark.parametrize("name", ["v5p-64", "v5p-128", "v5p-512", "v5p-4096", "v5p-8192"])
+def test_every_pod_holds_its_mesh_with_each_axis_in_a_box_of_neighbours(name: str):
+  chips = hardware.make(name)
+  places = itertools.product(*map(range, chips.topology))
+  made = mesh.make(chips.mesh, [Chip(i, place) for i, place in enumerate(places)])
+  assert made.size == chips.chips
+  row = made.devices.reshape(-1, made.shape["fsdp"])[0]
+  sides = np.ptp([chip.coords for chip in row], axis=0) + 1
+  assert math.prod(sides) == len(row)

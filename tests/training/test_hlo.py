@@ -164,15 +164,16 @@ def test_a_gather_that_runs_beside_products_is_written_three_times_and_counts_on
   assert found.hbm_bytes == cost().hbm_bytes + 7 * (ROWS + 256 * 256 * 2)  # of the product's fusion alone
 
 
-def test_an_attention_kernels_products_count_and_its_own_words_may_take_several_lines():
-  kernel = """  %q = f32[2,4,128,64]{3,2,1,0} parameter(1)
-  %k = f32[2,1,256,64]{3,2,1,0} parameter(2)
+@pytest.mark.parametrize(("rows", "b"), [("2,", 2), ("", 1)], ids=["rows", "one row"])
+def test_an_attention_kernels_products_count_and_its_own_words_may_take_several_lines(rows: str, b: int):
+  kernel = """  %q = f32[ROWS4,128,64]{3,2,1,0} parameter(1)
+  %k = f32[ROWS1,256,64]{3,2,1,0} parameter(2)
   %splash_mha_fwd_residuals.3 = f32[2,4,128,64]{3,2,1,0} custom-call(%q, %k), frontend_attributes={metadata={
 "block": "{128}"
 }}, custom_call_target="tpu_custom_call"
   ROOT %out ="""
-  found = cost(TEXT.replace("  ROOT %out =", kernel))
-  assert found.flops == cost().flops + 2 * 2 * 2 * 4 * 128 * 256 * 64
+  found = cost(TEXT.replace("  ROOT %out =", kernel.replace("ROWS", rows)))
+  assert found.flops == cost().flops + 2 * 2 * b * 4 * 128 * 256 * 64
 
 
 @pytest.mark.parametrize(
