@@ -112,7 +112,8 @@ def _at(chip: str, *topology: int, **mesh: int) -> Hardware:
 
 # Google's names: of v4, v5p and tpu7x the number counts cores, two a chip. The 8b model's state needs no more than 64
 # chips to share it; beyond, `data` repeats them, so that a chip sends as much on 4,096 chips as on 64 (widths of 1152
-# and 3584 divide by 128, not by 256). v5e has little memory: 128 share.
+# and 3584 divide by 128, not by 256). v5e has little memory: 128 share. On v5p-128 with all chips in one axis the
+# compiler makes gathers into all-reduces of twice the bytes; with two axes it does not.
 PRESETS = {
   "cpu": _at("cpu", 1),
   "h100x1": _at("h100", 1),
@@ -124,7 +125,7 @@ PRESETS = {
   "v5e-256": _at("v5e", 16, 16, data=2, fsdp=128),
   "v6e-256": _at("v6e", 16, 16, data=4, fsdp=64),
   "v5p-64": _at("v5p", 2, 4, 4),
-  "v5p-128": _at("v5p", 4, 4, 4),
+  "v5p-128": _at("v5p", 4, 4, 4, data=2, fsdp=32),
   "v5p-512": _at("v5p", 4, 8, 8, data=4, fsdp=64),
   "v5p-4096": _at("v5p", 8, 16, 16, data=32, fsdp=64),
   "v5p-8192": _at("v5p", 16, 16, 16, data=64, fsdp=64),

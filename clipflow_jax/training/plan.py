@@ -193,7 +193,9 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return report | dict(compile_s=time.perf_counter() - before) | does_not_fit(str(error), chip)
+      found = does_not_fit(str(error), chip)
+      found["largest"] = found["largest"] or program.largest()
+      return report | dict(compile_s=time.perf_counter() - before) | found
     report["compile_s"] = time.perf_counter() - before
   return report | _memory(compiled, program, chip) | predict(compiled.as_text(), report, mesh, chip, program, images)
 
@@ -282,7 +284,9 @@ class _Places:
 
 def does_not_fit(message: str, chip: Chip) -> Report:
   """What the compiler says of a program that is too large: by how much, and its largest arrays."""
-  used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
+  # The second form is of temporaries that alone are too large, whatever else there is; it names no arrays.
+  sizes = r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", r"\(([\d.]+)([KMGT]?)\) exceeds [^(]*\(([\d.]+)([KMGT]?)\)"
+  used = next(filter(None, (re.search(form, message) for form in sizes)), None)
   gib = [float(used[i]) * UNITS[used[i + 1]] / GIB * chip.devices for i in (1, 3)] if used else [None, None]
   blocks = re.findall(r"Size: ([\d.]+[KMGT]?)\b(.*?)(?=\n\s*\d+\. Size:|\Z)", message, re.DOTALL)
   largest = []

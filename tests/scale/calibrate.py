@@ -48,8 +48,8 @@ CASES = {
 def config(case: Case) -> ConfigDict:
   """Our understanding stage with that language model, and a tower that is next to nothing."""
   chips = hardware.make(case.hardware)
-  tower = dict(image_size=16, patch_size=16, width=256, layers=1, heads=2, mlp=256, embedding=256)
-  caption = dict(vocabulary=256, length=8, width=256, layers=1, heads=2, mlp=256, embedding=256)
+  tower = dict(image_size=16, patch_size=16, width=256, layers=1, heads=4, mlp=256, embedding=256)
+  caption = dict(vocabulary=256, length=8, width=256, layers=1, heads=4, mlp=256, embedding=256)
   found = presets.stage(
     "understanding",
     model=dict(

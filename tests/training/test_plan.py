@@ -132,6 +132,14 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_is_largest():
   assert "20.50 GiB a chip: does not fit by 4.75 GiB" in plan_report._line(report)
 
 
+def test_temporaries_that_alone_do_not_fit_are_told_too():
+  message = (
+    "Ran out of memory on HBM, the total memory required for HLO temporaries (154.35G) exceeds available HBM (95.74G)."
+  )
+  found = plan.does_not_fit(message, hardware.CHIPS["v5p"])
+  assert (found["hbm_per_chip_gib"], found["missing_gib"]) == (154.35, pytest.approx(58.61))
+
+
 def test_a_group_is_as_fast_as_the_links_that_it_spans():
   """A v5p's slice of 4 x 4 x 2: fours close to rings, pairs are lines."""
   chip = hardware.CHIPS["v5p"]
