@@ -70,7 +70,7 @@ def tiny(image_size: int = 60) -> dict[str, Any]:
     ),
     pixel_decoder=dict(patch, width=128, layers=3, heads=2, mlp=256, flow=False, **each),
     prediction="x",
-    shift_scale=11.3,  # the dimension law undershoots for features of low rank
+    shift_scale=8.0,  # the dimension law undershoots for features of low rank
     whiten=1.0,
   )
 

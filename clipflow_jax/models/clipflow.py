@@ -80,7 +80,7 @@ class ClipFlow(nn.Module):
   clip, transformer, pixel_decoder: fields of those modules. prediction: what the flow head gives, "x" or "v".
   drawer: fields of a `DiT` that draws in place of the flow expert, and `queries`, how many it has in the stream.
   shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).
-  whiten: how far features' channels are whitened (`data.feature_statistics.statistics`); 0: not at all.
+  whiten: how far features are whitened (`data.feature_statistics.statistics`); 0: not at all.
   kernel: of every attention (`kernels.attend`). dtype: what is computed in, "float32" or "bfloat16"; softmax, norms'
   statistics, losses and parameters are float32 all the same.
   """

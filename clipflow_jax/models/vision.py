@@ -181,7 +181,7 @@ def unit(x: jax.Array) -> jax.Array:
 class Standardise(nn.Module):
   """Raw features f32[...,T,C] standardised by what was measured on data (`data.feature_statistics`).
 
-  whiten: whether channels are made to differ too.
+  whiten: whether channels, and a picture's tokens, are made to differ too.
   """
 
   whiten: bool = False
@@ -194,11 +194,14 @@ class Standardise(nn.Module):
     if self.whiten:
       matrix = self.param("whitening", lambda key, *how: jnp.eye(*how), channels, channels)
       features = jnp.matmul(features, matrix, precision="highest")
+      common = self.param("common", nn.initializers.ones, (), jnp.float32)
+      features -= (1 - common) * features.mean(axis=-2, keepdims=True)
     return features
 
 
 def raw_features(features: jax.Array, statistics: Mapping[str, jax.Array]) -> jax.Array:
   """Standardised features f32[N,T,C] as they were before `Standardise`, whose parameters the statistics are."""
   if "whitening" in statistics:  # which is symmetric
+    features = features + (1 / statistics["common"] - 1) * features.mean(axis=-2, keepdims=True)
     features = jnp.linalg.solve(statistics["whitening"], features.swapaxes(1, 2)).swapaxes(1, 2)
   return features * statistics["std"] + statistics["mean"]

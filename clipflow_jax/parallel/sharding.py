@@ -38,6 +38,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r".*/probe", (None, None)),
   (r"(.*/)?\w*norm/(scale|bias)", (None,)),
   (r"statistics/(mean|std|whitening)", (None, None)),
+  (r"statistics/common", ()),
 )
 
 # What `training.adapters` makes of a kernel: which of the kernel's two axes are its own, too.

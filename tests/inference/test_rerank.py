@@ -74,7 +74,7 @@ def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields,
   params = tiny.random_params(abstract)
   if whiten:
     random = params["statistics"]["whitening"]
-    params["statistics"]["whitening"] = jnp.eye(len(random)) + 0.1 * (random + random.T)
+    params["statistics"] |= {"whitening": jnp.eye(len(random)) + 0.1 * (random + random.T), "common": jnp.float32(0.3)}
   features, wanted = jax.jit(lambda: model.apply({"params": params}, method=see))()
   np.testing.assert_allclose(rerank.embed_features(model, params, features), wanted, atol=1e-5)
 

@@ -218,6 +218,7 @@ def test_measured_features_have_mean_0_and_deviation_1(whole, whiten, tmp_path):
   if whiten:
     frozen = state.flatten(final.frozen)
     frozen["statistics/whitening"] = np.eye(model.feature_shape[1], dtype=np.float32)
+    frozen["statistics/common"] = np.ones((), np.float32)
     final = dataclasses.replace(final, frozen=state.nest(frozen))
   pipeline = Pipeline(
     parts=mixture.make(config.data.source, "train"),
