@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-  """Raw features become (raw - mean) / std; to whiten, that @ whitening, then less 1 - common of its mean over tokens."""
+  """Raw features become (raw - mean) / std; whitened, that @ whitening less 1 - common of its mean over tokens."""
 
   mean: np.ndarray  # f32[T,C]
   std: np.ndarray  # f32[T,C]
