@@ -193,9 +193,9 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      found = does_not_fit(str(error), chip)
-      found["largest"] = found["largest"] or program.largest()
-      return report | dict(compile_s=time.perf_counter() - before) | found
+      fault = does_not_fit(str(error), chip)
+      fault["largest"] = fault["largest"] or program.largest()
+      return report | dict(compile_s=time.perf_counter() - before) | fault
     report["compile_s"] = time.perf_counter() - before
   return report | _memory(compiled, program, chip) | predict(compiled.as_text(), report, mesh, chip, program, images)
 
