@@ -302,7 +302,7 @@ def plan(options: argparse.Namespace) -> None:
   _set_environment(config)
   from clipflow_jax.training import plan_report
 
-  report = plan_report.make(config, search=options.search, images=options.images)
+  report = plan_report.make(config, search=options.search, images=options.images, quick=options.quick)
   if options.json:
     _write_json(options.json, report)
 

@@ -156,9 +156,12 @@ class Program:
     """Of the matrix products of all devices together, in one step."""
     return flops.count(self.pure, self.state, self.batch)
 
-  def compile(self) -> jax.stages.Compiled:
+  def compile(self, quick: bool = False) -> jax.stages.Compiled:
+    """quick: with the compiler's least effort, which takes a fifth of the time for a step that is somewhat slower."""
     places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-    return jax.jit(self.pure, out_shardings=(places, None), donate_argnums=0).lower(self.state, self.batch).compile()
+    lowered = jax.jit(self.pure, out_shardings=(places, None), donate_argnums=0).lower(self.state, self.batch)
+    effort: Any = {"exec_time_optimization_effort": -1.0} if quick else None
+    return lowered.compile(effort)
 
   def memory(self) -> dict[str, float]:
     """Bytes per device of what lives from step to step, by kind."""
@@ -175,10 +178,11 @@ class Program:
     return [f"{_local_bytes(a) / GIB:.3f} GiB {a.dtype}{list(a.shape)} {jax.tree_util.keystr(k)}" for k, a in leaves]
 
 
-def plan(config: ConfigDict, images: float = 1e6) -> Report:
+def plan(config: ConfigDict, images: float = 1e6, quick: bool = False) -> Report:
   """Compiles the step of a stage for config.hardware; what it found, by name (README, "clipflow plan").
 
-  images: how many `chip_hours` are for. UserError as `devices`, and for a mesh or a batch that does not fit.
+  images: how many `chip_hours` are for. quick: as `Program.compile`, so memory and time are upper bounds.
+  UserError as `devices`, and for a mesh or a batch that does not fit.
   """
   found = devices(config.hardware)
   chip = CHIPS[config.hardware.chip]
@@ -189,7 +193,7 @@ def plan(config: ConfigDict, images: float = 1e6) -> Report:
     report = describe(config, mesh, chips)
     before = time.perf_counter()
     try:
-      compiled = program.compile()
+      compiled = program.compile(quick)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -315,7 +319,7 @@ def _memory(compiled: jax.stages.Compiled, program: Program, chip: Chip) -> Repo
   return found if fits is not False else found | dict(missing_gib=used - chip.hbm_gib, largest=program.largest())
 
 
-def search(config: ConfigDict, images: float = 1e6) -> Iterator[Report]:
+def search(config: ConfigDict, images: float = 1e6, quick: bool = False) -> Iterator[Report]:
   """Plans of the same stage with other batches, remat policies and meshes, each as soon as it is compiled.
 
   Those that the mesh does not divide are left out.
@@ -333,7 +337,7 @@ def search(config: ConfigDict, images: float = 1e6) -> Iterator[Report]:
     other.model = with_values(config.model.to_dict(), remat=remat)
     other.data.batch_size = config.data.batch_size * rows
     try:
-      yield plan(other, images)
+      yield plan(other, images, quick)
     except UserError:
       continue
 

@@ -9,15 +9,15 @@ from clipflow_jax.training import memory, plan
 from clipflow_jax.training.plan import Report
 
 
-def make(config: ConfigDict, *, search: bool, images: float) -> Report:
-  """Plans one stage, or with `search` many of its kind, and prints what was found."""
+def make(config: ConfigDict, *, search: bool, images: float, quick: bool) -> Report:
+  """Plans one stage, or with `search` many of its kind, and prints what was found. images, quick: as `plan.plan`."""
   plan.prepare(config)
   if not search:
-    report = memory.estimate(config) if memory.absent(config.hardware) else plan.plan(config, images)
+    report = memory.estimate(config) if memory.absent(config.hardware) else plan.plan(config, images, quick)
     print(text(report))
   else:
     reports = []
-    for one in plan.search(config, images):
+    for one in plan.search(config, images, quick):
       reports.append(one)
       print(_line(one), flush=True)
     fitting = plan.best(reports)

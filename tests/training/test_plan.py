@@ -57,8 +57,9 @@ def planned(folder: Path, *arguments: str) -> dict:
   return json.loads((folder / "plan.json").read_text())
 
 
-def test_a_cpu_mesh_shows_what_is_sharded_and_what_is_sent(tmp_path: Path):
-  report = planned(tmp_path, "--hardware=cpu:4")
+@pytest.mark.parametrize("quick", [(), ("--quick",)], ids=["", "quick"])
+def test_a_cpu_mesh_shows_what_is_sharded_and_what_is_sent(tmp_path: Path, quick: tuple[str, ...]):
+  report = planned(tmp_path, "--hardware=cpu:4", *quick)
   assert report.keys() >= KEYS
   assert (report["mesh"]["fsdp"], report["hardware"]["chips"]) == (4, 4)
   assert report["collective_bytes_by_kind_and_axes"]["all-gather"]["fsdp"] > 0
