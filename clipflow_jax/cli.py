@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--json", type=Path, help="also write what it found to this file")
   sub.add_argument("--search", action="store_true", help="try batch, remat and mesh; list the best that fit")
   sub.add_argument("--images", type=float, default=1e6, help="pictures whose cost is asked for (default %(default)g)")
-  sub.add_argument("--quick", action="store_true", help="compile with least effort: sooner, for a slower, larger step")
+  sub.add_argument("--quick", action="store_true", help="compile with least effort: much sooner, for a slower step")
 
   sub = command(
     commands.import_,

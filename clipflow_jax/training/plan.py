@@ -181,7 +181,7 @@ class Program:
 def plan(config: ConfigDict, images: float = 1e6, quick: bool = False) -> Report:
   """Compiles the step of a stage for config.hardware; what it found, by name (README, "clipflow plan").
 
-  images: how many `chip_hours` are for. quick: as `Program.compile`, so memory and time are upper bounds.
+  images: how many `chip_hours` are for. quick: as `Program.compile`.
   UserError as `devices`, and for a mesh or a batch that does not fit.
   """
   found = devices(config.hardware)
