@@ -60,13 +60,15 @@ def statistics(total: Sums, pictures: int, whiten: float) -> Statistics:
     return Statistics(mean.astype(np.float32), np.sqrt(variance).astype(np.float32))
   tokens, channels = mean.shape
   variance = np.broadcast_to(variance.mean(axis=0), variance.shape)
-  both = np.outer(*[np.sqrt(variance[0])] * 2)
-  values, directions = np.linalg.eigh((total["products"] / pictures - mean.T @ mean) / tokens / both)
+  deviation = np.sqrt(variance[0])
+  scales = np.outer(deviation, deviation)
+  values, directions = np.linalg.eigh((total["products"] / pictures - mean.T @ mean) / tokens / scales)
   values = np.maximum(values, 0.0)
   gains = np.sqrt(1 / (values + whiten) / (values / (values + whiten)).mean())
   matrix = (directions * gains) @ directions.T
   # Of `tokens` equal to each other but for their own parts, one direction is common and all others have one variance.
-  means = (total["common"] / pictures - np.outer(*[mean.mean(axis=0)] * 2)) / both
+  average = mean.mean(axis=0)
+  means = (total["common"] / pictures - np.outer(average, average)) / scales
   common = np.clip(tokens * np.trace(matrix @ means @ matrix) / channels, 0.0, tokens)
   own = (tokens - common) / max(tokens - 1, 1)
   kept = np.sqrt((own + whiten) / (common + whiten)) if tokens > 1 else 1.0
