@@ -44,7 +44,7 @@ LENGTH = 1024  # records of a source that a shard is made of
 MEASURED = 4096  # pictures behind the statistics
 ENDLESS = 2**31 - 1  # records of a source that makes them up
 
-Encode = Callable[[np.ndarray, dict[str, np.ndarray]], jax.Array]
+Encode = Callable[[np.ndarray], jax.Array]  # pictures u8[B,H,W,3] -> features f32[B,T,C]
 
 
 class FeatureSource:
@@ -160,14 +160,14 @@ def write(
       partial.unlink()
   distributed.barrier("the folder of features")
   bad = BadRecords(folder / f"data_errors.{jax.process_index()}.jsonl", max_bad_fraction)
-  encode, devices = _tower(tower, params)
+  encode_by, devices = _tower(tower, params)
   rows *= devices
   if lead and not (folder / STATISTICS).exists():
     if not isinstance(statistics, Statistics):
-      statistics = _measure(sources, sizes, tower, encode, rows, statistics)
+      statistics = _measure(sources, sizes, tower, encode_by({}), rows, statistics)
     write_statistics(folder, statistics)
   distributed.barrier("the statistics of features", 3600.0)
-  there, side = read_statistics(folder), tower.image_size
+  encode, side = encode_by(read_statistics(folder).arrays()), tower.image_size
 
   jobs = [
     (name, number, range(start, min(start + length, size)))
@@ -177,7 +177,7 @@ def write(
   for name, number, which in jobs[jax.process_index() :: jax.process_count()]:
     file = folder / name / f"{number:05d}.array_record"
     if not file.exists():
-      found = _encoded(sources[name], which, bad, lambda x: encode(x, there.arrays()), rows, side)
+      found = _encoded(sources[name], which, bad, encode, rows, side)
       write_shard(file, found, dtype)
       log.info("%s: %d pictures", file, len(which))
   if bad.bad:
@@ -266,9 +266,8 @@ def _check_fit(tower: VisionTower, params: Mapping[str, Any]) -> None:
       )
 
 
-def _tower(tower: VisionTower, params: Mapping[str, Any]) -> tuple[Encode, int]:
-  """(pictures u8[B,H,W,3], arrays of Statistics, or none -> features f32[B,T,C] standardised by them; number of
-  devices, which divides B).
+def _tower(tower: VisionTower, params: Mapping[str, Any]) -> tuple[Callable[[Mapping[str, Any]], Encode], int]:
+  """(arrays of Statistics, or none -> what encodes and standardises by them; number of devices, which divides B).
 
   Over the devices of this process, each with a copy of the tower: nothing is exchanged.
   """
@@ -283,11 +282,15 @@ def _tower(tower: VisionTower, params: Mapping[str, Any]) -> tuple[Encode, int]:
     standardise = Standardise(whiten="whitening" in statistics)
     return standardise.apply({"params": statistics}, raw) if statistics else raw
 
-  return functools.partial(see, placed), len(devices)
+  def encode_by(statistics: Mapping[str, Any]) -> Encode:
+    there = jax.device_put(dict(statistics), everywhere)
+    return lambda images: see(placed, images, there)
+
+  return encode_by, len(devices)
 
 
 def _encoded(
-  source: Any, which: Sequence[int], bad: BadRecords, encode: Callable[[np.ndarray], jax.Array], rows: int, side: int
+  source: Any, which: Sequence[int], bad: BadRecords, encode: Encode, rows: int, side: int
 ) -> Iterator[tuple[list[Example], np.ndarray]]:
   """(good examples, their features [n,T,C]) of those records, in order. Pictures are read while others are encoded."""
   records = grain.MapDataset.source(which).map(bad.guard(lambda i: source[int(i)])).to_iter_dataset()
@@ -320,7 +323,7 @@ def _measure(
   share = -(-MEASURED // len(sources))
   for name, source in sources.items():
     which = np.unique(np.linspace(0, sizes[name] - 1, min(share, sizes[name])).astype(np.int64)).tolist()
-    raw = _encoded(source, which, BadRecords(None, 1.0), lambda x: encode(x, {}), rows, tower.image_size)
+    raw = _encoded(source, which, BadRecords(None, 1.0), encode, rows, tower.image_size)
     for _, features in raw:
       total = feature_statistics.add(total, sums(features))
       pictures += len(features)
