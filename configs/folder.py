@@ -15,13 +15,12 @@ def get_config(arg: str = "") -> ConfigDict:
   for name in config.order:
     stage = config.stages[name]
     stage.data.source = dict(kind="prepared", path=options.path, size=60)
-    stage.model = presets.tiny(patch_size=10, shift_scale=8.0)  # what is in a picture of yours stands anywhere
+    stage.model = presets.tiny(patch_size=10)  # what is in a picture of yours stands anywhere
     stage.data.length = LENGTH[name]
-    if name == "joint":
-      stage.objective.levels = 2
     stage.data.threads = 2
     stage.tokenizer = dict(vocabulary=4096, examples=20000)
     stage.model.clip.text.length = LENGTH["contrastive"]
     if not options.fast:
       stage.steps = STEPS[name]
+  config.stages.joint.objective.levels = 2  # of more tokens than in the quickstart
   return config

@@ -42,7 +42,7 @@ def arguments(arg: str, **defaults: Any) -> ConfigDict:
   return options
 
 
-def tiny(patch_size: int = 20, shift_scale: float = 16.0) -> dict[str, Any]:
+def tiny(patch_size: int = 20) -> dict[str, Any]:
   """About 4 M parameters: learns `shapes` in minutes on two CPU cores. 3 x 3 tokens of 128 channels.
 
   One token for each place that an object of `shapes` can have: a quarter of the tokens of patches of 10 pixels costs
@@ -74,7 +74,8 @@ def tiny(patch_size: int = 20, shift_scale: float = 16.0) -> dict[str, Any]:
     ),
     pixel_decoder=dict(patch, width=128, layers=3, heads=2, mlp=256, flow=False, **each),
     prediction="x",
-    shift_scale=shift_scale,  # the dimension law undershoots for features of low rank
+    # The dimension law undershoots for features of low rank: these want the same shift however many tokens there are.
+    shift_scale=0.8 * patch_size,
     whiten=1.0,
   )
 
