@@ -34,6 +34,7 @@ SLICES: Options = (
   ("xla_tpu_data_parallel_opt_different_sized_ops", "true", "also where the layers' gradients differ in size"),
 )
 GPU: Options = (
+  ("xla_gpu_enable_triton_gemm", "false", "cuBLAS multiplies as fast or faster, and is the sooner compiled"),
   ("xla_gpu_enable_latency_hiding_scheduler", "true", "starts collectives early and awaits them late"),
   ("xla_gpu_enable_while_loop_double_buffering", "true", "the next layer's weights arrive while this one computes"),
   ("xla_gpu_all_gather_combine_threshold_bytes", str(2**30), "one gather a layer: many small ones wait for each other"),
@@ -88,7 +89,7 @@ class Hardware:
     return {name: value for name, value, _ in self.variables} | named
 
 
-OF_GPU: dict[str, Any] = dict(unroll=True, kernel="cudnn", flags=GPU, variables=GPU_VARIABLES)
+OF_GPU: dict[str, Any] = dict(unroll=True, kernel="flash", flags=GPU, variables=GPU_VARIABLES)
 # What a device of each kind takes; PRESETS say how many there are and how they share. Tokens: enough that a layer's
 # products outlast the gather of the next one's weights (scaling book: some 850 on a v5p with three axes), and that the
 # 8b model fits. Where there is memory to spare, products with weights are kept instead of made twice. GPUs unroll: in a

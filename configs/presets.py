@@ -199,7 +199,7 @@ def computed_on(found: hardware.Hardware, model: ConfigDict) -> None:
     if part:
       part.update(remat=found.remat, unroll=found.unroll)
   if model.get("drawer"):
-    model.drawer.remat = found.remat  # and loop: on an H100 it was not compiled within two minutes without
+    model.drawer.update(remat=found.remat, unroll=found.unroll)
 
 
 def _tokens_of_row(config: ConfigDict) -> int:

@@ -31,7 +31,7 @@ def visible(
 
 def sight(kernel: str, segments: jax.Array, order: jax.Array) -> Mask:
   """`visible` among the slots of a row, segments and order i32[B,S], in the form that the kernel takes."""
-  return Reach.of(segments, order) if kernel == "splash" else visible(segments, order, segments, order)
+  return Reach.of(segments, order) if kernel in ("flash", "splash") else visible(segments, order, segments, order)
 
 
 def looks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -14,7 +15,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.parallel.sharding import on_mesh, spec
 
 # Kernel -> where it runs; (): anywhere. "shapes" is no attention: it stands for a fused one where memory is counted.
-PLATFORMS = {"xla": (), "cudnn": ("gpu", "cuda"), "splash": ("tpu",), "shapes": ()}
+PLATFORMS = {"xla": (), "cudnn": ("gpu", "cuda"), "flash": ("gpu", "cuda"), "splash": ("tpu",), "shapes": ()}
 LANES = 128  # a TPU's vector is so wide: its kernels cut rows in multiples of it
 BLOCK = 512
 
@@ -26,15 +27,23 @@ class Reach(flax.struct.PyTreeNode):
   """
 
   segments: jax.Array  # i32[B,S], 0 is padding
+  first: jax.Array  # i32[B,S] the first slot that each sees: where its segment begins
   last: jax.Array  # i32[B,S] the last slot that each sees
 
   @classmethod
   def of(cls, segments: jax.Array, order: jax.Array) -> Reach:
     """segments, order i32[B,S]; order never falls within a segment."""
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    ends = (segments[:, 1:] != segments[:, :-1]) | (order[:, 1:] != order[:, :-1])
-    ends = jnp.pad(ends, ((0, 0), (0, 1)), constant_values=True)
-    return cls(segments, jax.lax.cummin(jnp.where(ends, slots, slots[-1]), axis=1, reverse=True))
+    other = segments[:, 1:] != segments[:, :-1]
+    begins = jnp.pad(other, ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(other | (order[:, 1:] != order[:, :-1]), ((0, 0), (0, 1)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+    return cls(segments, first, jax.lax.cummin(jnp.where(ends, slots, slots[-1]), axis=1, reverse=True))
+
+  def range(self) -> tuple[jax.Array, jax.Array]:
+    """(the first slot that each sees, the one behind the last), i32[B,S]; padding sees none. None falls along a row."""
+    slots, word = jnp.arange(self.first.shape[1], dtype=jnp.int32), self.segments > 0
+    return jnp.where(word, self.first, slots), jnp.where(word, self.last + 1, slots)
 
 
 Mask = jax.Array | Reach | None
@@ -51,19 +60,21 @@ def attend(
   """softmax(q k^T / sqrt(k)) v, softmax in float32.
 
   q f[B,Q,h,k], k and v f[B,K,g,k] with g dividing h -> f[B,Q,h*k]. mask: bool[B,Q or 1,K], None (each sees all), or for
-  "splash" also a `Reach` (Q = K). A query that sees no key (padding) gets a finite value that nothing reads.
-  kernel: "xla" runs anywhere; "cudnn" (Dao et al. 2022, NVIDIA's) and "splash" (Pallas, TPU's) never make the [B,h,Q,K]
-  logits. axes: where q's rows and slots lie. UserError for an unknown kernel, or one that the devices of the mesh in
-  force have not.
+  "flash" and "splash" also a `Reach` (Q = K). A query that sees no key (padding) gets a finite value, read by nothing.
+  kernel: "xla" runs anywhere; "cudnn" (Dao et al. 2022, NVIDIA's), "flash" (models.flash, GPUs') and "splash" (Pallas,
+  TPU's) never make the [B,h,Q,K] logits, and the last two leave out what a Reach does not see. axes: where q's rows and
+  slots lie. UserError for an unknown kernel, or one that the devices of the mesh in force have not.
   """
   _check(kernel)
   if kernel == "splash":
     return splash(q, k, v, mask, axes)
+  if kernel == "flash" and (mask is None or isinstance(mask, Reach)):
+    return flash(q, k, v, mask, axes)
   if isinstance(mask, Reach):
     raise UserError(f"kernel {kernel} takes no Reach but a mask bool[B,Q,K]: see attention.sight")
   if kernel == "shapes":
     return shapes(q, k, v).reshape(*q.shape[:2], -1)
-  if kernel == "cudnn":
+  if kernel in ("cudnn", "flash"):  # a mask that is no range of slots is cuDNN's
     return cudnn(q, k, v, mask)
   b, queries, heads, dim = q.shape
   keys, groups = k.shape[1], k.shape[2]
@@ -143,6 +154,46 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> j
   return out[:, :queries].reshape(b, queries, -1)
 
 
+def flash(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Reach | None,
+  axes: tuple[str, str | None] = ("rows", None),
+  interpret: bool = False,
+) -> jax.Array:
+  """`attend` by `models.flash`, each device on its own rows, heads and queries. UserError unless q is of 16 bits."""
+  if q.dtype not in (jnp.bfloat16, jnp.float16) and not interpret:
+    raise UserError(f'kernel flash computes in bfloat16, not {q.dtype}; set model.dtype="bfloat16" or kernel="xla"')
+  (b, queries, heads, dim), keys = q.shape, k.shape[1]
+  if mask is None:
+    first, end = jnp.zeros((b, queries), jnp.int32), jnp.full((b, queries), keys, jnp.int32)
+  else:
+    first, end = mask.range()
+  run = _on_own_part(functools.partial(_flash, interpret=interpret), axes, "qkv", "qq")
+  return run(q, k, v, first, end).reshape(b, queries, heads * dim)
+
+
+def _flash(*arguments: jax.Array, interpret: bool) -> jax.Array:
+  from clipflow_jax.models import flash as library  # Pallas takes a second to import, and a CPU has no use for it
+
+  return library.flash(*arguments, interpret)
+
+
+def _on_own_part(run: Callable[..., jax.Array], axes: tuple[str, str | None], wide: str, of_slots: str) -> Callable:
+  """run(q, k, v, *numbers of slots) on each device's own rows, heads and queries, of a mesh, if one is in force.
+
+  wide, of_slots: a letter for each argument, q where it lies as the queries do, else as the keys.
+  """
+  if not on_mesh():
+    return run
+  places = {"q": spec(*axes), "k": spec(axes[0]), "v": spec(axes[0])}
+  heads = {"q": PartitionSpec(*places["q"], *spec("heads"))}
+  heads["k"] = heads["v"] = PartitionSpec(*places["k"], None, *spec("heads"))
+  given = (*(heads[each] for each in wide), *(places[each] for each in of_slots))
+  return jax.shard_map(run, in_specs=given, out_specs=heads["q"], check_vma=False)
+
+
 @jax.custom_vjp
 def shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Numbers of no meaning, as many as attention makes, that keep what a fused kernel keeps: no scores."""
@@ -201,11 +252,7 @@ def splash(
     out = out.reshape(out.shape[0], share, rows // share, -1, dim).transpose(0, 2, 3, 1, 4)
     return out.reshape(*out.shape[:2], -1, dim)
 
-  if on_mesh():
-    of_queries, of_keys = spec(*axes), spec(axes[0])
-    wide_queries, wide_keys = PartitionSpec(*of_queries, *spec("heads")), PartitionSpec(*of_keys, None, *spec("heads"))
-    places = (wide_queries, wide_keys, wide_keys, of_queries, of_keys, of_queries)
-    run = jax.shard_map(run, in_specs=places, out_specs=wide_queries, check_vma=False)
+  run = _on_own_part(run, axes, "qkv", "qkq")
   return run(q, k, v, query_segments, key_segments, last).reshape(b, queries, heads * dim)
 
 

@@ -35,29 +35,6 @@ class Linear(nn.Module):
     return y
 
 
-@jax.custom_vjp
-def wide_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """x f[...,D] times matrix f[D,V], computed in x's type -> f32[...,V].
-
-  So are its gradients: plain differentiation would multiply float32 by x's type, at a fraction of the speed.
-  """
-  return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _wide_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return wide_product(x, matrix), (x, matrix)
-
-
-def _wide_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x, matrix = kept
-  gradient = gradient.astype(x.dtype)
-  of_matrix = jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=jnp.float32).astype(matrix.dtype)
-  return jnp.matmul(gradient, matrix.T.astype(x.dtype)), of_matrix
-
-
-wide_product.defvjp(_wide_forward, _wide_backward)
-
-
 def scaled_init(scale: float) -> Callable:
   """The initial kernel of what a layer adds to its stream, of variance scale / inputs: 1 is Linear's own, 0 is none."""
   return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")

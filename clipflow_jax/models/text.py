@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clipflow_jax.models.attention import sight
 from clipflow_jax.models.encoder import Encoder
+from clipflow_jax.models.kernels import Mask
 from clipflow_jax.models.layers import Linear
 from clipflow_jax.models.vision import unit
 from clipflow_jax.parallel.sharding import shard
@@ -59,9 +61,10 @@ class TextTower(nn.Module):
       self.activation,
       name="encoder",
     )
-    seen = mask[:, None, :] if self.pooling != "last" else None
+    seen: Mask = mask[:, None, :] if self.pooling != "last" else None
     if self.pooling == "end":
-      seen = seen & jnp.tri(tokens.shape[1], dtype=bool)
+      order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+      seen = sight(self.kernel, mask.astype(jnp.int32), order)
     x, _ = encoder(shard(x, "rows"), seen)
     x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
     return unit(Linear(self.embedding, self.projection_bias, name="projection")(self._pool(x, tokens, mask)))

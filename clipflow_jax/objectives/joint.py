@@ -80,11 +80,12 @@ class Objective:
           batch.tokens,
           batch.segments,
           batch.loss_weights,
+          z_loss=self.z_loss,
           chunk=self.vocabulary_chunk,
         )
         sums |= {"language": found.loss, "language_accuracy": found.right}
         if self.z_loss:
-          sums |= {"language": found.loss + self.z_loss * found.z, "language_z": found.z}
+          sums["language_z"] = found.z
       if "flow" in on:
         context = jax.lax.stop_gradient(context) if self.stop_text else context
         sums |= flow.losses(

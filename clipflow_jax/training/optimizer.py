@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -72,9 +72,7 @@ class Optimizer:
       raise UserError(f"optimizer {self.name!r} is unknown; choose muon or adamw")
     tree = nest({path: scale for path, scale in scales.items() if scale})
     scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda update, scale: update * scale, updates, tree))
-    # Never accepted, however many: after `patience` the loop stops instead.
-    chain = optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled)
-    whole = optax.apply_if_finite(chain, np.iinfo(np.int32).max)
+    whole = skip_nonfinite(optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled))
     if not self.offload:
       return whole
 
@@ -82,6 +80,25 @@ class Optimizer:
       return whole.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
 
     return optax.GradientTransformation(whole.init, update)  # where its result goes is said by the state's shardings
+
+
+def skip_nonfinite(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The rule, which a gradient of no finite norm passes by: however many there are, parameters and moments stay.
+
+  State as of `optax.apply_if_finite`, which takes one of two branches: what these write, another pass would then read.
+  Here each number is chosen where it is made, and the norm is the one that clips.
+  """
+
+  def update(grads, state, params=None):
+    finite = jnp.isfinite(optax.tree.norm(grads))
+    updates, inner = rule.update(grads, state.inner_state, params)
+    updates = jax.tree.map(lambda update: jnp.where(finite, update, 0), updates)
+    inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner_state)
+    total, in_a_row = (optax.safe_increment(n) for n in (state.total_notfinite, state.notfinite_count))
+    total, in_a_row = jnp.where(finite, state.total_notfinite, total), jnp.where(finite, 0, in_a_row)
+    return updates, optax.ApplyIfFiniteState(in_a_row, finite, total, inner)
+
+  return optax.GradientTransformation(optax.apply_if_finite(rule, 1).init, update)
 
 
 def muon_dimensions(params: Params) -> Params:

@@ -135,7 +135,7 @@ class Program:
     params = jax.eval_shape(functools.partial(adapters.fit, seed=config.seed), params)
     scales = state.multipliers(params, config.train)
     tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
-    tx = tx if learns else optax.apply_if_finite(optax.set_to_zero(), 1)
+    tx = tx if learns else optimizer.skip_nonfinite(optax.set_to_zero())
     kept = dict(ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
     shapes = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, **kept), params)
     adapted = adapters.around(model)

@@ -29,12 +29,14 @@ def drawn(seed: int, queries: int, keys: int, dtype=jnp.float32):
   return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
-@pytest.fixture(params=["cudnn", "splash"])
+@pytest.fixture(params=["cudnn", "flash", "splash"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
   """Each kernel, or where it does not run what takes the same arguments: Pallas's interpreter, jax.nn's plain way."""
   if request.param == "splash":
     monkeypatch.setattr(kernels, "splash", functools.partial(kernels.splash, interpret=True))
   elif jax.default_backend() != "gpu":
+    monkeypatch.setitem(kernels.PLATFORMS, "flash", ())
+    monkeypatch.setattr(kernels, "flash", functools.partial(kernels.flash, interpret=True))
     monkeypatch.setitem(kernels.PLATFORMS, "cudnn", ())
     plain = jax.nn.dot_product_attention
 
@@ -48,7 +50,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def agree(kernel: str, ours, theirs, arguments) -> None:
   """Values and gradients, to what the kernel's type holds."""
-  dtype = jnp.bfloat16 if kernel == "cudnn" else jnp.float32
+  dtype = jnp.bfloat16 if kernel in ("cudnn", "flash") else jnp.float32
 
   def both(run):
     def total(*arguments):
@@ -59,7 +61,7 @@ def agree(kernel: str, ours, theirs, arguments) -> None:
 
   with jax.default_matmul_precision("float32"):  # on a GPU products of float32 are rounded to fewer bits
     expected, found = both(ours)(*arguments), both(theirs)(*(a.astype(dtype) for a in arguments))
-  tolerance = 3e-2 if kernel == "cudnn" else 1e-4
+  tolerance = 3e-2 if kernel in ("cudnn", "flash") else 1e-4
   for a, b in zip(jax.tree.leaves((expected[0][1], expected[1])), jax.tree.leaves((found[0][1], found[1]))):
     np.testing.assert_allclose(np.asarray(b, np.float32), a, atol=tolerance, rtol=tolerance)
 
@@ -88,7 +90,7 @@ def test_every_kernel_lets_blocks_attend_beside_a_row(kernel: str):
   past = tuple(a[:1] for a in past)
   mask = jnp.asarray(np.random.default_rng(1).random((1, 2, 7)) < 0.6)  # two blocks of one row
   ours = lambda *qkv: kernels.attend_beside(*qkv, past, mask)  # noqa: E731
-  old = tuple(a.astype(jnp.bfloat16 if kernel == "cudnn" else a.dtype) for a in past)
+  old = tuple(a.astype(jnp.bfloat16 if kernel in ("cudnn", "flash") else a.dtype) for a in past)
   agree(kernel, ours, lambda *qkv: kernels.attend_beside(*qkv, old, mask, kernel), (q, k, v))
 
 
@@ -115,12 +117,12 @@ def test_a_reach_is_the_rule():
 
 
 def test_an_unknown_kernel_is_an_error():
-  with pytest.raises(UserError, match="kernel 'flash' is unknown; choose one of xla, cudnn, splash, shapes"):
-    kernels.attend(*drawn(0, 3, 3), None, "flash")
+  with pytest.raises(UserError, match="kernel 'fused' is unknown; choose one of xla, cudnn, flash, splash, shapes"):
+    kernels.attend(*drawn(0, 3, 3), None, "fused")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels of other platforms are refused on a CPU")
-@pytest.mark.parametrize("name", ["cudnn", "splash"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "splash"])
 def test_a_kernel_that_the_devices_have_not_is_an_error(name: str):
   with jax.set_mesh(mesh.make({})), pytest.raises(UserError, match=f"'{name}' does not run on cpu; set model.kernel"):
     kernels.attend(*drawn(0, 3, 3), None, name)
@@ -132,9 +134,10 @@ def test_the_plain_kernel_takes_no_reach():
     kernels.attend(*drawn(0, tiny.LENGTH, tiny.LENGTH), kernels.Reach.of(row.segments, row.order))
 
 
-def test_cudnn_wants_bfloat16():
-  with pytest.raises(UserError, match="cudnn computes in bfloat16, not float32"):
-    kernels.cudnn(*drawn(0, 3, 3), None)
+@pytest.mark.parametrize("kernel", [kernels.cudnn, kernels.flash])
+def test_kernels_of_gpus_want_bfloat16(kernel):
+  with pytest.raises(UserError, match=f"{kernel.__name__} computes in bfloat16, not float32"):
+    kernel(*drawn(0, 3, 3), None)
 
 
 def test_splash_takes_no_square_mask():
