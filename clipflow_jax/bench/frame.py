@@ -7,6 +7,7 @@ peer's. Of the others one always waits while one runs, so that what the machine 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -42,7 +43,8 @@ LIBRARIES |= {"torch_fidelity": "torch-fidelity"}
 class Work:
   """What one call does, and what is known of it before."""
 
-  run: Callable[[], Any]  # does it once, and returns when it is done
+  # Does it once, and returns None when it is done, or sooner what waits until it is.
+  run: Callable[[], Callable[[], Any] | None]
   counts: dict[str, float]  # how much that is: {"images": 64.0, "tokens": 4096.0}, the unit of ratios first
   about: str  # its sizes in words, to be printed
   flops: float = 0.0  # model FLOPs of a call: 2 for each multiply-add that the mathematics asks for, none done twice
@@ -68,14 +70,36 @@ def serve(make: Callable[[dict[str, Any]], Work]) -> None:
   versions = {name: metadata.version(name) for module, name in LIBRARIES.items() if module in sys.modules}
   print(json.dumps(facts | {"versions": versions}), file=answers)
   for line in sys.stdin:
-    seconds, core_seconds = [], []
-    for _ in range(int(line)):
-      clock, processor = time.perf_counter(), time.process_time()
-      work.run()
-      seconds.append(time.perf_counter() - clock)
-      core_seconds.append(time.process_time() - processor)
+    seconds, core_seconds = timed(work, int(line))
     peak = work.memory() if work.memory else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "core_seconds": core_seconds, "peak_bytes": peak}), file=answers)
+
+
+def timed(work: Work, calls: int) -> tuple[list[float], list[float]]:
+  """The seconds, of the clock and of all processors, from the end of one call to the next one's.
+
+  The next is begun before one is waited for, as a training loop does, which waits for none: where another chip computes
+  it has something to do meanwhile.
+  """
+  marks = [(time.perf_counter(), time.process_time())]
+
+  def mark(wait: Callable[[], Any] | None) -> None:
+    if wait:
+      wait()
+    marks.append((time.perf_counter(), time.process_time()))
+
+  before = None
+  for _ in range(calls):
+    now = work.run()
+    if before:
+      mark(before)
+    if now is None:
+      mark(None)
+    before = now
+  if before:
+    mark(before)
+  clock, processor = zip(*((b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)), strict=True)
+  return list(clock), list(processor)
 
 
 class Worker:

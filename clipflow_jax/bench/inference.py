@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -151,12 +152,12 @@ def _work(
   dtype: Any,
   **facts: Any,
 ) -> Work:
-  """Calls of the compiled function, each until it is done. The first of its arguments is the parameters."""
+  """Calls of the compiled function. The first of its arguments is the parameters."""
   compiled, seconds = training.compiled(function, *arguments)
   count = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
   name = str(jnp.dtype(dtype))
   return Work(
-    lambda: jax.block_until_ready(compiled(*arguments)),
+    lambda: functools.partial(jax.block_until_ready, compiled(*arguments)),
     counts,
     f"{about}, {count / 1e6:.4g} M parameters, {name}",
     compile_seconds=seconds,

@@ -49,10 +49,10 @@ def step(told: dict[str, Any]) -> Work:
   advance, compile_seconds = compiled(pure, now, batch, donate_argnums=0)
   moved = sum(leaf.nbytes for leaf in jax.tree.leaves((now, now.trained, now.ema, now.opt_state, batch)))
 
-  def run() -> None:
+  def run() -> Callable[[], Any]:
     nonlocal now
-    now, _ = advance(now, batch)
-    jax.block_until_ready(now)
+    now, metrics = advance(now, batch)
+    return functools.partial(jax.block_until_ready, metrics)
 
   rows, words = np.shape(batch.tokens)
   count = sum(leaf.size for leaf in jax.tree.leaves(now.trained))

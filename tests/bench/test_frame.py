@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_ways_and_one_peer_take_turns_and_are_compared_by_what_they_did(apart: b
   assert numbers["ways"]["two"]["ratio"] > 0 and "ratio" not in numbers["peers"]["other one"]
   shown = report.table(numbers)
   assert all(word in shown for word in ("one", "two", "other one", "images_per_second", "ratio", "sleeps longer"))
+
+
+def test_a_call_is_begun_before_the_one_before_it_is_waited_for():
+  told = []
+
+  def run():
+    told.append(f"begin {len(told) // 2 + 1}")
+    return lambda: (time.sleep(0.01), told.append("wait"))
+
+  seconds, _ = frame.timed(frame.Work(run, {}, ""), 3)
+  assert [each.split()[0] for each in told] == ["begin", "begin", "wait", "begin", "wait", "wait"]
+  assert len(seconds) == 3 and min(seconds) > 0.005
 
 
 def test_what_fails_says_why_in_one_line():

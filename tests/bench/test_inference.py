@@ -26,7 +26,7 @@ DRAWER = dict(queries=3, width=16, layers=1, heads=2, mlp=24)
 
 def test_words_are_written_and_counted_once_each():
   work = inference.decode(told("decode", model=MODEL, rows=2, prompt=4, new=3, weights="int8"))
-  assert work.run().shape == (2, 3) and work.counts == {"tokens": 6.0} and "int8" in work.about
+  assert work.run()().shape == (2, 3) and work.counts == {"tokens": 6.0} and "int8" in work.about
   # Of 4 + 3 slots and 3 logits a row, the products of two layers 32 wide; attention comes on top.
   layer = 32 * (2 * 16 * 2 + 1 * 16 * 2) + 3 * 32 * 48
   least = 2 * 2 * ((4 + 3) * 2 * layer + (1 + 3) * 32 * 50)
@@ -36,7 +36,7 @@ def test_words_are_written_and_counted_once_each():
 
 def test_pictures_are_drawn_by_the_separate_drawer():
   work = inference.draw(told("draw", model=MODEL | dict(drawer=DRAWER), rows=2, prompt=4, steps=3))
-  drawn = work.run()
+  drawn = work.run()()
   assert drawn.shape == (2, tiny.TOKENS, tiny.CHANNELS) and np.isfinite(drawn).all()
   assert work.counts == {"images": 2.0} and work.flops > 0
   assert work.peer["features"] == [tiny.TOKENS, tiny.CHANNELS] and work.peer["drawer"] == DRAWER
@@ -53,7 +53,7 @@ def test_inception_is_told_to_the_peer_by_its_pictures(monkeypatch):
 
   monkeypatch.setattr(inference, "InceptionV3", Small)
   work = inference.evaluate(told("evaluate", rows=2, side=4))
-  features = work.run()[0]
+  features = work.run()()[0]
   assert features.shape == (2, 5) and work.counts == {"images": 2.0} and work.peer == {"rows": 2, "side": 4}
 
 

@@ -56,10 +56,13 @@ def once(do: Callable[[], None], counts: dict[str, float], about: str) -> Work:
 
 
 def _waited(do: Callable[[], None], counts: dict[str, float], about: str) -> Work:
-  def run() -> None:
+  def run() -> Callable[[], None] | None:
     do()
-    if DEVICE.type == "cuda":
-      torch.cuda.synchronize()
+    if DEVICE.type != "cuda":
+      return None
+    done = torch.cuda.Event()
+    done.record()
+    return done.synchronize
 
   memory = (lambda: float(torch.cuda.max_memory_allocated())) if DEVICE.type == "cuda" else None
   return Work(run, counts, about, memory=memory)
