@@ -116,6 +116,30 @@ def test_a_reach_is_the_rule():
     np.testing.assert_array_equal(found, visible(row.segments, row.order, row.segments, row.order))
 
 
+def test_flash_leaves_out_what_is_not_seen_and_nothing_else():
+  """Rows of several blocks: whole ones, cut ones, and none; queries that see no key among them."""
+  rng, length = np.random.default_rng(0), 200
+  cuts = np.sort(rng.choice(np.arange(1, length), (2, 3), replace=False), axis=1)
+  slots = np.arange(length)
+  segments = 1 + (slots >= cuts[..., None]).sum(axis=1)
+  segments[0, segments[0] == 4] = 0  # padding
+  order = np.tile(np.where(slots % 70 < 30, slots // 70 * 70, slots), (2, 1))  # pictures, each seen as a whole, between words
+  mask = visible(segments, order, segments, order)
+  words, reach = (segments > 0)[..., None], kernels.Reach.of(jnp.asarray(segments), jnp.asarray(order))
+  arguments = tuple(jnp.asarray(rng.normal(size=(2, length, heads, 24)), jnp.float32) for heads in (4, 2, 2))
+  ours = lambda *qkv: kernels.attend(*qkv, jnp.asarray(mask)) * words  # noqa: E731
+  agree("splash", ours, lambda *qkv: kernels.flash(*qkv, reach, interpret=True) * words, arguments)
+
+
+@pytest.mark.parametrize(("length", "heads", "groups", "dim"), [(256, 4, 2, 128), (257, 2, 2, 64), (77, 2, 1, 112)])
+def test_flash_is_lowered_for_gpus(length: int, heads: int, groups: int, dim: int):
+  q, k, v = (jax.ShapeDtypeStruct((2, length, n, dim), jnp.bfloat16) for n in (heads, groups, groups))
+  loss = lambda *qkv: kernels.flash(*qkv, None).astype(jnp.float32).sum()  # noqa: E731
+  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",))
+  for name in ("flash_out", "flash_keys", "flash_queries"):
+    assert name in lowered.as_text()
+
+
 def test_an_unknown_kernel_is_an_error():
   with pytest.raises(UserError, match="kernel 'fused' is unknown; choose one of xla, cudnn, flash, splash, shapes"):
     kernels.attend(*drawn(0, 3, 3), None, "fused")
