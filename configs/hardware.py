@@ -152,6 +152,8 @@ def make(name: str) -> Hardware:
     ) from None
   found = dataclasses.replace(CHIPS[chip], topology=topology, slices=slices)
   devices = found.devices // slices
-  shared = math.gcd(devices, 128 if chip == "v5e" else 64)
+  shared = math.gcd(devices, {"v5e": 128, "h100": 8, "h200": 8}.get(chip, 64))  # for the reasons at PRESETS
+  if shared == devices == 64:
+    shared = 32
   mesh = dict(slice=slices, data=devices // shared, fsdp=shared)
   return dataclasses.replace(found, mesh=mesh, flags=found.flags + (SLICES if slices > 1 else ()))

@@ -123,6 +123,9 @@ def test_any_topology_and_several_slices_can_be_named():
   assert (found.chip, found.topology, found.slices, found.chips) == ("v5p", (4, 4, 8), 2, 256)
   assert found.mesh == dict(slice=2, data=2, fsdp=64)
   assert {name for name, *_ in hardware.SLICES} <= {name for name, *_ in found.flags}
+  same = (("v5p:4x4x4", "v5p-128"), ("v5p:4x8x8", "v5p-512"), ("h100:64", "h100x64"), ("v5e:16x16", "v5e-256"))
+  for by_topology, by_name in same:
+    assert hardware.make(by_topology).mesh == dict(slice=1) | hardware.make(by_name).mesh
 
 
 @pytest.mark.parametrize("name", ["v5p-513", "v9:2x2", "v5p:0x2x2", "v5p:2xx2", "v5p:2x2x2:0", "v5p:2x2x2:1:1", ""])

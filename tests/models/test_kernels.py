@@ -123,7 +123,9 @@ def test_flash_leaves_out_what_is_not_seen_and_nothing_else():
   slots = np.arange(length)
   segments = 1 + (slots >= cuts[..., None]).sum(axis=1)
   segments[0, segments[0] == 4] = 0  # padding
-  order = np.tile(np.where(slots % 70 < 30, slots // 70 * 70, slots), (2, 1))  # pictures, each seen as a whole, between words
+  order = np.tile(
+    np.where(slots % 70 < 30, slots // 70 * 70, slots), (2, 1)
+  )  # pictures, each seen as a whole, between words
   mask = visible(segments, order, segments, order)
   words, reach = (segments > 0)[..., None], kernels.Reach.of(jnp.asarray(segments), jnp.asarray(order))
   arguments = tuple(jnp.asarray(rng.normal(size=(2, length, heads, 24)), jnp.float32) for heads in (4, 2, 2))
