@@ -103,12 +103,15 @@ class VisionTower(nn.Module):
     x = Linear(self.width, self.patch_bias, dtype=self.dtype, name="patches")(patches)
     init = nn.initializers.normal(0.1)
     first = int(self.has_class)
-    if first:
-      token = self.param("class_token", init, (self.width,), jnp.float32).astype(self.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
+    token = self.param("class_token", init, (self.width,), jnp.float32) if first else None
     if self.has_mask:
       self.param("mask_token", nn.initializers.zeros, (self.width,), jnp.float32)
-    x = x + self.param("place_positions", init, (first + self.tokens, self.width), jnp.float32)
+    places = self.param("place_positions", init, (first + self.tokens, self.width), jnp.float32)
+    if first:
+      # Not put before the patches by concatenation: on GPUs XLA then lays all that follows out by slots, and each
+      # layer turns it round and back.
+      x, places = jnp.pad(x, ((0, 0), (1, 0), (0, 0))), places.at[0].add(token)
+    x = x + places
     if self.in_norm:
       x = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="in_norm")(x)
     encoder = Encoder(
@@ -132,7 +135,8 @@ class VisionTower(nn.Module):
     )
     weights = self._layer_weights() if with_features else None
     tokens, features = encoder(shard(x.astype(self.dtype), "rows"), None, weights, self._rotation(first))
-    embedding = self._pool(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(tokens))
+    pooled = tokens[:, :1] if self.pooling == "class" else tokens
+    embedding = self._pool(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(pooled))
     if self.embedding:
       embedding = Linear(self.embedding, self.projection_bias, name="projection")(embedding)
     if features is not None:
