@@ -24,15 +24,20 @@ CUT = [name for name, sizes in MESHES.items() if sizes]
 LARGE = 64 * 1024
 
 
-@functools.cache
-def report(stage: str) -> dict[str, Any]:
-  """What a process with eight devices found of a stage on every mesh."""
+def on_eight(module: str, *arguments: str) -> Any:
+  """What the module prints in a process with eight devices."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-  command = [sys.executable, "-m", "tests.scale.eight_devices", stage]
+  command = [sys.executable, "-m", f"tests.scale.{module}", *arguments]
   result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr[-3000:]
-  return json.loads(result.stdout)[stage]
+  return json.loads(result.stdout)
+
+
+@functools.cache
+def report(stage: str) -> dict[str, Any]:
+  """What was found of a stage on every mesh."""
+  return on_eight("eight_devices", stage)[stage]
 
 
 def parameter(place: str) -> str:
@@ -81,3 +86,7 @@ def test_the_context_axis_cuts_the_sequence_and_attention_gathers_keys_alone(sta
   assert f"f32[{rows},{stages.LENGTH},{width}]" not in shapes and f"f32[{rows},{stages.LENGTH},{mlp}]" not in shapes
   head = stages.ATTENTION["head_dim"]
   assert f"f32[{rows},{stages.LENGTH},1,{head}]" in shapes  # keys and values of all slots, of a chip's own head
+
+
+def test_flash_attention_is_the_same_where_rows_slots_and_heads_are_cut():
+  assert max(on_eight("flash_attention")) < 1e-4
