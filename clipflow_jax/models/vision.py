@@ -110,7 +110,8 @@ class VisionTower(nn.Module):
     if first:
       # Not put before the patches by concatenation: on GPUs XLA then lays all that follows out by slots, and each
       # layer turns it round and back.
-      x, places = jnp.pad(x, ((0, 0), (1, 0), (0, 0))), places.at[0].add(token)
+      x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+      places = places + jnp.pad(token[None], ((0, self.tokens), (0, 0)))
     x = x + places
     if self.in_norm:
       x = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="in_norm")(x)
