@@ -46,8 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if options[name] not in known:
       raise UserError(f"config argument {name}={options[name]}: choose one of {', '.join(known)}")
   config = presets.stage("finetune", steps=1000, checkpoint_every=200, frozen_dtype="float32")
-  if options["from"]:
-    _take(config, options["from"], options.task)
+  wording = _take(config, options["from"], options.task) if options["from"] else {}
   model = config.model
   draws = bool(model.get("drawer") or (model.transformer or {}).get("flow_width"))
   if "draw" in TASKS[options.task] and not draws:
@@ -56,15 +55,16 @@ def get_config(arg: str = "") -> ConfigDict:
     raise UserError("mode=queries_only teaches drawing alone: take task=draw with it")
   if model.get("dtype") == "bfloat16":
     config.frozen_dtype = "bfloat16"
-  _teach(config, options, draws)
+  _teach(config, options, draws, wording)
   config.optimizer = dict(name="adamw", learning_rate=RATES[options.mode], warmup=50, clip=1.0)
   if options.hardware:
     _place(config, options.hardware)
   return config
 
 
-def _take(config: ConfigDict, workdir: str, task: str) -> None:
-  """The model of a workdir's newest run, and how it is drawn with."""
+def _take(config: ConfigDict, workdir: str, task: str) -> dict[str, tuple[str]]:
+  """The model of a workdir's newest run, and how it is drawn with -> the phrasings in which it was asked."""
+  from clipflow_jax.data import mixture
   from clipflow_jax.training import checkpoint, stages
 
   config.init_from = str(stages.newest(workdir))
@@ -78,13 +78,15 @@ def _take(config: ConfigDict, workdir: str, task: str) -> None:
     if task != "talk":
       raise UserError(f"{workdir} holds a language model alone, which sees no pictures: take task=talk")
     config.model.clip = dict(vision=presets.tiny()["clip"]["vision"])
+  taught = mixture.wording(found.data.source if "data" in found else {})
+  return {name: (phrasing,) for name, phrasing in taught._asdict().items()}
 
 
-def _teach(config: ConfigDict, options: ConfigDict, draws: bool) -> None:
+def _teach(config: ConfigDict, options: ConfigDict, draws: bool, wording: dict[str, tuple[str]]) -> None:
   """The data, the objective, and who learns."""
   tasks, model, data = TASKS[options.task], config.model, config.data
   where = dict(kind=_kind(options.data), path=options.data) if options.data else dict(kind="shapes")
-  data.source = dict(where, size=model.clip.vision.image_size, role=ROLES[options.task])
+  data.source = dict(where, size=model.clip.vision.image_size, role=ROLES[options.task], **wording)
   data.tasks = dict.fromkeys(tasks, 1.0)
   data.update(row=(), batch_size=options.batch, bins=options.batch, shards=1, length=max(data.length, 128))
   language = config.objective.weights.get("language") or 1.0  # beside a flow's loss it may have weighed less

@@ -7,11 +7,14 @@ from configs import presets
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: as `presets.scale`."""
-  config = presets.stage("joint", steps=1500, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
-  config.data.row = ("converse", "draw", "draw")
-  config.data.source.questions = 5
-  config.data.length = 104
-  config.data.images_per_row = 3
+  config = presets.stage("joint", steps=1300, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
+  # Behind its question a picture is read for it: each of its slots sees whether it is what was asked for, and the
+  # answer has only to find those that are.
+  config.data.source.ask = ("{question}{picture}",)
+  config.data.source.questions = 1
+  config.data.row = ("converse", "draw", "draw", "ask", "ask", "ask")
+  config.data.length = 128
+  config.data.images_per_row = 6
   config.data.batch_size = 16
   # The gradient that words send into the text expert is ten to twenty times the flow's: at equal weights the expert
   # learns to read and the flow never learns what a caption says of places.

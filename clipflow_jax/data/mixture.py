@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,6 +19,7 @@ from clipflow_jax.data import sources
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import said
 from clipflow_jax.data.feature_cache import FeatureSource
+from clipflow_jax.data.sequence import ASK, PICTURE, QUESTION
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
 
@@ -26,8 +27,8 @@ DESCRIBE = "describe the picture."
 CAPTION = "{caption}"
 # What an example may be put to, by the role of its source: names of `pipeline.TASKS`.
 ROLES: dict[str, tuple[str, ...]] = {
-  "both": ("caption", "draw", "converse"),
-  "understand": ("caption", "converse"),
+  "both": ("caption", "draw", "converse", "ask"),
+  "understand": ("caption", "converse", "ask"),
   "generate": ("caption", "draw"),
   "text": ("talk",),
 }
@@ -40,7 +41,9 @@ class Part:
 
   weight: its share of the examples, beside the others'. role: what its examples are for, of ROLES; "text" takes their
   words alone. epochs: after so many passes its share goes to the others (0: it never ends). describe: the question that
-  the description answers, in several phrasings. draw: what asks for a picture, CAPTION standing for its caption.
+  the description answers, in several phrasings. ask: how a question stands beside its picture, QUESTION and PICTURE
+  standing for them: behind its question a picture is read for what is asked; before, for all questions that follow.
+  draw: what asks for a picture, CAPTION standing for its caption.
   UserError for a value that makes no sense.
   """
 
@@ -50,6 +53,7 @@ class Part:
   role: str = "both"
   epochs: int = 0
   describe: tuple[str, ...] = (DESCRIBE,)
+  ask: tuple[str, ...] = (ASK,)
   draw: tuple[str, ...] = (CAPTION,)
 
   def __post_init__(self) -> None:
@@ -59,13 +63,16 @@ class Part:
       raise UserError(f"{self.name}: role is {self.role!r}: choose one of {', '.join(ROLES)}")
     if self.epochs < 0 or self.epochs != int(self.epochs):
       raise UserError(f"{self.name}: epochs is {self.epochs}: give a whole number of passes, or 0 for no end")
-    for name, needed in (("describe", ""), ("draw", CAPTION)):
+    for name, needed in (("describe", ()), ("ask", (PICTURE, QUESTION)), ("draw", (CAPTION,))):
       phrasings = getattr(self, name)
       if (
-        isinstance(phrasings, str) or not phrasings or not all(str(one).strip() and needed in one for one in phrasings)
+        isinstance(phrasings, str)
+        or not phrasings
+        or not all(str(one).strip() and all(str(one).count(word) == 1 for word in needed) for one in phrasings)
       ):
         raise UserError(
-          f"{self.name}: {name} is {phrasings!r}: give a list of phrasings{f', each with {needed}' if needed else ''}"
+          f"{self.name}: {name} is {phrasings!r}: give a list of phrasings"
+          f"{', each with ' + ' and '.join(needed) if needed else ''}"
         )
 
   @property
@@ -85,10 +92,21 @@ def make(settings: Mapping[str, Any], split: str, features: str = "") -> tuple[P
   return tuple(_part(name, own, split, features) for name, own in _named(settings).items())
 
 
-def wording(settings: Mapping[str, Any]) -> str:
-  """How `config.data.source` asks for a picture of CAPTION: the first phrasing of the first source that is drawn."""
-  drawn = (own for own in _named(settings).values() if "draw" in ROLES[own.get("role", Part.role)])
-  return next((own.get("draw", Part.draw)[0] for own in drawn), CAPTION)
+class Wording(NamedTuple):
+  """The first phrasing of the first source that is put to it: how a model is asked what it was taught."""
+
+  ask: str
+  draw: str
+
+
+def wording(settings: Mapping[str, Any]) -> Wording:
+  """Of `config.data.source`."""
+
+  def first(task: str) -> str:
+    parts = (own for own in _named(settings).values() if task in ROLES[own.get("role", Part.role)])
+    return next((own.get(task, getattr(Part, task)) for own in parts), getattr(Part, task))[0]
+
+  return Wording(first("ask"), first("draw"))
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

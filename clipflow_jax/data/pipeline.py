@@ -28,10 +28,17 @@ Rng = np.random.Generator
 
 
 def converse(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
-  """The picture's description, or as often its questions: what is said of it must be read from it, not from before."""
-  if not example.questions or rng.random() < 0.5:
-    return sequence.read(example.image, ((_phrasing(part.describe, rng), example.description),))
-  return sequence.read(example.image, tuple(example.questions[i] for i in rng.permutation(len(example.questions))))
+  """The description, or as often all questions: what is said of a picture must be read from it, not from before."""
+  told = _described(example, part, rng)
+  if example.questions and rng.random() >= 0.5:
+    told = tuple(example.questions[i] for i in rng.permutation(len(example.questions)))
+  return sequence.read(example.image, told, _phrasing(part.ask, rng))
+
+
+def ask(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
+  """One of the questions; where there are none, the description."""
+  known = example.questions or _described(example, part, rng)
+  return sequence.read(example.image, (known[int(rng.integers(len(known)))],), _phrasing(part.ask, rng))
 
 
 def draw(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
@@ -56,8 +63,13 @@ TASKS: dict[str, Callable[[Example, Part, Rng, float], Conversation]] = {
   "caption": caption,
   "draw": draw,
   "converse": converse,
+  "ask": ask,
   "talk": talk,
 }
+
+
+def _described(example: Example, part: Part, rng: Rng) -> tuple[tuple[str, str], ...]:
+  return ((_phrasing(part.describe, rng), example.description),)
 
 
 def _phrasing(phrasings: tuple[str, ...], rng: Rng) -> str:

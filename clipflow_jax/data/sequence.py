@@ -102,6 +102,8 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   }
 
 
+PICTURE, QUESTION = "{picture}", "{question}"
+ASK = PICTURE + QUESTION
 SLOTS = ("tokens", "loss_weights", "order", "positions", "image_index")
 PICTURES = ("images", "image_roles", "image_order", "image_positions")
 
@@ -168,16 +170,21 @@ def drawn(text: str, image: np.ndarray) -> Conversation:
   return Conversation((("user", text), ("assistant", IMAGE)), image[None], (TARGET,))
 
 
-def asked(image: np.ndarray, question: str) -> Conversation:
+def beside(question: str, ask: str = ASK) -> str:
+  """A question with its picture as `ask` puts them, in which PICTURE and QUESTION stand for them."""
+  return ask.replace(PICTURE, IMAGE).replace(QUESTION, question)
+
+
+def asked(image: np.ndarray, question: str, ask: str = ASK) -> Conversation:
   """A question about image u8[H,W,3] that waits for its answer."""
-  return Conversation((("user", IMAGE + question),), image[None], (INPUT,))
+  return Conversation((("user", beside(question, ask)),), image[None], (INPUT,))
 
 
-def read(image: np.ndarray, exchanges: tuple[tuple[str, str], ...]) -> Conversation:
-  """Questions and answers about image u8[H,W,3], which stands before the first question."""
+def read(image: np.ndarray, exchanges: tuple[tuple[str, str], ...], ask: str = ASK) -> Conversation:
+  """Questions and answers about image u8[H,W,3], which stands beside the first question."""
   turns: list[tuple[str, str]] = []
   for i, (question, answer) in enumerate(exchanges):
-    turns += [("user", (IMAGE if i == 0 else "") + question), ("assistant", answer)]
+    turns += [("user", question if i else beside(question, ask)), ("assistant", answer)]
   return Conversation(tuple(turns), image[None], (INPUT,))
 
 

@@ -134,7 +134,7 @@ class Inside:
   def look_reading(self, picture: np.ndarray, question: str, answer: str) -> Looks:
     """Where each slot of a question about a picture u8[H,W,3] and of its answer looks: at pictures and words before."""
     model = self._model
-    row = model.rows([sequence.read(picture, ((question, answer),))])
+    row = model.rows([sequence.read(picture, ((question, answer),), model.wording.ask)])
     weights = self._read(model.params, row, model.encode(picture[None])[:, None])["text"]
     slots = np.flatnonzero(row.segments[0])
     words = self._words(row)

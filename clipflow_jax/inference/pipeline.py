@@ -55,6 +55,7 @@ class ClipFlow:
     self.batch_size = batch_size
     self.shortest = 16  # slots of the shortest rows that programs are compiled for
     self.image_size = model.clip["vision"]["image_size"]
+    self.wording = mixture.wording(config.data.source if "data" in config else {})
     self._programs = Programs()
 
   @classmethod
@@ -164,9 +165,9 @@ class ClipFlow:
 
   def prompt_rows(self, prompts: Sequence[str]) -> Batch:
     """The prompts as rows that end in a picture to draw, worded as the run's data words them."""
-    blank, wording = self._blank(), mixture.wording(self.config.data.source)
+    blank = self._blank()
     # What is drawn of no text was asked for by none.
-    texts = [wording.replace(mixture.CAPTION, prompt) if prompt else "" for prompt in prompts]
+    texts = [self.wording.draw.replace(mixture.CAPTION, prompt) if prompt else "" for prompt in prompts]
     return self.rows([sequence.drawn(text, blank) for text in texts])
 
   def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
@@ -194,8 +195,8 @@ class ClipFlow:
 
   def answer(self, images: np.ndarray, questions: Sequence[str], new: int = 64) -> list[str]:
     """An answer to one question about each picture, of so many tokens at most."""
-    asked = [sequence.asked(picture, q) for picture, q in zip(self._images(images), questions, strict=True)]
-    return self._write(asked, new)
+    pairs = zip(self._images(images), questions, strict=True)
+    return self._write([sequence.asked(picture, question, self.wording.ask) for picture, question in pairs], new)
 
   def chat(self, messages: list[Message], new: int = 64) -> str:
     """The assistant's next words after messages in the usual form, pictures among them as u8[H,W,3] or PIL images.
@@ -267,12 +268,13 @@ class ClipFlow:
     for message in messages:
       content = message["content"]
       parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-      words = ""
-      for part in parts:
-        if part["type"] == "image":
-          pictures.append(self._fit(part["image"]))
-        words += IMAGE if part["type"] == "image" else part["text"]
-      turns.append((message["role"], words))
+      pictures += [self._fit(part["image"]) for part in parts if part["type"] == "image"]
+      words = [part["text"] for part in parts if part["type"] != "image"]
+      if len(words) == 1 and len(parts) == 2:  # a picture and what is asked of it, in whichever order
+        turns.append((message["role"], sequence.beside(words[0], self.wording.ask)))
+      else:
+        inside = (IMAGE if part["type"] == "image" else part["text"] for part in parts)
+        turns.append((message["role"], "".join(inside)))
     empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
     images = np.stack(pictures) if pictures else empty
     return Conversation(tuple(turns), images, (1,) * len(pictures))
@@ -298,7 +300,7 @@ class ClipFlow:
     if images is None and features is None:
       rows = self.rows([sequence.talked(((q, a),), x) for x, q, a in pairs])
     else:
-      rows = self.rows([sequence.read(x, ((q, a),)) for x, q, a in pairs])
+      rows = self.rows([sequence.read(x, ((q, a),), self.wording.ask) for x, q, a in pairs])
     if features is not None:
       rows = dataclasses.replace(rows, images=None, features=np.asarray(features, np.float32)[:, None])
     not_counted = None if end else self.tokenizer.end

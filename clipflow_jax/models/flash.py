@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -22,8 +21,7 @@ UNSEEN = -1e30  # a score of what is not seen: finite, for a query that sees not
 LOG2_E = math.log2(math.e)  # GPUs have an exponential of base 2
 
 
-@flax.struct.dataclass
-class Blocks:
+class Blocks(NamedTuple):
   """How a kernel is cut: so many `outer` slots a program, which walks through the others `inner` at a time."""
 
   outer: int
@@ -103,19 +101,29 @@ def _forward(q, k, v, first, end, interpret):
     triton.store(out_ref, out, mask=rows[:, None] & columns)
     triton.store(sum_ref, highest + jnp.log2(total), mask=rows)
 
-  own = pl.BlockSpec((None, cut.outer, None, channels), lambda i, b, h: (b, i, h, 0))
-  whole = pl.BlockSpec((None, keys, None, channels), lambda i, b, h: (b, 0, h // (heads // groups), 0))
-  range_ = pl.BlockSpec((None, cut.outer), lambda i, b, h: (b, i))
+  seen, own, number = _specs_by_queries(cut, channels, keys, heads // groups)
   return _call(
     kernel,
     "flash_out",
     cut,
     grid=(pl.cdiv(queries, cut.outer), b, heads),
-    in_specs=[pl.BlockSpec((None, None, 4), lambda i, b, h: (b, i, 0)), range_, range_, own, whole, whole],
-    out_specs=(own, pl.BlockSpec((None, None, cut.outer), lambda i, b, h: (b, h, i))),
+    in_specs=seen,
+    out_specs=(own, number),
     out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, heads, queries), jnp.float32)),
     interpret=interpret,
   )(_seen_blocks(first, end, cut), first, end, q, k, v)
+
+
+def _specs_by_queries(
+  cut: Blocks, channels: int, keys: int, per_group: int
+) -> tuple[list[pl.BlockSpec], pl.BlockSpec, pl.BlockSpec]:
+  """What a program for some queries of a head is given: (bounds, first, end, q, k and v; as q; a number a query)."""
+  bounds = pl.BlockSpec((None, None, 4), lambda i, b, h: (b, i, 0))
+  range_ = pl.BlockSpec((None, cut.outer), lambda i, b, h: (b, i))
+  own = pl.BlockSpec((None, cut.outer, None, channels), lambda i, b, h: (b, i, h, 0))
+  whole = pl.BlockSpec((None, keys, None, channels), lambda i, b, h: (b, 0, h // per_group, 0))
+  number = pl.BlockSpec((None, None, cut.outer), lambda i, b, h: (b, h, i))
+  return [bounds, range_, range_, own, whole, whole], own, number
 
 
 def _backward_queries(first, end, q, k, v, gradient, log_sum, share, interpret):
@@ -142,17 +150,13 @@ def _backward_queries(first, end, q, k, v, gradient, log_sum, share, interpret):
     rows, columns = jnp.arange(cut.outer) < queries - start, jnp.arange(channels) < dim
     triton.store(dq_ref, dq.astype(dq_ref.dtype), mask=rows[:, None] & columns)
 
-  own = pl.BlockSpec((None, cut.outer, None, channels), lambda i, b, h: (b, i, h, 0))
-  whole = pl.BlockSpec((None, keys, None, channels), lambda i, b, h: (b, 0, h // (heads // groups), 0))
-  range_ = pl.BlockSpec((None, cut.outer), lambda i, b, h: (b, i))
-  number = pl.BlockSpec((None, None, cut.outer), lambda i, b, h: (b, h, i))
-  bounds = pl.BlockSpec((None, None, 4), lambda i, b, h: (b, i, 0))
+  seen, own, number = _specs_by_queries(cut, channels, keys, heads // groups)
   return _call(
     kernel,
     "flash_queries",
     cut,
     grid=(pl.cdiv(queries, cut.outer), b, heads),
-    in_specs=[bounds, range_, range_, own, whole, whole, own, number, number],
+    in_specs=[*seen, own, number, number],
     out_specs=own,
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     interpret=interpret,

@@ -68,7 +68,7 @@ def _predict(how: _Settings, hidden: jax.Array, matrix: jax.Array, targets: jax.
   def add(total, part):
     return jax.tree.map(jnp.add, total, _score(how, matrix, part)[0]), None
 
-  return _in_chunks(how, add, Predicted(*[jnp.float32(0)] * 3), (hidden, targets, weights))[0]
+  return _in_chunks(how, add, _nothing(), (hidden, targets, weights))[0]
 
 
 def _predict_forward(how, hidden, matrix, targets, weights):
@@ -82,7 +82,7 @@ def _predict_forward(how, hidden, matrix, targets, weights):
     of_hidden = jnp.matmul(of_logits, low.T).reshape(part[0].shape)
     return (jax.tree.map(jnp.add, total, found), of_matrix), of_hidden
 
-  nothing = Predicted(*[jnp.float32(0)] * 3), jnp.zeros(matrix.shape, jnp.float32)
+  nothing = _nothing(), jnp.zeros(matrix.shape, jnp.float32)
   (total, of_matrix), of_hidden = _in_chunks(how, add, nothing, (hidden, targets, weights))
   return total, (of_hidden, of_matrix.astype(matrix.dtype))
 
@@ -92,6 +92,10 @@ def _predict_backward(how, kept, gradient):
 
 
 _predict.defvjp(_predict_forward, _predict_backward)
+
+
+def _nothing() -> Predicted:
+  return Predicted(*[jnp.float32(0)] * 3)
 
 
 def _in_chunks(how: _Settings, add: Callable, carry: Any, arrays: tuple[jax.Array, ...]) -> tuple[Any, Any]:

@@ -139,6 +139,15 @@ def test_one_source_is_a_part_and_a_mixture_is_several_by_name():
     assert mixture.shown(settings_) == small.source
 
 
+def test_a_model_is_asked_in_the_first_words_that_it_was_taught_in():
+  assert mixture.wording({}) == mixture.wording(SHAPES) == ("{picture}{question}", "{caption}")
+  words = dict(ask=("{question}{picture}", "{picture}{question}"), draw=("draw {caption}",))
+  assert mixture.wording(dict(SHAPES, **words)) == ("{question}{picture}", "draw {caption}")
+  drawn, read = dict(SHAPES, role="generate", draw=("{caption}!",)), dict(SHAPES, role="understand", ask=words["ask"])
+  for settings_ in (dict(kind="mixture", a=drawn, b=read), ConfigDict(dict(kind="mixture", a=read, b=drawn))):
+    assert mixture.wording(settings_) == ("{question}{picture}", "{caption}!")
+
+
 @pytest.mark.parametrize(
   ("source", "says"),
   [
@@ -152,6 +161,11 @@ def test_one_source_is_a_part_and_a_mixture_is_several_by_name():
     (dict(SHAPES, epochs=1.5), "epochs is 1.5: give a whole number"),
     (dict(SHAPES, describe="what?"), "describe is 'what?': give a list of phrasings"),
     (dict(SHAPES, describe=()), "describe is ()"),
+    (
+      dict(SHAPES, ask=("{question}",)),
+      "ask is ('{question}',): give a list of phrasings, each with {picture} and {que",
+    ),
+    (dict(SHAPES, ask=("{picture}{picture}{question}",)), "ask is ('{picture}{picture}{question}',)"),
     (dict(SHAPES, draw=("draw it",)), "draw is ('draw it',): give a list of phrasings, each with {caption}"),
   ],
 )
@@ -177,13 +191,6 @@ def test_the_first_texts_are_of_all_parts_in_turn_without_the_bad_ones():
   found = [("a 0",) * 2, ("b 0",) * 2, ("a x 1", "a x 1", "a how?", "so 1"), ("b x x 2",) * 2]
   assert list(mixture.texts(parts, 6)) == found
   assert len(list(mixture.texts(parts, 100))) == 2 + 5
-
-
-def test_a_run_asks_for_pictures_by_the_first_phrasing_of_its_first_source_that_is_drawn():
-  assert mixture.wording(SHAPES) == "{caption}"
-  assert mixture.wording(dict(SHAPES, draw=("draw {caption}", "{caption}!"))) == "draw {caption}"
-  parts = dict(a=dict(SHAPES, role="understand", draw=("never {caption}",)), b=dict(SHAPES, draw=["so {caption}"]))
-  assert mixture.wording(ConfigDict(dict(kind="mixture", **parts))) == "so {caption}"
 
 
 # Streams.
@@ -287,7 +294,7 @@ def test_a_source_speaks_by_its_own_phrasings():
     ("generate", dict(tasks={"converse": 1.0}), r"data.source: its role generate is for caption, draw, of which"),
     ("text", dict(row=("draw",), tasks={}), r"its role text is for talk, of which data.tasks and data.row want none"),
     ("both", dict(row=("draw", "talk"), tasks={}), r"data.row wants talk, for which no source has a role"),
-    ("both", dict(tasks={"paint": 1.0}), r"name, some of caption, draw, converse, talk, and no other"),
+    ("both", dict(tasks={"paint": 1.0}), r"name, some of caption, draw, converse, ask, talk, and no other"),
   ],
 )
 def test_roles_that_the_stage_has_no_use_for_are_refused(role, fields, says):

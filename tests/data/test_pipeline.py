@@ -17,7 +17,7 @@ from clipflow_jax.data import text
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import Example
 from clipflow_jax.data.mixture import DESCRIBE, Part
-from clipflow_jax.data.pipeline import Pipeline
+from clipflow_jax.data.pipeline import TASKS, Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.sources import FolderSource
@@ -177,6 +177,18 @@ def test_a_conversation_is_the_description_or_as_often_the_questions(chat):
   describe, ask = f"{DESCRIBE}<|assistant|> all<|end|>", "how?<|assistant|> so<|end|>"
   assert found.keys() == {f"<|begin|><|user|>{IMAGE} {only}" for only in (describe, ask)}
   assert min(found.values()) == pytest.approx(50, abs=20)
+
+
+def test_one_question_is_asked_in_the_words_of_its_source_or_the_description_where_there_is_none(chat):
+  several = dataclasses.replace(Constant()[0], questions=(("how?", "so"), ("what?", "that")))
+  silent = dataclasses.replace(several, questions=())
+  part = Part(Constant(), ask=("{question}{picture}",))
+  found = collections.Counter(
+    TASKS["ask"](example, part, np.random.default_rng(i), 0.0).turns for i in range(60) for example in (several, silent)
+  )
+  expected = {"how?": "so", "what?": "that", DESCRIBE: "all"}
+  assert found.keys() == {(("user", asked + IMAGE), ("assistant", told)) for asked, told in expected.items()}
+  assert min(found.values()) == pytest.approx(30, abs=15)
 
 
 def test_a_row_of_one_example_is_drawn_from_an_endless_set(chat):

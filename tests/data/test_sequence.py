@@ -142,6 +142,19 @@ def test_a_prompt_is_the_beginning_of_the_whole(chat):
   assert asked["tokens"][-1] == chat.tokenizer.convert_tokens_to_ids(ASSISTANT)
 
 
+def test_a_picture_behind_its_question_is_read_after_it_and_the_next_question_stands_alone(chat):
+  turns = (("what colour?", "red"), ("what colour?", "blue circle"))
+  ask = sequence.QUESTION + sequence.PICTURE
+  example = sequence.encode(sequence.read(picture(), turns, ask), chat, LAYOUT)
+  first, second = f"what colour?{IMAGE}(T){ASSISTANT} red{END}", f"what colour?{ASSISTANT} blue circle{END}"
+  assert words_of(chat, example) == f"{BEGIN}{USER} {first}{USER} {second}"
+  seen = example["image_index"] >= 0
+  question = np.flatnonzero(seen)[0] - 2  # behind it stands the word that begins a picture
+  assert (example["order"][seen] > example["order"][question]).all()  # what attention goes by
+  asked = sequence.encode(sequence.asked(picture(), "what colour?", ask), chat, LAYOUT, prompt=True)
+  np.testing.assert_array_equal(asked["tokens"], example["tokens"][: len(asked["tokens"])])
+
+
 @pytest.mark.parametrize("layout", [Layout(12, 3, GRID), Layout(40, 0, GRID)])
 def test_what_does_not_fit_is_refused_with_its_length_and_the_remedy(chat, layout):
   with pytest.raises(UserError, match=r"\d+ tokens and 1 pictures .* data.length .* '<\|image\|>a red star") as error:

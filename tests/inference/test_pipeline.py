@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipflow_jax.data import images, sequence
+from clipflow_jax.data import images, mixture, sequence
+from clipflow_jax.data.text import IMAGE
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import text
 from clipflow_jax.inference.image import Sampling
@@ -150,6 +151,19 @@ def test_a_question_is_a_conversation_of_one(model, pictures):
   assert model.chat([{"role": "user", "content": parts}]) == answer
   as_picture = [{"type": "image", "image": Image.fromarray(pictures[0])}, parts[1]]
   assert model.chat([{"role": "user", "content": as_picture}]) == answer
+
+
+def test_a_picture_stands_where_the_model_was_taught_to_find_it_in_whichever_order_it_is_given(
+  model, pictures, monkeypatch
+):
+  parts = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "how?"}]
+  monkeypatch.setattr(model, "wording", mixture.Wording("{question}{picture}", "{caption}"))
+  for given in (parts, parts[::-1]):
+    assert model._conversation([{"role": "user", "content": given}]).turns == (("user", "how?" + IMAGE),)
+  between = [*parts, {"type": "text", "text": "why?"}]  # a place of its own
+  assert model._conversation([{"role": "user", "content": between}]).turns == (("user", IMAGE + "how?why?"),)
+  (answer,) = model.answer(pictures[:1], ["how?"])
+  assert model.chat([{"role": "user", "content": parts}]) == answer
 
 
 def test_a_conversation_of_words_alone_may_go_on(model):

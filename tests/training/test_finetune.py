@@ -106,10 +106,20 @@ def test_adapters_go_to_peft_and_come_back_bit_for_bit(adapted, trained: Path, t
 def test_a_mode_trains_what_it_says(trained: Path, mode: str, task: str, learns: str):
   config = of(trained, f"mode={mode},task={task}")
   fit = adapters.Adapters(**config.adapters).fit
-  params = jax.eval_shape(lambda: fit(tiny.params(), 0))
+  params = jax.eval_shape(lambda params: fit(params, 0), tiny.params())
   scales = state.multipliers(params, config.train)
   chosen = {path for path, scale in scales.items() if scale}
   assert chosen and all(re.fullmatch(learns, path) for path in chosen)
+
+
+def test_data_of_ones_own_are_put_in_the_words_that_the_model_was_taught_in(
+  trained: Path, monkeypatch: pytest.MonkeyPatch
+):
+  found = checkpoint.described(trained)
+  found["config"]["data"]["source"] |= dict(ask=["{question}{picture}"], draw=["draw {caption}"])
+  monkeypatch.setattr(checkpoint, "described", lambda path: found)
+  source = of(trained, "task=both").data.source
+  assert (source.ask, source.draw) == (("{question}{picture}",), ("draw {caption}",))
 
 
 def test_queries_alone_are_trained_where_there_are_queries(trained: Path, monkeypatch: pytest.MonkeyPatch):
