@@ -7,7 +7,7 @@ from configs import presets
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: as `presets.scale`."""
-  config = presets.stage("joint", steps=1300, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
+  config = presets.stage("joint", steps=1250, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   # Behind its question a picture is read for it: each of its slots sees whether it is what was asked for, and the
   # answer has only to find those that are.
   config.data.source.ask = ("{question}{picture}",)
@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.batch_size = 16
   # The gradient that words send into the text expert is ten to twenty times the flow's: at equal weights the expert
   # learns to read and the flow never learns what a caption says of places.
-  config.objective.weights = dict(language=0.05, flow=1.0)
+  config.objective.weights = dict(language=0.1, flow=1.0)
   config.objective.levels = 4
   config.objective.targets = 2
   return presets.scale(config, arg)

@@ -19,6 +19,7 @@ from clipflow_jax.data import feature_cache, images
 from clipflow_jax.data.example import Example
 from clipflow_jax.data.feature_cache import FeatureSource
 from clipflow_jax.data.feature_statistics import Statistics
+from clipflow_jax.data.pipeline import ahead
 from clipflow_jax.errors import UserError
 
 STORED, WANTED = 256, 224  # pixels of the JPEGs, and of the pictures made of them
@@ -103,8 +104,7 @@ def _pillow(files: list[Path], cores: int) -> None:
 
 def _pass(items: Iterable, read: Any, cores: int) -> None:
   """All items once, as `Pipeline` reads: Grain's threads, in order, ahead of who takes."""
-  options = grain.ReadOptions(num_threads=cores, prefetch_buffer_size=64)
-  for _ in grain.MapDataset.source(list(items)).map(read).to_iter_dataset(options):
+  for _ in ahead(grain.MapDataset.source(list(items)).map(read), cores, 64):
     pass
 
 

@@ -25,6 +25,9 @@ from clipflow_jax.data.text import Chat
 from clipflow_jax.errors import UserError
 
 Rng = np.random.Generator
+# What a thread makes at a time: for each thing that Grain takes from a thread it works a tenth of a millisecond, and
+# holds the others up.
+TOGETHER = 8
 
 
 def converse(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
@@ -164,8 +167,6 @@ class Pipeline:
     shards = range(self.shards) if shards is None else shards
     example = bad.guard(self.example)
     stream = self.items().seed(self.seed)
-    share = -(-self.threads // len(shards))
-    options = grain.ReadOptions(num_threads=share, prefetch_buffer_size=max(1, 64 // len(shards)))
 
     def in_order(items, rng):
       found = [e for item, task in zip(items, self.row, strict=True) if (e := example(item, task, rng))]
@@ -177,7 +178,7 @@ class Pipeline:
       stream = stream.random_map(lambda item, rng: example(item, None, rng))
 
     def rows(shard):
-      own = stream[shard :: self.shards].to_iter_dataset(options)
+      own = ahead(stream[shard :: self.shards], -(-self.threads // len(shards)), 64 // len(shards))
       if self.row:
         return own
       if self.layout.images == 1:  # a picture fills the row: there is nothing to pack
@@ -194,6 +195,20 @@ class Pipeline:
     parts = {shard: rows(shard).batch(self.batch_size // self.shards, batch_fn=sequence.stack) for shard in shards}
     records = {part.name: len(part.source) for part in self.parts}
     return Batches({shard: iter(part) for shard, part in parts.items()}, self.shards, records)
+
+
+def ahead(items: grain.MapDataset, threads: int, buffer: int) -> grain.IterDataset:
+  """The items that are there, in their order, of which `threads` make about `buffer` before they are taken."""
+  lists = items.batch(TOGETHER, drop_remainder=False, batch_fn=lambda some: [item for item in some if item is not None])
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(1, threads, buffer // TOGETHER))
+  return grain.experimental.FlatMapIterDataset(lists.to_iter_dataset(options), _Members())
+
+
+class _Members(grain.experimental.FlatMapTransform):
+  max_fan_out = TOGETHER
+
+  def flat_map(self, element: list[Any]) -> list[Any]:
+    return element
 
 
 class Batches(Iterator[Batch]):
@@ -213,7 +228,7 @@ class Batches(Iterator[Batch]):
     return self._records | {f"{shard} of {self._count}": part.get_state() for shard, part in self._parts.items()}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes where `state`, of all shards, says. UserError when it is of another number of shards, or of records."""
+    """Goes where `state`, of all shards, says. UserError when it is of other shards, records or another release."""
     for name, number in self._records.items():
       if state.get(name, number) != number:
         raise UserError(
@@ -228,4 +243,10 @@ class Batches(Iterator[Batch]):
           f"the checkpoint's data has the shards {there}, ..., but not {name}: "
           "set data.shards to what the run began with, or use another workdir"
         )
-      part.set_state(state[name])
+      try:
+        part.set_state(state[name])
+      except (KeyError, TypeError) as error:
+        raise UserError(
+          f"the checkpoint says in another form than this release's where the data stand ({error!r}): go on with the "
+          "release that wrote it, or begin another workdir from this one by init_from"
+        ) from error

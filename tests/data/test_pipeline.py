@@ -316,6 +316,12 @@ def test_a_source_that_has_lost_or_gained_records_since_is_refused(chat):
     of(11).set_state(state)
 
 
+def test_where_the_data_stood_in_the_form_of_another_release_is_refused(chat):
+  batches = stream(make(chat))
+  with pytest.raises(UserError, match="in another form than this release's where the data stand .* or begin another"):
+    batches.set_state(batches.get_state() | {"0 of 1": {"next_index": 3}})
+
+
 @pytest.mark.parametrize("shards", [0, 3, 8])
 def test_shards_that_do_not_divide_the_batch_are_refused(chat, shards):
   with pytest.raises(UserError, match=f"data.shards {shards} must divide data.batch_size 4"):
