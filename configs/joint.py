@@ -2,16 +2,19 @@
 
 from ml_collections import ConfigDict
 
+from clipflow_jax.data.shapes_text import KINDS
 from configs import presets
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: as `presets.scale`."""
-  config = presets.stage("joint", steps=1250, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
+  config = presets.stage("joint", steps=1300, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   # Behind its question a picture is read for it: each of its slots sees whether it is what was asked for, and the
   # answer has only to find those that are.
   config.data.source.ask = ("{question}{picture}",)
   config.data.source.questions = 1
+  # What compares a pair of words with an object is learned last.
+  config.data.source.kinds = (*KINDS, "count_of_pair", "presence")
   config.data.row = ("converse", "draw", "draw", "ask", "ask", "ask")
   config.data.length = 128
   config.data.images_per_row = 6
