@@ -2,7 +2,6 @@
 
 from ml_collections import ConfigDict
 
-from clipflow_jax.data.shapes_text import KINDS
 from configs import presets
 
 
@@ -13,8 +12,6 @@ def get_config(arg: str = "") -> ConfigDict:
   # answer has only to find those that are.
   config.data.source.ask = ("{question}{picture}",)
   config.data.source.questions = 1
-  # What compares a pair of words with an object is learned last.
-  config.data.source.kinds = (*KINDS, "count_of_pair", "presence")
   config.data.row = ("converse", "draw", "draw", "ask", "ask", "ask")
   config.data.length = 128
   config.data.images_per_row = 6

@@ -8,7 +8,7 @@ import numpy as np
 
 from clipflow_jax.data.example import Example
 from clipflow_jax.data.shapes import IDENTICAL, Scene, render, scene
-from clipflow_jax.data.shapes_text import KINDS, NUMBERS, caption, describe, questions
+from clipflow_jax.data.shapes_text import NUMBERS, caption, describe, questions
 from clipflow_jax.errors import UserError
 
 _SPLITS = ("train", "test")
@@ -26,18 +26,13 @@ class ShapesSource:
   seed: int = 0
   counts: tuple[float, ...] = (0.4, 0.4, 0.1, 0.1)  # weights of 1, 2, 3 and 4 objects
   questions: int = 4  # per example
-  # Kinds of question; what is named twice is asked twice as often. The test split asks all alike.
-  kinds: tuple[str, ...] = tuple(KINDS)
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "counts", tuple(self.counts))
-    object.__setattr__(self, "kinds", tuple(self.kinds))
     if self.split not in _SPLITS:
       raise UserError(f"data.split is {self.split!r}: choose one of {', '.join(_SPLITS)}")
     if len(self.counts) >= len(NUMBERS) or min(self.counts, default=0) < 0 or sum(self.counts) <= 0:
       raise UserError(f"data.counts is {self.counts}: give weights >= 0 of one to four objects, not all zero")
-    if not self.kinds or not set(self.kinds) <= KINDS.keys():
-      raise UserError(f"data.kinds is {self.kinds}: name kinds of question, of {', '.join(KINDS)}")
     if self.size < 24:
       raise UserError(f"data.size is {self.size}: shapes can be told apart from 24 pixels on")
 
@@ -46,13 +41,12 @@ class ShapesSource:
 
   def __getitem__(self, i: int) -> Example:
     drawn, rng = self._draw(i)
-    kinds = self.kinds if self.split == "train" else tuple(KINDS)
     return Example(
       id=f"shapes-{self.split}-{self.seed}-{i}",
       image=render(drawn, self.size),
       captions=(caption(drawn, rng).text,),  # one: no picture comes twice
       description=describe(drawn).text,
-      questions=tuple(questions(drawn, rng, self.questions, kinds)),
+      questions=tuple(questions(drawn, rng, self.questions)),
     )
 
   def scene(self, i: int) -> Scene:

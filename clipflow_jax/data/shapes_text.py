@@ -120,6 +120,17 @@ def _plural(words: str) -> str:
 
 
 # Questions.
+def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
+  """n questions of mixed kinds with short answers, unambiguous.
+
+  "is there" is yes as often as no. What is not there is a near miss, right in colour or shape, never UNSEEN.
+  """
+  asked: list[tuple[str, str]] = []
+  while len(asked) < n:
+    asked += [pair for k in rng.permutation(len(_KINDS)) if (pair := _KINDS[k](scene, rng))]
+  return asked[:n]
+
+
 def _ask_colour_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
   things = _unique(scene, lambda thing: thing.shape)
   if not things:
@@ -166,31 +177,16 @@ def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   return "what is the background colour?", scene.background
 
 
-KINDS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {
-  "colour": _ask_colour_of_shape,
-  "colour_at_place": _ask_colour_at_place,
-  "shape_at_place": _ask_shape_at_place,
-  "place": _ask_place,
-  "count": _ask_count,
-  "count_of_pair": _ask_count_of_pair,
-  "presence": _ask_presence,
-  "background": _ask_background,
-}
-
-
-def questions(
-  scene: Scene, rng: np.random.Generator, n: int, kinds: Sequence[str] = tuple(KINDS)
-) -> list[tuple[str, str]]:
-  """n questions with short answers, unambiguous, of `kinds` in random order; what is named twice is asked as often.
-
-  Where none of them can be asked unambiguously, others are.
-  "is there" is yes as often as no. What is not there is a near miss, right in colour or shape, never UNSEEN.
-  """
-  asked: list[tuple[str, str]] = []
-  while len(asked) < n:
-    found = [pair for k in rng.permutation(len(kinds)) if (pair := KINDS[kinds[k]](scene, rng))]
-    asked += found or questions(scene, rng, 1)
-  return asked[:n]
+_KINDS = (
+  _ask_colour_of_shape,
+  _ask_colour_at_place,
+  _ask_shape_at_place,
+  _ask_place,
+  _ask_count,
+  _ask_count_of_pair,
+  _ask_presence,
+  _ask_background,
+)
 
 
 def _pair(thing: Object) -> tuple[str, str]:

@@ -268,20 +268,6 @@ class TestQuestions:
     assert numbers["zero"] / numbers.total() == pytest.approx(0.25, abs=0.04)
     assert set(numbers) == {"zero", "one", "two", "three", "four"}
 
-  def test_kinds_are_asked_as_often_as_they_are_named(self):
-    source = ShapesSource(questions=1, kinds=("presence", "presence", "count"))
-    starts = Counter(source[i].questions[0][0].split()[0] for i in range(600))
-    assert starts["is"] / starts["how"] == pytest.approx(2, abs=0.4) and starts.total() == 600
-
-  def test_the_test_split_asks_all_kinds_alike(self):
-    some, every = (ShapesSource(split="test", questions=3, **fields) for fields in (dict(kinds=("count",)), {}))
-    assert [some[i].questions for i in range(20)] == [every[i].questions for i in range(20)]
-
-  def test_of_things_that_cannot_be_told_apart_something_else_is_asked(self):
-    source = ShapesSource(counts=(0, 1), questions=2, kinds=("place",))
-    starts = {question.split()[0] for i in range(60) for question, _ in source[i].questions}
-    assert {"where"} < starts
-
 
 class TestSource:
   def test_item_is_a_pure_function_of_seed_split_and_index(self):
@@ -336,21 +322,12 @@ class TestSource:
     assert {len(source.scene(i).objects) for i in range(20)} == {4}
 
   def test_repr_is_stable_and_names_every_choice(self):
-    text = "ShapesSource(size=60, split='test', seed=2, counts=(0.5, 0.5), questions=4, kinds=('count',))"
-    assert repr(ShapesSource(split="test", seed=2, counts=[0.5, 0.5], kinds=["count"])) == text
+    text = "ShapesSource(size=60, split='test', seed=2, counts=(0.5, 0.5), questions=4)"
+    assert repr(ShapesSource(split="test", seed=2, counts=[0.5, 0.5])) == text
     assert len(ShapesSource()) == 2**31 - 1
 
   @pytest.mark.parametrize(
-    "fields",
-    [
-      {"split": "valid"},
-      {"counts": (0, 0)},
-      {"counts": ()},
-      {"counts": (1,) * 5},
-      {"size": 8},
-      {"kinds": ()},
-      {"kinds": ["age"]},
-    ],
+    "fields", [{"split": "valid"}, {"counts": (0, 0)}, {"counts": ()}, {"counts": (1,) * 5}, {"size": 8}]
   )
   def test_impossible_choices_are_named(self, fields):
     with pytest.raises(UserError, match=rf"data\.{next(iter(fields))} is "):
