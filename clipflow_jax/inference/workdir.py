@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from clipflow_jax.data.pipeline import TOGETHER
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.info import by_part, table
 from clipflow_jax.training import checkpoint, stages, state
@@ -178,7 +179,9 @@ def _parameters(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 def _places(saved: Any) -> Iterator[int]:
   """How far each of Grain's iterators has come, wherever it says so."""
-  if isinstance(saved, Mapping):
+  if isinstance(saved, Mapping) and "next_index_in_buffer" in saved:  # of lists, of which the last is half taken
+    yield from (lists * TOGETHER + saved["next_index_in_buffer"] for lists in _places(saved["parent"]))
+  elif isinstance(saved, Mapping):
     for key, value in saved.items():
       yield from [value] if key == "next_index" and isinstance(value, int) else _places(value)
   elif isinstance(saved, list):

@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from clipflow_jax.data import prepared, sources, text
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.mixture import Part
-from clipflow_jax.data.pipeline import Pipeline
+from clipflow_jax.data.pipeline import TOGETHER, Pipeline
 from clipflow_jax.data.records import Record
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.data.stored import share
@@ -56,13 +56,13 @@ def stream(folder: Path, chat: text.Chat):
 
 
 def at(state: dict[str, Any], step: int) -> dict[str, Any]:
-  """What `state`, of the beginning, is after `step` batches: the number of items, wherever it stands, says it all."""
+  """What `state`, of the beginning, is after `step` batches: how many lists are taken, wherever it stands, says all."""
   state = copy.deepcopy(state)
 
   def walk(node: Any) -> None:
     for key, value in node.items() if isinstance(node, dict) else ():
       if key == "next_index":
-        node[key] = step * ROWS
+        node[key] = step * ROWS // TOGETHER
       walk(value)
 
   walk(state)
