@@ -1,4 +1,4 @@
-"""Start-up and resumption over a large prepared set: python tests/benchmarks/million_records.py [RECORDS [STEP]]
+"""Start-up and resumption over a large prepared set: python -m tests.benchmarks.million_records [RECORDS [STEP]]
 
 Writes RECORDS (1e6) tiny captioned pictures as `clipflow prepare` writes them, and measures in a process of its own
 each, imports aside: opening the source and making the first batch; and the same from where a run stands after STEP
@@ -98,7 +98,9 @@ def main(records: int, step: int) -> None:
     print(f"wrote {records:,} records in {time.perf_counter() - start:.0f} s", flush=True)
     check(Path(folder))
     for place in (0, step):
-      subprocess.run([sys.executable, __file__, "measure", folder, str(place)], check=True)
+      subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.million_records", "measure", folder, str(place)], check=True
+      )
 
 
 if __name__ == "__main__":
