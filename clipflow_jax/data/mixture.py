@@ -68,7 +68,8 @@ class Part:
       if (
         isinstance(phrasings, str)
         or not phrasings
-        or not all(str(one).strip() and all(str(one).count(word) == 1 for word in needed) for one in phrasings)
+        or not all(str(one).strip() and all(word in str(one) for word in needed) for one in phrasings)
+        or any(str(one).count(PICTURE) > 1 for one in phrasings)
       ):
         raise UserError(
           f"{self.name}: {name} is {phrasings!r}: give a list of phrasings"
@@ -103,8 +104,9 @@ def wording(settings: Mapping[str, Any]) -> Wording:
   """Of `config.data.source`."""
 
   def first(task: str) -> str:
+    default = getattr(Part, task)
     parts = (own for own in _named(settings).values() if task in ROLES[own.get("role", Part.role)])
-    return next((own.get(task, getattr(Part, task)) for own in parts), getattr(Part, task))[0]
+    return next((own.get(task, default) for own in parts), default)[0]
 
   return Wording(first("ask"), first("draw"))
 

@@ -32,9 +32,10 @@ TOGETHER = 8
 
 def converse(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """The description, or as often all questions: what is said of a picture must be read from it, not from before."""
-  told = _described(example, part, rng)
   if example.questions and rng.random() >= 0.5:
     told = tuple(example.questions[i] for i in rng.permutation(len(example.questions)))
+  else:
+    told = _described(example, part, rng)
   return sequence.read(example.image, told, _phrasing(part.ask, rng))
 
 

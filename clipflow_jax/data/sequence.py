@@ -102,8 +102,6 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   }
 
 
-PICTURE, QUESTION = "{picture}", "{question}"
-ASK = PICTURE + QUESTION
 SLOTS = ("tokens", "loss_weights", "order", "positions", "image_index")
 PICTURES = ("images", "image_roles", "image_order", "image_positions")
 
@@ -168,6 +166,10 @@ def stack(rows: list[Batch]) -> Batch:
 def drawn(text: str, image: np.ndarray) -> Conversation:
   """Draw `text`, whose truth is the image (as in Example); the empty text is the unconditional case."""
   return Conversation((("user", text), ("assistant", IMAGE)), image[None], (TARGET,))
+
+
+PICTURE, QUESTION = "{picture}", "{question}"
+ASK = PICTURE + QUESTION
 
 
 def beside(question: str, ask: str = ASK) -> str:
