@@ -251,3 +251,13 @@ class Batches(Iterator[Batch]):
           f"the checkpoint says in another form than this release's where the data stand ({error!r}): go on with the "
           "release that wrote it, or begin another workdir from this one by init_from"
         ) from error
+
+
+def places(state: Any) -> list[int]:
+  """How many items each of Grain's iterators in what `Batches.get_state` gave has passed on, wherever it says so."""
+  if isinstance(state, dict) and "next_index_in_buffer" in state:  # of lists, of which the last is half taken
+    return [lists * TOGETHER + state["next_index_in_buffer"] for lists in places(state["parent"])]
+  if isinstance(state, dict) and isinstance(state.get("next_index"), int):
+    return [state["next_index"]]
+  inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+  return [place for value in inner for place in places(value)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from clipflow_jax.data.pipeline import TOGETHER
+from clipflow_jax.data import pipeline
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.info import by_part, table
 from clipflow_jax.training import checkpoint, stages, state
@@ -139,7 +139,7 @@ def _tell(stage: Stage, read: checkpoint.Restored, load: Load) -> None:
   source = config.get("data", {}).get("source", {})
   rows = config.get("data", {}).get("batch_size", 0)
   stage.data.append(f"{source.get('kind', 'unknown')} data, {read.step} batches of {rows} rows")
-  places = list(_places(read.data_state))
+  places = pipeline.places(read.data_state)
   if places:
     reached = f"{min(places):,}" if min(places) == max(places) else f"{min(places):,} to {max(places):,}"
     shards = [name for name in read.data_state if not name.startswith("records of")]
@@ -175,18 +175,6 @@ def _parameters(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     for path, leaf in state.flatten(shapes.get(field) or {}).items()
   )
   return dict(sorted(by_part(leaves).items()))
-
-
-def _places(saved: Any) -> Iterator[int]:
-  """How far each of Grain's iterators has come, wherever it says so."""
-  if isinstance(saved, Mapping) and "next_index_in_buffer" in saved:  # of lists, of which the last is half taken
-    yield from (lists * TOGETHER + saved["next_index_in_buffer"] for lists in _places(saved["parent"]))
-  elif isinstance(saved, Mapping):
-    for key, value in saved.items():
-      yield from [value] if key == "next_index" and isinstance(value, int) else _places(value)
-  elif isinstance(saved, list):
-    for value in saved:
-      yield from _places(value)
 
 
 def _newest_first(folder: Path) -> list[Path]:
