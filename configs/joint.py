@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.batch_size = 16
   # The gradient that words send into the text expert is ten to twenty times the flow's: at equal weights the expert
   # learns to read and the flow never learns what a caption says of places.
-  config.objective.weights = dict(language=0.1, flow=1.0)
+  config.objective.weights = dict(language=0.15, flow=1.0)
   config.objective.levels = 4
   config.objective.targets = 2
   return presets.scale(config, arg)

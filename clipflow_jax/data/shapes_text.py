@@ -149,6 +149,14 @@ def _ask_shape_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, st
   return f"which shape is{_where(thing.place)}?", thing.shape
 
 
+def _ask_shape_of_colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+  things = _unique(scene, lambda thing: thing.colour)
+  if not things:
+    return None
+  thing = pick(rng, things)
+  return f"which shape is {thing.colour}?", thing.shape
+
+
 def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
   things = _unique(scene, _pair)
   if not things:
@@ -179,6 +187,7 @@ def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 _KINDS = (
   _ask_colour_of_shape,
+  _ask_shape_of_colour,
   _ask_colour_at_place,
   _ask_shape_at_place,
   _ask_place,

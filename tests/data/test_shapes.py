@@ -77,6 +77,8 @@ def answer(question: str, scene: shapes.Scene) -> str:
 
   if words := said(rf"what colour is the ({SHAPE})\?"):
     return only(shape=words[0]).colour
+  if words := said(rf"which shape is ({COLOUR})\?"):
+    return only(colour=words[0]).shape
   if words := said(rf"what colour is the shape at the ({PLACE})\?"):
     return only(place=shapes.PLACES.index(words[0])).colour
   if words := said(rf"which shape is at the ({PLACE})\?"):
