@@ -132,11 +132,8 @@ def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[tuple[str,
 
 
 def _ask_colour_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-  things = _unique(scene, lambda thing: thing.shape)
-  if not things:
-    return None
-  thing = pick(rng, things)
-  return f"what colour is the {thing.shape}?", thing.colour
+  thing = _unique(scene, rng, lambda thing: thing.shape)
+  return (f"what colour is the {thing.shape}?", thing.colour) if thing else None
 
 
 def _ask_colour_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -150,19 +147,13 @@ def _ask_shape_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, st
 
 
 def _ask_shape_of_colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-  things = _unique(scene, lambda thing: thing.colour)
-  if not things:
-    return None
-  thing = pick(rng, things)
-  return f"which shape is {thing.colour}?", thing.shape
+  thing = _unique(scene, rng, lambda thing: thing.colour)
+  return (f"which shape is {thing.colour}?", thing.shape) if thing else None
 
 
 def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-  things = _unique(scene, _pair)
-  if not things:
-    return None
-  thing = pick(rng, things)
-  return f"where is the {thing.colour} {thing.shape}?", PLACES[thing.place]
+  thing = _unique(scene, rng, _pair)
+  return (f"where is the {thing.colour} {thing.shape}?", PLACES[thing.place]) if thing else None
 
 
 def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -202,10 +193,11 @@ def _pair(thing: Object) -> tuple[str, str]:
   return thing.colour, thing.shape
 
 
-def _unique(scene: Scene, key: Callable[[Object], Hashable]) -> list[Object]:
-  """The things that share their key with no other."""
+def _unique(scene: Scene, rng: np.random.Generator, key: Callable[[Object], Hashable]) -> Object | None:
+  """One of the things that share their key with no other, if there are any."""
   counts = Counter(map(key, scene.objects))
-  return [thing for thing in scene.objects if counts[key(thing)] == 1]
+  things = [thing for thing in scene.objects if counts[key(thing)] == 1]
+  return pick(rng, things) if things else None
 
 
 def _near_miss(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
