@@ -160,13 +160,23 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   return "how many shapes are there?", NUMBERS[len(scene.objects)]
 
 
+def _ask_count_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  shape = _shape(scene, rng, absent=0.25)
+  return f"how many {_plural(shape)} are there?", NUMBERS[sum(thing.shape == shape for thing in scene.objects)]
+
+
 def _ask_count_of_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   pair = _near_miss(scene, rng) if rng.random() < 0.25 else _pair(pick(rng, scene.objects))
   count = sum(_pair(thing) == pair for thing in scene.objects)
   return f"how many {_plural(' '.join(pair))} are there?", NUMBERS[count]
 
 
-def _ask_presence(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _ask_presence_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+  shape = _shape(scene, rng, absent=0.5)
+  return f"is there {_article(shape)}?", "yes" if any(thing.shape == shape for thing in scene.objects) else "no"
+
+
+def _ask_presence_of_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   there = rng.random() < 0.5
   pair = _pair(pick(rng, scene.objects)) if there else _near_miss(scene, rng)
   return f"is there {_article(' '.join(pair))}?", "yes" if there else "no"
@@ -183,8 +193,10 @@ _KINDS = (
   _ask_shape_at_place,
   _ask_place,
   _ask_count,
+  _ask_count_of_shape,
   _ask_count_of_pair,
-  _ask_presence,
+  _ask_presence_of_shape,
+  _ask_presence_of_pair,
   _ask_background,
 )
 
@@ -198,6 +210,12 @@ def _unique(scene: Scene, rng: np.random.Generator, key: Callable[[Object], Hash
   counts = Counter(map(key, scene.objects))
   things = [thing for thing in scene.objects if counts[key(thing)] == 1]
   return pick(rng, things) if things else None
+
+
+def _shape(scene: Scene, rng: np.random.Generator, absent: float) -> str:
+  """A shape of the scene's things or, with the probability `absent`, one that none of them has."""
+  there = [thing.shape for thing in scene.objects]
+  return pick(rng, [shape for shape in SHAPES if shape not in there] if rng.random() < absent else there)
 
 
 def _near_miss(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

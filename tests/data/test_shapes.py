@@ -75,6 +75,7 @@ def answer(question: str, scene: shapes.Scene) -> str:
     found = re.fullmatch(pattern, question)
     return found.groups() if found else None
 
+  numbers = ("zero", "one", "two", "three", "four")
   if words := said(rf"what colour is the ({SHAPE})\?"):
     return only(shape=words[0]).colour
   if words := said(rf"which shape is ({COLOUR})\?"):
@@ -85,13 +86,16 @@ def answer(question: str, scene: shapes.Scene) -> str:
     return only(place=shapes.PLACES.index(words[0])).shape
   if words := said(rf"where is the ({COLOUR}) ({SHAPE})\?"):
     return shapes.PLACES[only(colour=words[0], shape=words[1]).place]
+  if words := said(rf"how many ({'|'.join(PLURALS)}) are there\?"):
+    return numbers[len(things(shape=shapes.SHAPES[PLURALS.index(words[0])]))]
   if words := said(rf"how many ({COLOUR}) ({'|'.join(PLURALS)}) are there\?"):
-    count = len(things(colour=words[0], shape=shapes.SHAPES[PLURALS.index(words[1])]))
-    return ("zero", "one", "two", "three", "four")[count]
+    return numbers[len(things(colour=words[0], shape=shapes.SHAPES[PLURALS.index(words[1])]))]
+  if words := said(rf"is there an? ({SHAPE})\?"):
+    return "yes" if things(shape=words[0]) else "no"
   if words := said(rf"is there (?:a|an(?= o)) ({COLOUR}) ({SHAPE})\?"):
     return "yes" if things(colour=words[0], shape=words[1]) else "no"
   if question == "how many shapes are there?":
-    return ("zero", "one", "two", "three", "four")[len(scene.objects)]
+    return numbers[len(scene.objects)]
   assert question == "what is the background colour?"
   return scene.background
 
@@ -264,11 +268,13 @@ class TestQuestions:
     kinds = Counter(" ".join(question.split()[:2]) for question, _ in asked)
     assert set(kinds) == {"what colour", "how many", "is there", "where is", "which shape", "what is"}
     assert min(kinds.values()) > 1000
-    presence = Counter(said for question, said in asked if question.startswith("is there"))
-    assert presence["yes"] / presence.total() == pytest.approx(0.5, abs=0.04)
-    numbers = Counter(said for question, said in asked if re.match(f"how many ({COLOUR})", question))
-    assert numbers["zero"] / numbers.total() == pytest.approx(0.25, abs=0.04)
-    assert set(numbers) == {"zero", "one", "two", "three", "four"}
+    for what in (rf"({COLOUR}) .*", SHAPE):
+      presence = Counter(said for question, said in asked if re.fullmatch(rf"is there an? ({what})\?", question))
+      assert presence["yes"] / presence.total() == pytest.approx(0.5, abs=0.04)
+    for what in (rf"({COLOUR}) .*", "|".join(PLURALS)):
+      numbers = Counter(said for question, said in asked if re.fullmatch(rf"how many ({what}) are there\?", question))
+      assert numbers["zero"] / numbers.total() == pytest.approx(0.25, abs=0.04)
+      assert set(numbers) == {"zero", "one", "two", "three", "four"}
 
 
 class TestSource:
