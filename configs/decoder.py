@@ -7,7 +7,7 @@ from configs import presets
 
 def get_config(arg: str = "") -> ConfigDict:
   """arg: as `presets.scale`."""
-  config = presets.stage("decoder", steps=550, train=presets.trains(decoder=1.0), ema=0.99, measure_features=4096)
+  config = presets.stage("decoder", steps=850, train=presets.trains(decoder=1.0), ema=0.99, measure_features=4096)
   config.data.length = 26
   config.data.tasks = dict(caption=1.0)
   config.objective.weights = dict(pixels=1.0)
