@@ -84,7 +84,7 @@ def ran(trained, pictures, cached, tmp_path_factory) -> Path:
 
 def test_losses_are_those_on_pixels(trained, pictures, ran, tmp_path):
   loop.train(stage(trained, pictures), tmp_path)
-  np.testing.assert_allclose(losses(ran), losses(tmp_path), atol=1e-3)
+  np.testing.assert_allclose(losses(ran), losses(tmp_path), rtol=5e-4)  # of features with eight bits, 2e-3
   assert losses(ran) != losses(tmp_path)  # bfloat16 was there
 
 
