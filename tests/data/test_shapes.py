@@ -24,6 +24,7 @@ COLOUR, SHAPE, PLACE, GROUND = (
 )
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 PLURALS = ("circles", "squares", "triangles", "diamonds", "crosses", "stars")
+PLURAL = "|".join(PLURALS)
 
 
 @st.composite
@@ -86,9 +87,9 @@ def answer(question: str, scene: shapes.Scene) -> str:
     return only(place=shapes.PLACES.index(words[0])).shape
   if words := said(rf"where is the ({COLOUR}) ({SHAPE})\?"):
     return shapes.PLACES[only(colour=words[0], shape=words[1]).place]
-  if words := said(rf"how many ({'|'.join(PLURALS)}) are there\?"):
+  if words := said(rf"how many ({PLURAL}) are there\?"):
     return numbers[len(things(shape=shapes.SHAPES[PLURALS.index(words[0])]))]
-  if words := said(rf"how many ({COLOUR}) ({'|'.join(PLURALS)}) are there\?"):
+  if words := said(rf"how many ({COLOUR}) ({PLURAL}) are there\?"):
     return numbers[len(things(colour=words[0], shape=shapes.SHAPES[PLURALS.index(words[1])]))]
   if words := said(rf"is there an? ({SHAPE})\?"):
     return "yes" if things(shape=words[0]) else "no"
@@ -271,7 +272,7 @@ class TestQuestions:
     for what in (rf"({COLOUR}) .*", SHAPE):
       presence = Counter(said for question, said in asked if re.fullmatch(rf"is there an? ({what})\?", question))
       assert presence["yes"] / presence.total() == pytest.approx(0.5, abs=0.04)
-    for what in (rf"({COLOUR}) .*", "|".join(PLURALS)):
+    for what in (rf"({COLOUR}) .*", PLURAL):
       numbers = Counter(said for question, said in asked if re.fullmatch(rf"how many ({what}) are there\?", question))
       assert numbers["zero"] / numbers.total() == pytest.approx(0.25, abs=0.04)
       assert set(numbers) == {"zero", "one", "two", "three", "four"}
