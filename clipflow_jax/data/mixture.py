@@ -194,8 +194,8 @@ class _Slot:
   def __init__(self, parts: Mapping[int, Part], turns: Mapping[int, tuple[int, int]], seed: tuple[int, int]):
     self._parts, self._turns, self._seed = list(parts), turns, seed
     weights = np.array([part.weight for part in parts.values()])
-    if (weights / weights.sum()).min() < 1 / BLOCK:
-      least = min(parts.values(), key=lambda part: part.weight)
+    least = min(parts.values(), key=lambda part: part.weight)
+    if least.weight < weights.sum() / BLOCK:
       raise UserError(f"{least.name}: weight {least.weight} is less than a {BLOCK}th of all: raise it")
     # How many examples each part has left, and from which block on which share of a block is each part's.
     room = np.array(

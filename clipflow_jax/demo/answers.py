@@ -59,7 +59,7 @@ class Answers:
       if look.step < steps:
         yield Drawn(show.grid(pictures, 4, scale=scale), look.step, steps)
     if best_of > 1:
-      best = rerank.JUDGES["caption"](model, look.features, prompts).argmax()
+      best = int(np.argmax(rerank.JUDGES["caption"](model, look.features, prompts)))
       pictures = model.decode(look.features[best : best + 1], seed)
     yield Drawn(enlarged(pictures[0]), steps, steps)
 

@@ -156,7 +156,7 @@ def _recognise(contrast: np.ndarray, ground: np.ndarray, place: int, side: int) 
   overlap = templates @ (contrast.reshape(-1, 3) @ colours.T)
   gain = np.clip(overlap / energy, *_GAIN)
   explained = gain * (2 * overlap - gain * energy) / np.square(contrast).sum()
-  best, colour = np.unravel_index(np.argmax(explained), explained.shape)
+  best, colour = map(int, np.unravel_index(np.argmax(explained), explained.shape))
   if explained[best, colour] < _READABLE or tuple(_PALETTE)[colour] not in shapes.COLOURS:
     return None
   shape, size, outlined = _LOOKS[best % len(_LOOKS)]

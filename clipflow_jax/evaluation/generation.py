@@ -131,9 +131,8 @@ class Questioned(Drawn):
     asked = [question for questions in lists for question in questions]
     shown = np.repeat(folders.fit(images, self.model.image_size), counts, axis=0)
     yes, no = (self.model.likelihood(asked, [word] * len(asked), shown).log_p for word in ("yes", "no"))
-    return [
-      self._answer(item, given) for item, given in zip(items, np.split(yes > no, np.cumsum(counts)[:-1]), strict=True)
-    ]
+    answers = np.split(np.asarray(yes > no), np.cumsum(counts)[:-1])
+    return [self._answer(item, given) for item, given in zip(items, answers, strict=True)]
 
   def _answer(self, item: Item, given: np.ndarray) -> Answer:
     true = given.copy()

@@ -11,27 +11,32 @@ from jax.experimental import mesh_utils
 from clipflow_jax.errors import UserError
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")
+# Linen's constraints are hints to the partitioner, which Explicit axes turn into assertions.
+TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
 def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A mesh of `devices` (all of them by default) with `AXES` in order; an axis not named has size 1.
 
   One axis may be -1: what is left. `slice` is the one axis that crosses the network between TPU slices: of devices that
-  say which slice they are in, each place on it is one of theirs. Axes are Auto: linen's constraints are hints to the
-  partitioner, which Explicit axes turn into assertions. UserError when the sizes do not fit the devices.
+  say which slice they are in, each place on it is one of theirs. UserError when the sizes do not fit the devices.
   """
   sides = shape(sizes, jax.device_count() if devices is None else len(devices))
-  types = (jax.sharding.AxisType.Auto,) * len(AXES)
   devices = jax.devices() if devices is None else devices
   slices = {getattr(device, "slice_index", 0) for device in devices}
   if len(slices) == 1:
     # An axis of 64 on 16 x 16 x 16 chips takes 16 along one side and 4 along the next.
     placed = mesh_utils.create_device_mesh(sides, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, AXES, axis_types=types)
+    return jax.sharding.Mesh(placed, AXES, axis_types=TYPES)
   if sides[0] != len(slices):
     raise UserError(f"the devices are {len(slices)} slices, but mesh axis slice is {sides[0]}; set mesh.slice to it")
   inside, across = [1, *sides[1:]], [sides[0], *[1] * (len(AXES) - 1)]
-  return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+  return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=TYPES)
+
+
+def abstract(sizes: Mapping[str, int], count: int) -> jax.sharding.AbstractMesh:
+  """The mesh of `count` devices that are not here; UserError as `make`."""
+  return jax.sharding.AbstractMesh(shape(sizes, count), AXES, axis_types=TYPES)
 
 
 def shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:

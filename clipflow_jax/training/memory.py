@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.extend
 import numpy as np
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from clipflow_jax.parallel import mesh as meshes
@@ -39,7 +38,7 @@ def estimate(config: ConfigDict) -> Report:
   host_gib instead. UserError for a mesh or a batch that does not fit.
   """
   chip, count = CHIPS[config.hardware.chip], math.prod(config.hardware.topology) * config.hardware.slices
-  mesh = AbstractMesh(meshes.shape(config.mesh, count), meshes.AXES)
+  mesh = meshes.abstract(config.mesh, count)
   traced = plan.with_model(config, kernel="shapes")  # cuDNN's cannot be traced here
   with jax.sharding.use_abstract_mesh(mesh):
     program = Program.of(traced, mesh)

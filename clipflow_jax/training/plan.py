@@ -53,6 +53,7 @@ ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+O0 = 9  # the least of XLA's effort levels, by its number
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Report = dict[str, Any]
 
@@ -160,7 +161,7 @@ class Program:
     """quick: with the compiler's least effort, which takes a fifth of the time for a step that is somewhat slower."""
     places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
     lowered = jax.jit(self.pure, out_shardings=(places, None), donate_argnums=0).lower(self.state, self.batch)
-    effort: Any = {"exec_time_optimization_effort": -1.0} if quick else None
+    effort: Any = {"optimization_level": O0} if quick else None
     return lowered.compile(effort)
 
   def memory(self) -> dict[str, float]:

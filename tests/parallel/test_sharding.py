@@ -45,7 +45,7 @@ def test_two_axes_of_an_array_on_one_mesh_axis_are_an_error():
     sharding.spec("mlp", "mlp")
 
 
-MESH = jax.sharding.AbstractMesh((1, 2, 4, 2, 2), mesh.AXES)
+MESH = mesh.abstract(dict(data=2, fsdp=4, context=2, tensor=2), 32)
 
 
 def test_what_the_mesh_does_not_divide_is_an_error_that_names_it_and_the_sizes():
@@ -60,7 +60,7 @@ def test_what_the_mesh_does_not_divide_is_an_error_that_names_it_and_the_sizes()
     jax.sharding.use_abstract_mesh(MESH),
     pytest.raises(UserError, match="activation .* 'sequence', of 5 .*context=2"),
   ):
-    jax.eval_shape(lambda x: sharding.shard(x, "batch", "sequence"), jnp.ones((8, 5, 3)))
+    jax.eval_shape(lambda x: sharding.shard(x, "batch", "sequence"), jax.ShapeDtypeStruct((8, 5, 3), jnp.float32))
 
 
 def test_without_a_mesh_or_on_one_device_nothing_is_constrained():

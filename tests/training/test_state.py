@@ -4,7 +4,6 @@ import functools
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 
 from clipflow_jax.parallel import mesh
 from clipflow_jax.training import optimizer, state
@@ -18,7 +17,7 @@ def test_every_moment_lies_where_its_parameter_does(name: str):
   scales = dict.fromkeys(state.flatten(params), 1.0)
   tx = optimizer.Optimizer(steps=5, name=name).make(scales)
   now = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, ema=True), params)
-  places = state.shardings(now, AbstractMesh((1, 1, 4, 1, 2), mesh.AXES))
+  places = state.shardings(now, mesh.abstract(dict(fsdp=4, tensor=2), 8))
   of_parameters = {path: place.spec for path, place in state.flatten(places.trained).items()}
   found = set()
   for key_path, place in jax.tree_util.tree_leaves_with_path(places.opt_state):
