@@ -14,7 +14,7 @@ Options = tuple[tuple[str, str, str], ...]
 
 TPU: Options = (
   ("xla_tpu_enable_async_collective_fusion", "true", "runs a layer's collectives inside matrix products beside them"),
-  ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "a gather longer than one product spans several"),
+  ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "what takes longer than one product spans several"),
   ("xla_tpu_overlap_compute_collective_tc", "true", "lets the tensor core compute while it forwards"),
   ("xla_enable_async_all_gather", "true", "gathers are started early and awaited late"),
 )
