@@ -151,12 +151,13 @@ def test_tiny_stays_as_it_is_and_hardware_brings_its_mesh_batch_and_environment(
 SPEAK = "import jax; jax.jit(lambda x: x + 1)(1.0)"
 # Of layers whose weights are gathered: a flag may be known to a compiler, and refused for a chip.
 SPEAK_TPU = """
-import sys, jax, numpy as np
-from clipflow_jax.training import hardware, plan
+import sys, jax
+from clipflow_jax.parallel import mesh as meshes
+from clipflow_jax.training import plan
+from configs import hardware
 jax.config.update("jax_platforms", "cpu")
-chip, shape = sys.argv[1:]
-found = plan.topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **dict(hardware.CHIPS[chip].options)).devices
-mesh = jax.sharding.Mesh(np.array(found), ("fsdp",))
+machine = hardware.make(sys.argv[1])
+mesh = meshes.make(machine.mesh, plan.devices(machine))
 def of(shape, *axes):
   return jax.ShapeDtypeStruct(shape, "float32", sharding=jax.sharding.NamedSharding(mesh, jax.P(*axes)))
 run = jax.jit(lambda x, layers: jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, layers)[0])
@@ -181,10 +182,10 @@ def test_flags_for_gpu_and_cpu_are_known_to_the_installed_jaxlib():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
-@pytest.mark.parametrize("chip", [found.chip for found in TPUS])
-def test_flags_for_tpu_are_taken_by_the_installed_libtpu(chip: str):
-  flags = " ".join(f"--{name}={value}" for name, value, _ in (*hardware.CHIPS[chip].flags, *hardware.SLICES))
-  shape = "2x2" if len(hardware.CHIPS[chip].topology) == 2 else "2x2x1"
-  said = speak(SPEAK_TPU, chip, shape, LIBTPU_INIT_ARGS=flags)
+@pytest.mark.parametrize("found", TPUS, ids=lambda found: found.chip)
+def test_flags_for_tpu_are_taken_by_the_installed_libtpu(found: hardware.Hardware):
+  flags = " ".join(f"--{name}={value}" for name, value, _ in (*found.flags, *hardware.SLICES))
+  machine = f"{found.chip}:{'2x2' if len(found.topology) == 2 else '2x2x1'}"
+  said = speak(SPEAK_TPU, machine, LIBTPU_INIT_ARGS=flags)
   assert said.returncode == 0, said.stderr
-  assert speak(SPEAK_TPU, chip, shape, LIBTPU_INIT_ARGS=f"{flags} --xla_tpu_no_such_flag=true").returncode != 0
+  assert speak(SPEAK_TPU, machine, LIBTPU_INIT_ARGS=f"{flags} --xla_tpu_no_such_flag=true").returncode != 0
