@@ -70,6 +70,7 @@ TASKS: dict[str, Callable[[Example, Part, Rng, float], Conversation]] = {
   "ask": ask,
   "talk": talk,
 }
+PICTURES = dict.fromkeys(TASKS, 1) | {"talk": 0}  # that an example of a task takes in its row
 
 
 def _described(example: Example, part: Part, rng: Rng) -> tuple[tuple[str, str], ...]:
@@ -87,8 +88,8 @@ class Pipeline:
   parts: the sources, each with its weight and role.
   tasks: name -> weight, of TASKS; each example is put to one of those that its part's role allows (words alone always
     to talk), and Grain packs them, `bins` rows at a time.
-  row: instead, names of TASKS in order: every row holds one example of each, as far as they fit, of the parts whose
-    role allows it. Each row then has the same mixture and the same number of targets, so that no noisy block is
+  row: instead, names of TASKS in order: every row holds one example of each, as far as their words fit, of the parts
+    whose role allows it. Each row then has the same mixture and the same number of targets, so that no noisy block is
     computed in vain.
   shards: how many parts the stream is cut into. It is a setting of the stream, not of who reads it: every shard fills
     batch_size / shards rows. A run whose shards are a multiple of its hosts reads nothing twice.
@@ -123,6 +124,12 @@ class Pipeline:
     for task in self.row:
       if not any(task in part.tasks for part in self.parts):
         raise UserError(f"data.row wants {task}, for which no source has a role: change one's role, or data.row")
+    pictures = sum(PICTURES[task] for task in self.row)
+    if pictures > self.layout.images:  # what does not fit would be left out of every row
+      raise UserError(
+        f"the tasks of data.row take {pictures} pictures, data.images_per_row is {self.layout.images}: raise it to "
+        f"{pictures}, or shorten data.row"
+      )
 
   def _tasks_of(self, part: Part) -> dict[str, float]:
     """{task: weight} of what examples of a part are put to, by name."""

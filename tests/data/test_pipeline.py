@@ -213,6 +213,11 @@ def test_tasks_that_are_no_tasks_are_refused(chat, tasks, row):
     make(chat, tasks=tasks, row=row)
 
 
+def test_a_recipe_with_more_pictures_than_a_row_has_room_for_is_refused(chat):
+  with pytest.raises(UserError, match=r"data.row take 4 pictures, data.images_per_row is 3: raise it to 4, or shorten"):
+    make(chat, row=("converse", "draw", "draw", "caption"), tasks={}, layout=PACKED)
+
+
 # Bad records.
 
 
