@@ -150,7 +150,8 @@ class Pipeline:
     try:
       return sequence.encode(TASKS[task](record, part, rng, self.drop_text), self.chat, self.layout)
     except UserError as error:
-      raise BadRecord(record.id, f"too long: {error}") from error
+      kind = "too long" if isinstance(error, sequence.TooLong) else "cannot be told"
+      raise BadRecord(record.id, f"{kind}: {error}") from error
 
   def items(self) -> grain.MapDataset:
     """The endless stream of (part, number of the record in it); with `row`, as many in turn as it has tasks."""

@@ -11,6 +11,10 @@ from clipflow_jax.data.text import IMAGE, Chat
 from clipflow_jax.errors import UserError
 
 
+class TooLong(UserError):
+  """An example that fits no row."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversation:
   """turns: (role, text), IMAGE in a text standing for the next picture. images: u8[n,H,W,3], or their cached
@@ -45,7 +49,8 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   (time, time+row, time+column). A picture that is only drawn has no slots, and ends the stream when nothing follows it.
   prompt: the last turn is the user's, and the stream ends where the assistant begins to write.
 
-  Raises UserError when it does not fit the layout: what a prompt that is too long gets.
+  Raises TooLong when it does not fit the layout: what a prompt that is too long gets; UserError for what the chat
+  template cannot show, or pictures that the text does not name.
   """
   roles = np.asarray(conversation.roles, np.int32)
   ids: list[int] = []
@@ -67,7 +72,7 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   length, n = len(ids) + layout.tokens_per_image * len(read), len(roles)
   if length > layout.length or n > layout.images:
     text = " ".join(text for _, text in conversation.turns)
-    raise UserError(
+    raise TooLong(
       f"an example of {length} tokens and {n} pictures does not fit a row of {layout.length} and {layout.images}; "
       f"shorten it or raise data.length or data.images_per_row: {text[:80]!r}"
     )

@@ -26,7 +26,11 @@ PAD, BEGIN, END, USER, ASSISTANT, IMAGE = (
 # transformers warns at import that PyTorch is absent; its tokenizers need none.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-# Stands for words while a template is rendered.
+# What templates ask for beside the messages. Left alone Llama 3.2 writes today's date, and the tokens of a run would
+# depend on the day: this is the one that it falls back to. Qwen3 would have the assistant think aloud first, which no
+# answer here does: so it begins behind the empty thought that the template shows before an answer.
+VARIABLES = dict(date_string="26 Jul 2024", enable_thinking=False)
+# Stands for words, or a picture, while a template is rendered.
 _HOLE = "\N{LEFT WHITE LENTICULAR BRACKET}{}\N{RIGHT WHITE LENTICULAR BRACKET}"
 _HOLES = re.compile(_HOLE.format(r"(\d+)"))
 SPECIAL = (PAD, BEGIN, END, USER, ASSISTANT, IMAGE)
@@ -102,8 +106,9 @@ def with_vocabulary(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 class Chat:
   """A tokenizer with its chat template, as token ids per turn.
 
-  The template is rendered once per shape of conversation (roles, and where pictures stand), with holes for the words: a
-  training example costs no template, and a repeated piece of text no encoding. remember: how many pieces it keeps.
+  The template is rendered once per shape of conversation (roles, and how many words and pictures each has), with
+  holes for them: a training example costs no template, and a repeated piece of text no encoding. remember: how many
+  pieces it keeps.
   """
 
   def __init__(self, tokenizer: PreTrainedTokenizerFast, remember: int = 65536):
@@ -129,30 +134,45 @@ class Chat:
       words = shorter
     return words
 
-  def _frames_of(self, shape: tuple[tuple[str, tuple[bool, ...]], ...]) -> list[tuple[str, bool]]:
-    """(rendered piece with holes, is written by the assistant) of a conversation of (role, (is a picture, ...)).
+  def _rendered(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+    return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **VARIABLES)
 
-    Asking the template for longer and longer beginnings tells whose words are whose, whatever the template.
+  def _frames_of(self, shape: tuple[tuple[str, int], ...]) -> list[tuple[str, bool]]:
+    """(rendered piece with holes, is written by the assistant) of a conversation of (role, number of parts).
+
+    Asking the template for longer and longer beginnings tells whose words are whose, whatever the template. An answer
+    that is not the last may be shown otherwise than when it was given (Qwen3 leaves out the thought before it): then
+    its words and the end that the template gave them are found where they stand in the whole.
     """
     hole = itertools.count()
     # Content as one string, pictures by their word: templates of language models know nothing else.
     messages = [
-      {"role": role, "content": "".join(IMAGE if image else _HOLE.format(next(hole)) for image in parts)}
-      for role, parts in shape
+      {"role": role, "content": "".join(_HOLE.format(next(hole)) for _ in range(parts))} for role, parts in shape
     ]
-    done, pieces = "", []
+    whole, done = self._rendered(messages), ""
+    pieces: list[tuple[str, bool]] = []
+
+    def cut(*beginnings: str, written: bool) -> None:
+      """A piece up to the end of the first of these that the whole begins with."""
+      nonlocal done
+      found = next((one for one in beginnings if whole.startswith(one) and one.startswith(done)), None)
+      if found is None:
+        raise UserError(
+          "the tokenizer's chat template rewrites earlier turns as a conversation goes on; use one that does not"
+        )
+      pieces.append((found[len(done) :], written))
+      done = found
+
     for i, (role, _) in enumerate(shape):
-      asks = [(i, True, False)] if role == "assistant" else []
-      for count, prompt, written in [*asks, (i + 1, False, role == "assistant")]:
-        rendered = self.tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        if not rendered.startswith(done):
-          raise UserError(
-            "the tokenizer's chat template rewrites earlier turns as a conversation goes on; use one that does not"
-          )
-        pieces.append((rendered[len(done) :], written))
-        done = rendered
-    end = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return [*pieces, (end[len(done) :], False)]
+      shown = self._rendered(messages[: i + 1])
+      if role != "assistant":
+        cut(shown, written=False)
+        continue
+      words = messages[i]["content"] or shown  # an empty answer is found by all that is shown, or not at all
+      end = words + shown.rpartition(words)[2]
+      cut(self._rendered(messages[:i], prompt=True), whole.partition(words)[0], written=False)
+      cut(shown, whole.partition(end)[0] + end, written=True)
+    return [*pieces, (self._rendered(messages, prompt=True)[len(done) :], False)]
 
   def pieces(self, turns: tuple[tuple[str, str], ...], *, prompt: bool = False) -> list[tuple[tuple[int, ...], bool]]:
     """(token ids, is written by the assistant) of successive pieces of a conversation.
@@ -160,8 +180,8 @@ class Chat:
     turns: (role, text), where IMAGE in a text stands for a picture. prompt: end where the assistant begins to write.
     """
     parts = [(role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns]
-    frames = self._frames(tuple((role, tuple(part == IMAGE for part in split)) for role, split in parts))
-    words = [self.without_special(part) for _, split in parts for part in split if part != IMAGE]
+    frames = self._frames(tuple((role, len(split)) for role, split in parts))
+    words = [part if part == IMAGE else self.without_special(part) for _, split in parts for part in split]
     frames = frames if prompt else frames[:-1]
     return [(self.encode(_HOLES.sub(lambda hole: words[int(hole[1])], frame)), written) for frame, written in frames]
 

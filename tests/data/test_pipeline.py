@@ -15,7 +15,7 @@ from PIL import Image
 from clipflow_jax.batch import INPUT, TARGET, Batch
 from clipflow_jax.data import text
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import Example
+from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.mixture import DESCRIBE, Part
 from clipflow_jax.data.pipeline import TASKS, Pipeline
 from clipflow_jax.data.sequence import Layout
@@ -249,6 +249,18 @@ def test_bad_records_are_counted_named_and_skipped(chat, tmp_path):
   }
   assert bad.bad >= 5 and bad.seen >= 39  # some read ahead
   assert bad.bad / bad.seen == pytest.approx(3 / 20, abs=0.05)
+
+
+def test_only_what_fits_no_row_is_called_too_long(chat):
+  pipeline = make(chat, source=Constant())
+  with pytest.raises(BadRecord) as error:
+    dataclasses.replace(pipeline, layout=Layout(8, 1, 3)).example((0, 1), "converse", np.random.default_rng(0))
+  assert error.value.kind == "too long"
+  chat = Chat(text.train_tokenizer(["one two"], 300))
+  chat.tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+  with pytest.raises(BadRecord, match="cannot be told: the tokenizer's chat template rewrites earlier") as error:
+    dataclasses.replace(pipeline, chat=chat).example((0, 1), "converse", np.random.default_rng(0))
+  assert error.value.kind == "cannot be told"
 
 
 def test_too_many_bad_records_stop_the_stream_with_their_names(chat, tmp_path):

@@ -13,6 +13,16 @@ CHATML = (
   "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Qwen3's rule: the last answer begins with a thought, and those before it are shown without.
+THINKS = (
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+  "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+  "{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+  "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# Llama 3.2's.
+DATED = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +30,17 @@ def chat() -> Chat:
   return Chat(text.train_tokenizer(TEXTS, 320))
 
 
-@pytest.fixture(scope="module")
-def chatml() -> Chat:
+def of_template(template: str) -> Chat:
   tokenizer = text.train_tokenizer(TEXTS, 320)
   tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", IMAGE]})
   tokenizer.eos_token = "<|im_end|>"
-  tokenizer.chat_template = CHATML
+  tokenizer.chat_template = template
   return Chat(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Chat:
+  return of_template(CHATML)
 
 
 def tokens_of(chat: Chat, pieces) -> list[tuple[str, bool]]:
@@ -229,3 +243,31 @@ def test_a_template_that_rewrites_what_was_said_is_refused(chat, tmp_path):
   tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
   with pytest.raises(UserError, match="chat template"):
     Chat(tokenizer).pieces((("user", "a"), ("assistant", "b"), ("user", "c")))
+
+
+def test_answers_that_are_shown_otherwise_once_others_follow_are_learned_as_they_are_shown():
+  thinks = of_template(THINKS)
+  turns = (("user", f"{IMAGE}what?"), ("assistant", "red"), ("user", "draw it"), ("assistant", f"so{IMAGE}"))
+  pieces = thinks.pieces((*turns, ("user", "how many?"), ("assistant", "two")))
+  said = [(piece.replace(" ", ""), written) for piece, written in tokens_of(thinks, pieces)]
+  assert "".join(piece for piece, _ in said) == (
+    "<|im_start|>user\n<|image|>what?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    "<|im_start|>user\ndrawit<|im_end|>\n<|im_start|>assistant\nso<|image|><|im_end|>\n"
+    "<|im_start|>user\nhowmany?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ntwo<|im_end|>\n"
+  )
+  answers = ["red<|im_end|>\n", "so<|image|><|im_end|>\n", "two<|im_end|>\n"]  # the thought is the template's
+  assert [piece for piece, written in said if written] == answers
+
+
+@pytest.mark.parametrize("answered", [0, 1, 2])
+def test_a_prompt_is_what_training_shows_before_the_last_answer(answered):
+  thinks = of_template(THINKS)
+  turns = (*(("user", "what?"), ("assistant", "red")) * answered, ("user", "how many?"))
+  *before, (last, written) = thinks.pieces((*turns, ("assistant", "two")))
+  assert thinks.prompt(turns) == [token for piece, _ in before for token in piece]
+  assert written and thinks.decode(last) == "two"
+
+
+def test_tokens_do_not_depend_on_the_day():
+  dated = of_template(DATED)
+  assert dated.tokenizer.decode(dated.prompt((("user", "a"),))).replace(" ", "").startswith("26Jul2024<|im_start|>")
