@@ -140,9 +140,10 @@ def write(
   place when it is complete, and one that is there is not made again: a run that was killed goes on.
 
   params: the tower's. statistics: what standardises; to measure it on these pictures, how far to whiten. of: JSON,
-  said of the features beside the tower. count: only the first so many of each source (0: all). UserError for another
-  dtype than DTYPES, for parameters or pictures that are not the tower's, for a folder with features of something else,
-  and for an endless source without a count.
+  said of the features beside the tower and the data (how many records a source has and, where it is of files, its
+  `fingerprint`). count: only the first so many of each source (0: all). UserError for another dtype than DTYPES, for
+  parameters or pictures that are not the tower's, for a folder with features of something else, and for an endless
+  source without a count.
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} of cached features is unknown; choose one of {', '.join(DTYPES)}")
@@ -152,6 +153,8 @@ def write(
   _check_fit(tower, params)
   sizes = {name: min(count or len(source), len(source)) for name, source in sources.items()}
   asked = {"dtype": dtype, "count": count, "length": length, "tower": fingerprint(params)}
+  asked["records"] = {name: len(source) for name, source in sources.items()}
+  asked["files"] = {name: source.fingerprint() for name, source in sources.items() if hasattr(source, "fingerprint")}
   request = json.loads(json.dumps(asked | dict(of)))
   lead = jax.process_index() == 0
   if lead:
@@ -235,7 +238,10 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
     there = json.loads(file.read_text(encoding="utf-8"))
     other = [key for key in sorted(there.keys() | request.keys()) if there.get(key) != request.get(key)]
     if other:
-      raise UserError(f"{folder} holds features of another {', '.join(other)}: give another --output, or remove it")
+      what = f"holds features that differ in {', '.join(other)}"
+      if "records" not in there:
+        what = "does not say of which data its features are, an earlier release wrote it"
+      raise UserError(f"{folder} {what}: give another --output, or remove it")
     return
   if folder.exists() and any(folder.iterdir()):
     raise UserError(f"{folder} is not empty and was not written by clipflow cache-features: give another --output")

@@ -13,8 +13,10 @@ from clipflow_jax.data import feature_cache
 from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.feature_cache import STEP, FeatureSource
 from clipflow_jax.data.feature_statistics import Statistics
+from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.vision import Standardise, VisionTower
+from tests import tiny_data
 
 SIDE, TOKENS, WIDTH, PICTURES = 16, 4, 8, 21
 TOWER = VisionTower(SIDE, 8, WIDTH, layers=2, heads=2, mlp=16, embedding=4)
@@ -149,7 +151,7 @@ def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
   for i, (fields, says) in enumerate(said):
     with pytest.raises(UserError, match=says):
       write(params, tmp_path / str(i), **fields)
-  with pytest.raises(UserError, match=r"holds features of another dtype: give another --output"):
+  with pytest.raises(UserError, match=r"holds features that differ in dtype: give another --output"):
     write(params, written, dtype="int8")
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -158,6 +160,28 @@ def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
   other = dict(params, patches={"kernel": np.zeros((9, WIDTH)), "bias": np.zeros(WIDTH)})
   with pytest.raises(UserError, match=r"vision tower has patches/kernel of shape \(9, 8\), the config's \(192, 8\)"):
     write(other, tmp_path / "other")
+
+
+def test_data_that_changed_since_are_not_taken_for_those_in_the_folder(params, written, tmp_path):
+  with pytest.raises(UserError, match=r"made holds features that differ in records: give another --output, or remove"):
+    write(params, written, source=Pictures(PICTURES + 1))
+  data = [(f"{i}.png", tiny_data.noise(i), {"caption": f"{i}"}) for i in range(4)]
+
+  def cache():
+    source = FolderSource(tiny_data.folder(tmp_path / "pictures", data), SIDE, "all")
+    return write(params, tmp_path / "features", source=source)
+
+  assert cache() == cache()
+  data[0][2]["caption"] = "another"
+  with pytest.raises(UserError, match=r"holds features that differ in files"):
+    cache()
+  request = tmp_path / "features" / "request.json"
+  old = {key: value for key, value in json.loads(request.read_text()).items() if key not in ("records", "files")}
+  request.write_text(json.dumps(old))
+  with pytest.raises(
+    UserError, match=r"does not say of which data its features are, an earlier release wrote it: give"
+  ):
+    cache()
 
 
 def test_a_folder_that_is_no_cache_or_is_damaged_is_refused(written, tmp_path):
