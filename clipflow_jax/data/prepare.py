@@ -51,11 +51,14 @@ def prepare(
   an Apache Beam pipeline that writes the shards; without any, `workers` threads do.
 
   The folder appears whole or not at all: it is written as OUTPUT.partial, shard by shard, and renamed. Killed at any
-  point, the same request goes on after the last complete shard, to the same bytes. Where `output` already is the result
-  of this request its checksums are compared, and nothing else is done. Records keep their ids and their splits.
+  point, the same request goes on after the last complete shard, to the same bytes; a shard of which bad records have
+  been mended since is made anew. Where `output` already is the result of this request its checksums are compared, and
+  nothing else is done. Records keep their ids and their splits.
 
   Returns the contents of statistics.json. Raises UserError for anything else at `output`, for inputs that changed since
-  a killed run began, for more bad records than `max_bad_fraction` and for inputs without a single good one.
+  a killed run began, for more bad records than `max_bad_fraction` and for inputs without a single good one. Of inputs
+  the source's own files are compared: pictures that lie beside a JSONL file are not, and if good ones have become
+  others, `output` and what a killed run left have to be removed.
   """
   if not isinstance(source, StoredSource) or source.split != "all":
     raise UserError(f"{source!r} cannot be prepared: give a source on disk, of split 'all'")
@@ -74,8 +77,11 @@ def prepare(
   if _is_finished(output, request):
     _verify(output)
     shutil.rmtree(output / PARTS, ignore_errors=True)  # killed before it was gone
-    say(f"{output} already holds these {read_manifest(output)['records']} pictures, and its checksums are right")
-    return json.loads((output / STATISTICS).read_text(encoding="utf-8"))
+    statistics = json.loads((output / STATISTICS).read_text(encoding="utf-8"))
+    bad = sum(statistics["bad"].values())
+    mended = f"; {bad} records were bad: once they are mended, remove it and prepare it anew" if bad else ""
+    say(f"{output} already holds these {statistics['written']} pictures, and its checksums are right{mended}")
+    return statistics
   partial = _begin(output.with_name(output.name + ".partial"), request)
 
   job = Job(source, partial, filters, format, length, workers or min(8, os.cpu_count() or 1))

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,21 @@ class Job:
     return -(-len(self.source) // self.length)
 
   def part(self, number: int) -> dict[str, Any] | None:
-    """What is known of shard `number`, or None where it is not complete."""
+    """What is known of shard `number`, or None where it is not complete, or a bad record of it was mended since."""
     file = self._part_file(number)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not file.exists():
+      return None
+    part = json.loads(file.read_text(encoding="utf-8"))
+    again = list(self._converted(part["places"])) if "places" in part else [None]  # an earlier release did not say
+    bad = [found for found in again if isinstance(found, BadRecord) and not isinstance(found, LeftOut)]
+    return part if len(bad) == len(again) else None
 
   def write(self, number: int) -> dict[str, Any]:
     """Writes shard `number` and then its part: only what has one is complete. Returns the part.
 
     A part is {"shard": its line of the manifest, or None without a record; "seen": records read; "bad": {kind: count};
-    "named": the first [name, reason] of them; "left_out": {kind: count}; "rows": {field of Row: [of every record]}}.
+    "places": which records of the source those are; "named": the first [name, reason] of them; "left_out": {kind:
+    count}; "rows": {field of Row: [of every record]}}.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -94,13 +100,14 @@ class Job:
     partial = file.with_suffix(".partial")
     bad: collections.Counter[str] = collections.Counter()
     left_out: collections.Counter[str] = collections.Counter()
-    named, rows = [], []
+    places, named, rows = [], [], []
     writer = ArrayRecordWriter(str(partial), "group_size:1")  # random access is to one record
-    for found in self._converted(indices):
+    for i, found in zip(indices, self._converted(indices), strict=True):
       if isinstance(found, LeftOut):
         left_out[found.kind] += 1
       elif isinstance(found, BadRecord):
         bad[found.kind] += 1
+        places.append(i)
         named.append([found.name, found.why])
       else:
         writer.write(found[0])
@@ -112,6 +119,7 @@ class Job:
       "shard": shard,
       "seen": len(indices),
       "bad": dict(bad),
+      "places": places,
       "named": named[:NAMED],
       "left_out": dict(left_out),
       "rows": {field.name: [getattr(row, field.name) for row in rows] for field in dataclasses.fields(Row)},
@@ -144,7 +152,7 @@ class Job:
     )
     return prepared.pack(dataclasses.replace(record, captions=captions, picture=picture)), row
 
-  def _converted(self, indices: range) -> Iterator[tuple[bytes, Row] | BadRecord]:
+  def _converted(self, indices: Sequence[int]) -> Iterator[tuple[bytes, Row] | BadRecord]:
     """The results of `convert` in order, errors in their places; few are held at a time."""
     with ThreadPoolExecutor(self.workers) as pool:  # Pillow lets other threads run
       ahead: collections.deque = collections.deque()

@@ -283,6 +283,22 @@ def test_shards_that_are_complete_are_not_made_again(pictures, tmp_path):
   assert run(pictures, tmp_path / "out")["written"] == 13
 
 
+def test_shards_whose_bad_pictures_were_mended_are_made_again(pictures, tmp_path):
+  def interrupt(said: str) -> None:
+    if said.startswith("2 of 4 shards"):
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(pictures, tmp_path / "out", say=interrupt)
+  for picture in ("damaged.png", "missing.png"):
+    (pictures / picture).write_bytes(tiny_data.picture(7, (20, 20)))
+  statistics = run(pictures, tmp_path / "out")
+  assert (statistics["written"], statistics["bad"]) == (15, {"not JSON": 1})
+  said: list[str] = []
+  assert run(pictures, tmp_path / "out", say=said.append) == statistics
+  assert said[-1].endswith("; 1 records were bad: once they are mended, remove it and prepare it anew")
+
+
 def test_inputs_that_changed_since_the_killed_run_are_refused(pictures, tmp_path):
   def interrupt(_: str) -> None:
     raise KeyboardInterrupt
