@@ -19,7 +19,7 @@ from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.data.prepare import prepare
 from clipflow_jax.data.prepared import PreparedSource
-from clipflow_jax.data.shard import Filters, Job
+from clipflow_jax.data.shard import Filters, Job, moments
 from clipflow_jax.errors import UserError
 from tests import tiny_data
 
@@ -104,6 +104,14 @@ def test_statistics_are_those_of_what_was_written(pictures, tmp_path):
   assert json.loads((tmp_path / "out" / "statistics.json").read_text()) == statistics
   with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
     assert sheet.width == 8 * 128 and sheet.height > 2 * 128
+
+
+def test_moments_are_those_of_the_pixels():
+  pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+  pixels[..., 2] = 255
+  mean, square = moments(pixels)
+  np.testing.assert_allclose(mean, (pixels / 255).mean((0, 1)), rtol=1e-12)
+  np.testing.assert_allclose(square, np.square(pixels / 255).mean((0, 1)), rtol=1e-12)
 
 
 def test_the_manifest_has_the_checksum_of_every_shard(pictures, tmp_path):
