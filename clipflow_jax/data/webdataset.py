@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.records import Record
 from clipflow_jax.data.stored import StoredSource, find_files
 from clipflow_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -28,7 +31,7 @@ class WebDatasetSource(StoredSource):
 
   Nothing is unpacked: the headers are walked through once per process, and a record is two reads at known offsets.
   Member names are ids, `tar name/NAME`, and never paths; links and devices are passed over. A sample whose picture or
-  text is missing is a bad record.
+  text is missing is a bad record. A tar that is cut short is read up to there, with a warning.
   """
 
   _names: list[str] = dataclasses.field(init=False, repr=False, compare=False)
@@ -86,6 +89,7 @@ def _bytes(path: Path, start: int, length: int, where: str) -> bytes | None:
 def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
   """(names, places) of a tar's samples, in order; of the file as it is now: its size and time are of the key."""
   samples: dict[str, list[tuple[int, int]]] = {}
+  behind = b""  # the members: a block of zeros where the tar is whole
   try:
     with tarfile.open(path, "r:") as tar:
       for member in tar:
@@ -98,9 +102,17 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
             member.size,
           )
         tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep, all of them
+      tar.fileobj.seek(tar.offset)
+      behind = tar.fileobj.read(tarfile.BLOCKSIZE)
   except (tarfile.TarError, ValueError) as error:  # also numbers in its headers that are none
     if not samples:
       raise UserError(
         f"{path} is not a tar file: {error}; a compressed one cannot be read at random, gunzip it"
       ) from error
+  if behind != tarfile.NUL * tarfile.BLOCKSIZE:
+    log.warning(
+      "%s ends without tar's end mark: it may be cut short, as by a download that broke off; %d samples found",
+      path,
+      len(samples),
+    )
   return list(samples), np.array(list(samples.values()), np.int64).reshape(-1, 3, 2)

@@ -94,6 +94,20 @@ def test_no_name_in_a_tar_leads_anywhere(tmp_path):
   assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "in", "secret.png"]
 
 
+@pytest.mark.parametrize("at", [3 * 1024, 3 * 1024 + 700, 3 * 1024 + 100])  # behind a member, inside one, in a header
+def test_a_tar_that_is_cut_short_is_read_up_to_there_with_a_warning(tmp_path, caplog, at):
+  tar = tiny_data.webdataset(tmp_path / "a.tar", tiny_data.samples(4))
+  WebDatasetSource(tar, size=8, split="all")
+  assert not caplog.records
+  tar.write_bytes(tar.read_bytes()[:at])
+  found = len(WebDatasetSource(tar, size=8, split="all"))
+  assert 0 < found < 4
+  (record,) = caplog.records
+  assert record.getMessage() == (
+    f"{tar} ends without tar's end mark: it may be cut short, as by a download that broke off; {found} samples found"
+  )
+
+
 def test_a_tar_that_became_shorter_is_read_up_to_there(tmp_path):
   tar = tiny_data.webdataset(tmp_path / "a.tar", tiny_data.samples(4))
   source = WebDatasetSource(tar, size=8, split="all")
