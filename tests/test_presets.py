@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.objectives import contrastive
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import hardware as chips
@@ -76,7 +77,10 @@ def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str,
   config, mesh = scaled(stage, "8b", machine), mesh_of(machine)
   rows = config.data.batch_size
   sharding.check("batch", (rows,), ("batch",), mesh)
-  assert rows % (config.objective.get("contrastive_chunk", 0) or 1) == 0 or rows < config.objective.contrastive_chunk
+  images, texts = 2 * [jax.ShapeDtypeStruct((rows, 8), "float32")]
+  jax.eval_shape(
+    lambda *pairs: contrastive.match(*pairs, 1.0, config.objective.get("contrastive_chunk", 0)), images, texts
+  )
   assert rows % config.data.shards == 0 and config.data.shards % mesh.size == 0  # a process has one device or several
   assert len(config.data.row) in (0, config.data.images_per_row)
   assert config.model.clip.vision.image_size == config.data.source.size

@@ -22,10 +22,11 @@ def match(images: jax.Array, texts: jax.Array, scale: jax.Array, chunk: int = 0)
   """InfoNCE (Radford et al. 2021) of unit embeddings f32[B,E]: (loss f32[B], image found text bool[B]).
 
   chunk: compare with so many texts at a time, forwards and backwards, so that the B x B similarities are never there at
-  once (0: all at once). Over a mesh each chip holds its own images' rows of them. UserError if chunk does not divide B.
+  once (0, or as many as there are: all at once). Over a mesh each chip holds its own images' rows of them. UserError if
+  chunk does not divide a larger B.
   """
   rows = len(images)
-  if not chunk:
+  if not chunk or rows <= chunk:
     logits = scale * images @ texts.T
     diagonal = jnp.diagonal(logits)
     loss = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0) - 2 * diagonal

@@ -50,6 +50,12 @@ def test_a_chunk_that_does_not_divide_the_batch_is_refused():
     contrastive.match(np.eye(4), np.eye(4), np.float32(1.0), 3)
 
 
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_a_batch_of_at_most_one_chunk_is_compared_at_once(chunk: int):
+  pairs = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+  jax.tree.map(np.testing.assert_array_equal, *(contrastive.match(*pairs, np.float32(3.0), c) for c in (0, chunk)))
+
+
 def test_pairs_that_agree_and_no_others_have_no_loss():
   loss, found = contrastive.match(np.eye(4), np.eye(4), np.float32(50.0))
   np.testing.assert_allclose(loss, 0, atol=1e-6)
