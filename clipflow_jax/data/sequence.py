@@ -81,7 +81,7 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   word = np.arange(len(ids), dtype=np.int32)
   before = np.searchsorted(read, word).astype(np.int32)  # pictures that are read before each word
   slot, step, time = word + layout.tokens_per_image * before, word + before, word + layout.grid * before
-  tokens, index = np.full(length, chat.image, np.int32), np.full(length, -1, np.int32)
+  tokens, index = np.empty(length, np.int32), np.full(length, -1, np.int32)
   weights, order = np.zeros(length, np.float32), np.empty(length, np.int32)
   positions = np.empty((length, 3), np.int32)
   tokens[slot], weights[slot], order[slot], positions[slot] = ids, written, step, time[:, None]
@@ -92,7 +92,7 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
       own = slice(slot[begin] + 1, slot[begin] + 1 + layout.tokens_per_image)
       cells = np.arange(layout.tokens_per_image)
       row, column = np.divmod(cells, layout.grid)
-      order[own], index[own] = step[begin] + 1, picture * layout.tokens_per_image + cells
+      tokens[own], order[own], index[own] = chat.image, step[begin] + 1, picture * layout.tokens_per_image + cells
       positions[own] = time[begin] + 1 + np.stack([0 * row, row, column], axis=1)
   return {
     "tokens": tokens,

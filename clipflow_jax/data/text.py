@@ -115,14 +115,20 @@ class Chat:
     self.tokenizer = tokenizer
     self.encode = functools.lru_cache(maxsize=remember)(self._encode)
     self._frames = functools.lru_cache(maxsize=1024)(self._frames_of)
-    self.image = tokenizer.convert_tokens_to_ids(IMAGE)
-    if self.image is None or self.image == tokenizer.unk_token_id:
-      raise UserError(f"the tokenizer has no token {IMAGE}; add it with tokenizer.add_special_tokens")
+    self.image = tokenizer.get_vocab().get(IMAGE)  # None: as a tower's own tokenizer, it knows captions alone
     # In people's words a special token is just noise; only the template may write one.
     self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))))
     self.pad = tokenizer.pad_token_id
     self.begin = tokenizer.bos_token_id
     self.end = tokenizer.eos_token_id
+
+  def check(self) -> None:
+    """UserError where it cannot say a conversation: without a word for a picture it knows captions alone."""
+    if self.image is None:
+      raise UserError(
+        f"the tokenizer has no token {IMAGE}, so it is for captions alone: start from a run or from a language model "
+        "that has one, or add it with tokenizer.add_special_tokens"
+      )
 
   def _encode(self, text: str) -> tuple[int, ...]:
     # Not tokenizer.encode: its checks of padding and truncation take several times as long.
@@ -178,7 +184,9 @@ class Chat:
     """(token ids, is written by the assistant) of successive pieces of a conversation.
 
     turns: (role, text), where IMAGE in a text stands for a picture. prompt: end where the assistant begins to write.
+    UserError as `check`.
     """
+    self.check()
     parts = [(role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns]
     frames = self._frames(tuple((role, len(split)) for role, split in parts))
     words = [part if part == IMAGE else self.without_special(part) for _, split in parts for part in split]

@@ -218,6 +218,15 @@ def test_a_recipe_with_more_pictures_than_a_row_has_room_for_is_refused(chat):
     make(chat, row=("converse", "draw", "draw", "caption"), tasks={}, layout=PACKED)
 
 
+@pytest.mark.parametrize("fields", [dict(tasks={"caption": 1.0, "draw": 1.0}), dict(tasks={}, row=("converse",))])
+def test_a_tokenizer_for_captions_alone_is_refused_for_other_tasks_before_the_first_record(chat, fields):
+  captions = Chat(chat.tokenizer)
+  captions.image = None
+  assert take(stream(make(captions, tasks={"caption": 1.0})), 1)[0].tokens.any()
+  with pytest.raises(UserError, match="for captions alone: start from a run or from a language model"):
+    make(captions, **fields)
+
+
 # Bad records.
 
 

@@ -117,13 +117,15 @@ def test_only_a_vocabulary_of_zero_is_filled_in():
   assert fields["clip"]["text"]["vocabulary"] == 0
 
 
-def test_a_tokenizer_without_a_token_for_pictures_is_refused():
+def test_a_tokenizer_without_a_token_for_pictures_is_refused_where_it_is_to_hold_a_conversation():
   from transformers import PreTrainedTokenizerFast
 
   core = text.train_tokenizer(TEXTS, 300).backend_tokenizer
   plain = PreTrainedTokenizerFast(tokenizer_object=type(core).from_str(core.to_str().replace(IMAGE, "<|other|>")))
-  with pytest.raises(UserError, match="no token <|image|>"):
-    Chat(plain)
+  captions = Chat(plain)
+  assert captions.decode(captions.encode("a red circle")) == "a red circle"
+  with pytest.raises(UserError, match=r"no token <\|image\|>, so it is for captions alone"):
+    captions.pieces((("user", "a red circle"),))
 
 
 # Conversations.
