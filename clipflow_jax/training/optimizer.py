@@ -16,6 +16,8 @@ from clipflow_jax.training.state import Params, flatten, nest
 # Matrices between hidden layers go to Muon; heads, embeddings, gains and biases to Adam.
 MUON = r".*/kernel"
 NOT_MUON = r".*head/kernel"
+# What weight decay pulls to zero: matrices, not a stack's gains and biases, which have two axes too, nor positions.
+DECAYED = r".*/(kernel(_lora_[ab])?|embedding)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Optimizer:
 
   learning_rate: its peak, after `warmup` steps from 0 and before a cosine to `final` of it at `steps`.
   adam_learning_rate: the peak for what Muon leaves to Adam. clip: global gradient norm.
+  weight_decay: of matrices alone, times the learning rate; with Muon of those that are its.
   patience: steps in a row with a non-finite gradient that are skipped before the run stops.
   offload: "host" keeps the moments in the host's memory and brings them to the device within each step; "" never.
   """
@@ -66,7 +69,7 @@ class Optimizer:
         b1=self.b1,
         b2=self.b2,
         weight_decay=self.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        mask=lambda params: nest({path: bool(re.fullmatch(DECAYED, path)) for path in flatten(params)}),
       )
     else:
       raise UserError(f"optimizer {self.name!r} is unknown; choose muon or adamw")

@@ -8,6 +8,7 @@ import pytest
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.training import state
+from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.optimizer import Optimizer, muon_dimensions
 from tests import tiny
 
@@ -87,6 +88,19 @@ def test_adamw_decays_matrices_alone():
   for path in PATHS:
     decay = 0.0 if params[path].ndim == 1 else 0.1 * 0.5
     np.testing.assert_allclose(update[path], -decay * params[path], rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gains_biases_and_positions_of_stacked_layers_are_not_decayed(name):
+  params = Adapters(2, 8.0, "language_model/text/layers/mlp/up").fit(tiny.params(), 0)
+  flat = state.flatten(params)
+  tx = constant(name, weight_decay=0.5).make(dict.fromkeys(flat, 1.0))
+  update, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  decayed = {path for path, leaf in state.flatten(update).items() if np.abs(leaf).max() > 0}
+  assert {path.rsplit("/", 1)[1] for path in flat if flat[path].ndim > 1} >= {"scale", "bias", "row_positions"}
+  matrices = {path for path in flat if path.endswith(("kernel", "_lora_a", "embedding"))}  # _lora_b begins as zeros
+  muons = {path for path, of in state.flatten(muon_dimensions(params)).items() if of is not None}
+  assert decayed == (matrices if name == "adamw" else muons)
 
 
 def test_an_unknown_optimizer_is_refused():
