@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,29 +36,41 @@ PEAK_FLOPS = {
 }
 
 
+# Metrics that count over the steps: of several, the newest of a running total, and the highest that a count reached.
+COUNTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+  "skipped": lambda old, new: new,
+  "skipped_in_a_row": jnp.maximum,
+}
+
+
 class Meter:
-  """Means of scalar metrics over the steps between two logs, summed on the device without waiting for it."""
+  """Means of scalar metrics over the steps between two logs, joined on the device without waiting for it.
+
+  Those of COUNTS are joined by its functions instead.
+  """
 
   def __init__(self) -> None:
-    self._sums: Any = None
+    self._joined: Any = None
     self._count = 0
 
   def update(self, metrics: dict[str, jax.Array]) -> None:
     """Adds one step's metrics: scalars, the same names every step."""
-    self._sums = _add(self._sums, metrics)
+    self._joined = _join(self._joined, metrics)
     self._count += 1
 
   def compute(self) -> dict[str, float]:
-    """The means since the last call, {} without any update. Waits for the device, with one transfer."""
-    sums, count = jax.device_get(self._sums), self._count
-    self._sums, self._count = None, 0
-    return {name: float(value) / count for name, value in sums.items()} if count else {}
+    """What there was since the last call, {} without any update. Waits for the device, with one transfer."""
+    joined, count = jax.device_get(self._joined), self._count
+    self._joined, self._count = None, 0
+    return {name: float(value) / (1 if name in COUNTS else count) for name, value in joined.items()} if count else {}
 
 
 @jax.jit
-def _add(sums: dict[str, jax.Array] | None, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _join(joined: dict[str, jax.Array] | None, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
   metrics = jax.tree.map(lambda value: value.astype(jnp.float32), metrics)
-  return metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
+  if joined is None:
+    return metrics
+  return {name: COUNTS.get(name, jnp.add)(joined[name], value) for name, value in metrics.items()}
 
 
 class Throughput:

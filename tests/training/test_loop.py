@@ -255,7 +255,7 @@ def test_statistics_that_train_are_not_measured(tmp_path):
 # Trouble.
 
 
-@pytest.mark.parametrize(("in_a_row", "stops"), [(9.0, False), (10.0, True), (15.5, True)])
+@pytest.mark.parametrize(("in_a_row", "stops"), [(9.0, False), (10.0, True), (15.0, True)])
 def test_a_run_of_steps_without_a_finite_gradient_stops(in_a_row, stops):
   config = tiny_runs.decoder_stage()
   if not stops:

@@ -39,6 +39,15 @@ def test_meter_gives_means_since_the_last_call():
   assert meter.compute() == {}
 
 
+def test_meter_keeps_the_newest_total_and_the_longest_row_of_skipped_steps():
+  meter = Meter()
+  for total, in_a_row in ((1, 1), (2, 2), (3, 3), (3, 0), (4, 1)):
+    meter.update({"skipped": jnp.float32(total), "skipped_in_a_row": jnp.float32(in_a_row)})
+  assert meter.compute() == {"skipped": 4.0, "skipped_in_a_row": 3.0}
+  meter.update({"skipped": jnp.float32(4), "skipped_in_a_row": jnp.float32(0)})
+  assert meter.compute() == {"skipped": 4.0, "skipped_in_a_row": 0.0}
+
+
 def test_meter_sums_half_precision_in_float32():
   meter = Meter()
   for _ in range(1000):
