@@ -392,6 +392,8 @@ def _report(workdir: Path, weights: str = "", *, n: int, per_category: int, seed
   from clipflow_jax.training import stages
 
   model = _load(workdir, weights).spread()
+  if "data" not in model.config:
+    raise UserError(f"{workdir} was imported, without data to be measured on; name what is to be measured: --tasks=...")
   print(f"evaluating on {n} pictures")
   source = mixture.shown(model.config.data.source)
   shown: tuple[bars.Bar, ...] = ()

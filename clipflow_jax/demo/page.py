@@ -23,6 +23,7 @@ from clipflow_jax.demo.address import bind, check_closed, is_loopback
 from clipflow_jax.demo.answers import MOST_CHARACTERS, Answers, End, enlarged, samples, suggestions
 from clipflow_jax.demo.guard import Guard
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.pipeline import ClipFlow
 
 QUEUE = 16  # requests that wait, of all visitors
@@ -113,7 +114,7 @@ def build(model: ClipFlow, workdir: Path) -> gr.Blocks:
 
 def _draw(answers: Answers, prompts: list[str]) -> gr.State:
   """Returns what the visitor has drawn: [(picture, caption)], the newest first."""
-  sampling = answers.model.config.sampling
+  sampling = Sampling(**answers.model.config.get("sampling", {}))
   drawn = gr.State([], time_to_live=AN_HOUR)
   with gr.Row():
     with gr.Column():

@@ -137,9 +137,9 @@ class Service:
     with contextlib.suppress(UserError):  # a model that cannot draw
       (drawn,), settings = self.drawing(ImageRequest(prompt="a", seed=0))
       yield settings, drawn
-    with contextlib.suppress(UserError):  # or cannot talk
+    with contextlib.suppress(UserError):  # or cannot talk, or only without pictures
       words = {"type": "text", "text": "a"}
-      picture = {"type": "image", "image": np.zeros((self.model.image_size, self.model.image_size, 3), np.uint8)}
+      picture = {"type": "image", "image": np.zeros((1, 1, 3), np.uint8)}  # is made to fit
       for content in ([words], [picture, words]):
         talk = [{"role": "user", "content": content}]
         self.model.slots(talk)
@@ -153,10 +153,10 @@ class Service:
       raise Refused(404, message, param="model", code="model_not_found")
 
   def drawing(self, asked: ImageRequest) -> tuple[list[Drawn], Draw]:
+    self.model.slots(asked.prompt)
     side = f"{self.model.image_size}x{self.model.image_size}"
     if asked.size not in (None, "auto", side):
       raise Refused(400, f"this model draws pictures of {side}, not of {asked.size}", param="size")
-    self.model.slots(asked.prompt)
     usual = self.model.config.sampling
     settings = Draw(asked.steps or usual.steps, usual.guidance if asked.guidance is None else asked.guidance)
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed

@@ -54,7 +54,7 @@ class Words:
   def __init__(self, model: ClipFlow):
     super().__init__()
     self.model = model
-    empty = sequence.talked((("", ""),), np.zeros((model.image_size, model.image_size, 3), np.uint8))
+    empty = sequence.talked((("", ""),), np.zeros((0, 0, 3), np.uint8))
     self.room = model.config.get("max_length", 512) - int(model.rows([empty]).segments.sum()) - _SPARE  # for words
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -54,7 +54,6 @@ class ClipFlow:
     self.model, self.params, self.tokenizer, self.config, self.step = model, params, chat, config, step
     self.batch_size = batch_size
     self.shortest = 16  # slots of the shortest rows that programs are compiled for
-    self.image_size = model.clip["vision"]["image_size"]
     self.wording = mixture.wording(config.data.source if "data" in config else {})
     self._programs = Programs()
 
@@ -62,7 +61,8 @@ class ClipFlow:
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64, weights: str = "") -> ClipFlow:
     """From a workdir (its last stage), a checkpoints folder or one step's: averaged parameters where it kept them.
 
-    weights: "" as the checkpoint has them, or "int8" (`weights.int8`). UserError for another.
+    weights: "" as the checkpoint has them, or "int8" (`weights.int8`). UserError for another, and where no tokenizer
+    came with what was imported.
     """
     if weights not in ("", "int8"):
       raise UserError(f"weights {weights!r} are unknown; choose int8, or leave it out for those of the checkpoint")
@@ -70,12 +70,24 @@ class ClipFlow:
     params = adapters.plain(read)
     if weights:
       params = int8(params)
+    if not read.meta["tokenizer"]:
+      raise UserError(
+        f"{path} was imported without a tokenizer, and cannot be used alone: name a tower in the config of a stage, "
+        f"configs/generation.py:tower={path}, and import a language model again with its tokenizer"
+      )
     with tempfile.TemporaryDirectory() as scratch:
       chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)))
     config = ConfigDict(read.meta["config"])
     fields = with_vocabulary(config.model.to_dict(), len(chat.tokenizer))
-    model = Model(**fields | dict(kernel="xla"))  # what trained it may not be here
+    # A language model may come alone, without a tower; what trained it may not be here.
+    model = Model(**dict(clip={}) | fields | dict(kernel="xla"))
     return cls(model, jax.device_put(params), chat, config, read.step, batch_size)
+
+  @property
+  def image_size(self) -> int:
+    """Pixels of a picture's side. UserError where there is no tower that sees any."""
+    self._need("vision tower", "see or show pictures")
+    return self.model.clip["vision"]["image_size"]
 
   def spread(self) -> ClipFlow:
     """Itself, with a copy of the parameters on every device: each batch is then cut over them.
@@ -275,8 +287,7 @@ class ClipFlow:
       else:
         inside = (IMAGE if part["type"] == "image" else part["text"] for part in parts)
         turns.append((message["role"], "".join(inside)))
-    empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
-    images = np.stack(pictures) if pictures else empty
+    images = np.stack(pictures) if pictures else self._blank()[None][:0]
     return Conversation(tuple(turns), images, (1,) * len(pictures))
 
   def likelihood(
@@ -372,7 +383,8 @@ class ClipFlow:
     return [self.tokenizer.decode(ids[:new].tolist()) for ids in written]
 
   def _blank(self) -> np.ndarray:
-    return np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    side = self.image_size if self.model.clip else 0
+    return np.zeros((side, side, 3), np.uint8)
 
   def _images(self, images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
@@ -392,6 +404,7 @@ class ClipFlow:
     transformer = self.model.transformer or {}
     parts = {
       "transformer": transformer,
+      "vision tower": self.model.clip,
       "text tower": self.model.clip.get("text"),
       "flow expert": self.model.draws,
       "separate drawer": self.model.drawer,

@@ -77,7 +77,8 @@ class FlowHead(nn.Module):
 class ClipFlow(nn.Module):
   """The whole model. Parts that a run does not need are None.
 
-  clip, transformer, pixel_decoder: fields of those modules. prediction: what the flow head gives, "x" or "v".
+  clip, transformer, pixel_decoder: fields of those modules; clip {}: no tower, for words alone.
+  prediction: what the flow head gives, "x" or "v".
   drawer: fields of a `DiT` that draws in place of the flow expert, and `queries`, how many it has in the stream.
   shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).
   whiten: how far features are whitened (`data.feature_statistics.statistics`); 0: not at all.
@@ -97,7 +98,9 @@ class ClipFlow(nn.Module):
 
   @property
   def grid(self) -> int:
-    """Rows, and columns, of a picture's tokens."""
+    """Rows, and columns, of a picture's tokens; 0 where it has no tower."""
+    if not self.clip:
+      return 0
     vision = self.clip["vision"]
     return vision["image_size"] // vision["patch_size"] // vision.get("feature_pool", 1)
 
@@ -123,13 +126,15 @@ class ClipFlow(nn.Module):
       raise ValueError(f"prediction {self.prediction!r} is unknown; choose x or v")
     if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
       raise UserError(f"model.dtype {self.dtype!r} is unknown; choose float32 or bfloat16")
-    channels = self.feature_shape[1]
     shared = dict(kernel=self.kernel, dtype=jnp.dtype(self.dtype))
-    self.clip_model = Clip(**self.clip, **shared)
-    self.statistics = Standardise(bool(self.whiten))
+    if self.clip:
+      self.clip_model = Clip(**self.clip, **shared)
+      self.statistics = Standardise(bool(self.whiten))
     if self.transformer:
       fields = self.transformer
       self.language_model = Transformer(**fields, **shared)
+    if self.transformer and self.clip:
+      channels = self.feature_shape[1]
       self.image_connector = Linear(fields["width"], True, dtype=self.dtype)
       # Standardising per token takes from the features where they are: the reader is told again.
       self.image_grid = GridPositions(self.grid, self.grid, fields["width"], 0.7)

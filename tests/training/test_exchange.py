@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipflow_jax import cli
 from clipflow_jax.data import text
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.interop import huggingface
 from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.transformer import Transformer
@@ -171,3 +174,31 @@ def test_a_tokenizer_without_a_picture_word_gets_one(folder, tmp_path):
   meta = checkpoint.load(tmp_path / "workdir", ("trained",)).meta
   chat = text.Chat(text.from_files(meta["tokenizer"], tmp_path))
   assert chat.image >= len(words) and chat.image < VOCABULARY
+
+
+def test_a_language_model_alone_talks_and_says_of_pictures_that_it_has_no_tower(imported, tmp_path, capsys):
+  model = ClipFlow.from_checkpoint(imported)
+  talk = [{"role": "user", "content": "a red circle"}]
+  *_, (written,) = model.stream([talk], new=[8], temperature=[0], seeds=[0])
+  assert model.chat(talk, new=8) == written.text
+  found = model.likelihood(["a red circle"] * 2, ["beside", "a blue square"])
+  assert np.isfinite(found.log_p).all() and (found.tokens > 0).all()
+  assert cli.main(["chat", f"--workdir={imported}", "--message=a red circle"]) == 0
+  Image.new("RGB", (30, 20)).save(tmp_path / "black.png")
+  for argv, says in (
+    (["chat", f"--image={tmp_path / 'black.png'}", "--message=how?"], "no vision tower, so it cannot see"),
+    (["draw"], "no flow expert, so it cannot draw"),
+    (["evaluate"], "was imported, without data to be measured on"),
+  ):
+    assert cli.main([*argv, f"--workdir={imported}"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_was_imported_without_a_tokenizer_cannot_be_used_alone(folder, tmp_path):
+  (tmp_path / "model").mkdir()
+  for file in folder.iterdir():
+    if "token" not in file.name:
+      shutil.copy(file, tmp_path / "model")
+  exchange.bring_in(tmp_path / "model", tmp_path / "workdir")
+  with pytest.raises(UserError, match="was imported without a tokenizer"):
+    ClipFlow.from_checkpoint(tmp_path / "workdir")
