@@ -207,6 +207,10 @@ def test_info_shows_what_the_model_will_see_of_its_data(capsys, tmp_path):
   out = capsys.readouterr().out
   assert "generation: 16 rows: 1.0 examples each, slots " in out and str(tmp_path / "seen") in out
   assert sorted(file.name for file in (tmp_path / "seen").iterdir()) == ["generation.html", "generation.png"]
+  argv = ("info", "--data", f"--output={tmp_path / 'none'}")
+  assert "takes the config of a stage or of a run" in fails(capsys, *argv, "--config=configs/evaluate.py")
+  said = fails(capsys, *argv, "--config=configs/generation.py", "--config.data.source.size=48")
+  assert "data.source: size is 48, but the model's tower sees 60 pixels: set data.source.size" in said
 
 
 def test_features_are_cached_for_the_config_of_one_stage(capsys, tmp_path):

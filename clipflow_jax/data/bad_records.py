@@ -47,7 +47,7 @@ class BadRecords:
     """`fn`, with None, which Grain's MapDataset drops, instead of a BadRecord.
 
     The guarded function raises UserError, with names, once more than `max_fraction` of at least 100 records
-    were bad.
+    were bad, or all of them: an endless stream without a good one would be read for ever.
     """
 
     @functools.wraps(fn)
@@ -56,6 +56,8 @@ class BadRecords:
         result = fn(*args, **kwargs)
       except BadRecord as error:
         self.add(1, {error.kind: 1}, [(error.name, error.why)])
+        if self.bad == self.seen >= MIN_SEEN:
+          raise UserError(f"{self.summary()}; mend them") from error
         return None
       self.add(1, {}, ())
       return result

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,7 +104,8 @@ def manifest(folder: Path) -> dict[str, Any]:
   """manifest.json: {"request", "pictures", "shards": {source: [{"file", "records"}]}}. UserError without it."""
   try:
     found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+    operator.itemgetter("request", "pictures", "shards")(found)
+  except (OSError, ValueError, TypeError, KeyError) as error:
     why = "is not complete: run the same clipflow cache-features again" if (folder / REQUEST).exists() else "is none"
     raise UserError(
       f"data.features: {folder} {why} (a folder that clipflow cache-features --output={folder} wrote)"
@@ -142,11 +144,13 @@ def write(
   params: the tower's. statistics: what standardises; to measure it on these pictures, how far to whiten. of: JSON,
   said of the features beside the tower and the data (how many records a source has and, where it is of files, its
   `fingerprint`). count: only the first so many of each source (0: all). UserError for another dtype than DTYPES, for
-  parameters or pictures that are not the tower's, for a folder with features of something else, and for an endless
-  source without a count.
+  parameters or pictures that are not the tower's, for a folder with features of something else, for an endless source
+  without a count, and for one without a picture that can be read.
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} of cached features is unknown; choose one of {', '.join(DTYPES)}")
+  if count < 0 or rows < 1:
+    raise UserError(f"--count={count} --rows={rows} cannot be: give a count of 0 (all) or more, and 1 row or more")
   for name, source in sources.items():
     if len(source) >= ENDLESS and not count:
       raise UserError(f"{name} has no end: say how many of its pictures to take, --count=N")
@@ -221,12 +225,14 @@ def write_shard(file: Path, examples: Iterator[tuple[list[Example], np.ndarray]]
 
 
 def write_manifest(folder: Path, request: Mapping[str, Any], sources: Sequence[str]) -> None:
-  """What `manifest` reads, of all the shards that are there."""
+  """What `manifest` reads, of all the shards that are there. UserError for a source without a single picture."""
   shards: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
   for name in sources:
     for file in sorted((folder / name).glob("*.array_record")):
       if records := _records(file):
         shards[name].append({"file": str(file.relative_to(folder)), "records": records})
+    if not shards[name]:
+      raise UserError(f"{name}: none of its pictures could be read, see data_errors in {folder}: mend them, remove it")
   pictures = sum(shard["records"] for every in shards.values() for shard in every)
   _replace(folder / MANIFEST, json.dumps({"request": request, "pictures": pictures, "shards": shards}, indent=1))
 
@@ -243,9 +249,12 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         what = "does not say of which data its features are, an earlier release wrote it"
       raise UserError(f"{folder} {what}: give another --output, or remove it")
     return
-  if folder.exists() and any(folder.iterdir()):
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot write into {folder}: {error}") from error
+  if any(folder.iterdir()):
     raise UserError(f"{folder} is not empty and was not written by clipflow cache-features: give another --output")
-  folder.mkdir(parents=True, exist_ok=True)
   _replace(file, json.dumps(request, indent=1))
 
 
@@ -329,10 +338,14 @@ def _measure(
   share = -(-MEASURED // len(sources))
   for name, source in sources.items():
     which = np.unique(np.linspace(0, sizes[name] - 1, min(share, sizes[name])).astype(np.int64)).tolist()
-    raw = _encoded(source, which, BadRecords(None, 1.0), encode, rows, tower.image_size)
-    for _, features in raw:
+    bad = BadRecords(None, 1.0)
+    found = 0
+    for _, features in _encoded(source, which, bad, encode, rows, tower.image_size):
       total = feature_statistics.add(total, sums(features))
-      pictures += len(features)
+      found += len(features)
+    if not found:
+      raise UserError(f"{name}: there is nothing to cache, {bad.summary()}")
+    pictures += found
   log.info("measured the features of %d pictures", pictures)
   return feature_statistics.statistics(total, pictures, whiten)
 

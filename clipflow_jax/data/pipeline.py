@@ -108,12 +108,18 @@ class Pipeline:
   shards: int = 1
 
   def __post_init__(self):
+    if not 0 <= self.seed < 2**32:
+      raise UserError(f"config.seed is {self.seed}: give one from 0 to {2**32 - 1}")
+    for name, least in (("batch_size", 1), ("bins", 1), ("threads", 0)):
+      if getattr(self, name) < least:
+        raise UserError(f"data.{name} is {getattr(self, name)}: give {least} or more")
     if self.shards < 1 or self.batch_size % self.shards:
       raise UserError(f"data.shards {self.shards} must divide data.batch_size {self.batch_size}: change one of them")
     unknown = (set(self.tasks) | set(self.row)) - set(TASKS)
-    if unknown or not (self.row or sum(self.tasks.values()) > 0):
+    weights = self.tasks.values()
+    if unknown or not all(0 <= weight < np.inf for weight in weights) or not (self.row or sum(weights) > 0):
       raise UserError(
-        f"data.tasks {dict(self.tasks)} must weigh, or data.row name, some of {', '.join(TASKS)}, and no other"
+        f"data.tasks {dict(self.tasks)} must weigh by 0 or more, or data.row name, some of {', '.join(TASKS)}, no other"
       )
     for part in self.parts:
       if not (set(self.row) & set(part.tasks) if self.row else self._tasks_of(part)):
@@ -160,7 +166,7 @@ class Pipeline:
     every = range(len(self.parts))
     slots = [[p for p in every if task in self.parts[p].tasks] for task in self.row] or [list(every)]
     records = [
-      grain.MapDataset.range(len(part.source)).shuffle(seed=self.seed + p).repeat().map(lambda i, p=p: (p, i))
+      grain.MapDataset.range(len(part.source)).shuffle(seed=(self.seed + p) % 2**32).repeat().map(lambda i, p=p: (p, i))
       for p, part in enumerate(self.parts)
     ]
     return grain.MapDataset.select_from_datasets(records, Order(self.parts, slots, self.seed))

@@ -64,7 +64,7 @@ def prepare(
     raise UserError(f"{source!r} cannot be prepared: give a source on disk, of split 'all'")
   if format not in FORMATS:
     raise UserError(f"pictures are stored as one of {', '.join(FORMATS)}, not as {format!r}")
-  output = Path(output)
+  output = Path(output).resolve()  # "." has a name too
   request = {
     "inputs": source.fingerprint(),
     "source": {key: value for key, value in _settings(source).items() if key != "path"},
@@ -229,7 +229,10 @@ def _begin(partial: Path, request: dict[str, Any]) -> Path:
     return partial
   if partial.exists() and (not partial.is_dir() or {path.name for path in partial.iterdir()} - {PARTS}):
     raise UserError(f"{partial} is in the way and was not written by prepare: move it")
-  (partial / PARTS).mkdir(parents=True, exist_ok=True)
+  try:
+    (partial / PARTS).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot write into {partial}: {error}") from error
   new = file.with_suffix(".partial")
   new.write_text(json.dumps(request), encoding="utf-8")
   os.replace(new, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   """manifest.json of a prepared folder. Raises UserError where there is none."""
   try:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest if {"shards", "records", "request"} <= manifest.keys() else manifest["shards"]
-  except (OSError, ValueError, AttributeError, KeyError) as error:
+    operator.itemgetter("shards", "records", "request")(manifest)
+    return manifest
+  except (OSError, ValueError, TypeError, KeyError) as error:
     raise UserError(
-      f"{folder} is not a prepared folder (no {MANIFEST}): "
+      f"{folder} is not a prepared folder (no {MANIFEST} of one): "
       f"make one with clipflow prepare --source=folder --input={folder} --output=OUTPUT"
     ) from error

@@ -33,6 +33,8 @@ class ShapesSource:
       raise UserError(f"data.split is {self.split!r}: choose one of {', '.join(_SPLITS)}")
     if len(self.counts) >= len(NUMBERS) or min(self.counts, default=0) < 0 or sum(self.counts) <= 0:
       raise UserError(f"data.counts is {self.counts}: give weights >= 0 of one to four objects, not all zero")
+    if self.seed < 0:
+      raise UserError(f"data.seed is {self.seed}: give 0 or more")
     if self.size < 24:
       raise UserError(f"data.size is {self.size}: shapes can be told apart from 24 pixels on")
 

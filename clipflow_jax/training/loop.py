@@ -197,10 +197,18 @@ def beginnings(config: ConfigDict, names: tuple[str, ...] = ()) -> list[checkpoi
 
 
 def make_pipeline(config: ConfigDict, starts: Sequence[checkpoint.Restored] = ()) -> Pipeline:
-  """What `config.data` says, with the tokenizer of the first of `starts` that has one, or one of its own."""
+  """What `config.data` says, with the tokenizer of the first of `starts` that has one, or one of its own.
+
+  UserError for pictures of another size than the model's tower sees.
+  """
   fields = config.data.to_dict()
+  model = ClipFlow(**config.model.to_dict())
   parts = mixture.make(fields.pop("source"), "train", fields.pop("features", ""))
-  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), ClipFlow(**config.model.to_dict()).grid)
+  for part in parts if model.clip else ():
+    side = model.clip["vision"]["image_size"]
+    if (size := getattr(part.source, "size", side)) != side:
+      raise UserError(f"{part.name}: size is {size}, but the model's tower sees {side} pixels: set {part.name}.size")
+  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid)
   del fields["max_bad_fraction"]
   chat = text.Chat(_tokenizer(config, starts, parts))
   return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)

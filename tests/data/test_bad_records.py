@@ -76,6 +76,14 @@ def test_too_many_stop_the_run_with_the_list_but_not_before_a_hundred(tmp_path):
   assert str(bad.path) in message and "0.05" in message and "\n" not in message
 
 
+def test_a_stream_without_a_good_record_is_stopped_also_where_all_may_be_bad():
+  guarded = BadRecords(None, 1.0).guard(load)
+  for _ in range(99):
+    guarded(0)
+  with pytest.raises(UserError, match=r"^100 of 100 records are bad \(100 missing file\): 0.png .*; mend them$"):
+    guarded(0)
+
+
 def test_exactly_the_allowed_fraction_goes_on():
   bad = BadRecords(None, 0.1)
   for i in range(1, 1001):

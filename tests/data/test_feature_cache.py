@@ -41,6 +41,13 @@ class Pictures:
     return Example(str(i), image, (f"picture {i}", "noise"), f"it is {i}", (("which?", str(i)),))
 
 
+class AllBad(Pictures):
+  """Pictures none of which can be read."""
+
+  def __getitem__(self, i: int) -> Example:
+    raise BadRecord(str(i), "broken")
+
+
 GOOD = [Pictures()[i] for i in range(PICTURES) if i != 5]
 
 
@@ -146,6 +153,16 @@ def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
   said = [
     (dict(dtype="float16"), r"dtype 'float16' of cached features is unknown; choose one of bfloat16, int8"),
     (dict(source=Pictures(2**31 - 1)), r"data.source has no end: say how many of its pictures to take, --count=N"),
+    (dict(count=-1), r"--count=-1 --rows=4 cannot be: give a count of 0 \(all\) or more"),
+    (dict(rows=0), r"--count=0 --rows=0 cannot be: .*, and 1 row or more"),
+    (
+      dict(source=AllBad(), statistics=0.0),
+      r"data.source: there is nothing to cache, 21 of 21 records are bad \(21 bro",
+    ),
+    (
+      dict(source=AllBad(), max_bad_fraction=1.0),
+      r"data.source: none of its pictures could be read, see data_errors in",
+    ),
     (dict(source=Pictures(side=24)), r"pictures of 24 pixels are not the 16 of the tower: set data.source.size"),
   ]
   for i, (fields, says) in enumerate(said):
@@ -153,6 +170,10 @@ def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
       write(params, tmp_path / str(i), **fields)
   with pytest.raises(UserError, match=r"holds features that differ in dtype: give another --output"):
     write(params, written, dtype="int8")
+  (tmp_path / "file").write_text("")
+  for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    with pytest.raises(UserError, match=f"cannot write into {folder}: "):
+      write(params, folder)
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "notes.txt").write_text("mine")
   with pytest.raises(UserError, match=r"mine is not empty and was not written by clipflow cache-features"):
@@ -189,6 +210,10 @@ def test_a_folder_that_is_no_cache_or_is_damaged_is_refused(written, tmp_path):
     FeatureSource(tmp_path / "nowhere", "data.source")
   with pytest.raises(UserError, match=r"has features of data.source, but not of data.source.mine"):
     FeatureSource(written, "data.source.mine")
+  (tmp_path / "prepared").mkdir()
+  (tmp_path / "prepared" / "manifest.json").write_text('{"request": {}, "records": 1, "shards": []}')
+  with pytest.raises(UserError, match=r"data.features: .*prepared is none"):
+    FeatureSource(tmp_path / "prepared", "data.source")
   shutil.copytree(written, tmp_path / "cut")
   shard = tmp_path / "cut" / "data.source" / "00000.features"
   shard.write_bytes(shard.read_bytes()[:-100])

@@ -114,7 +114,14 @@ def test_a_page_and_a_picture_are_written(pipeline, tmp_path):
   assert Image.open(tmp_path / "new" / "stage.png").width == 960
 
 
-def test_data_that_cannot_be_read_is_told(pipeline):
+def test_a_place_that_can_be_no_folder_is_told(pipeline, tmp_path):
+  (tmp_path / "file").write_text("")
+  for output in (tmp_path / "file", tmp_path / "file" / "below"):
+    with pytest.raises(UserError, match=f"cannot write into {output}: "):
+      inspect.write(pipeline, output, "stage")
+
+
+def test_data_that_cannot_be_read_is_told(pipeline, tmp_path):
   class Bad(Plain):
     def __len__(self):
       return 2000
@@ -123,4 +130,4 @@ def test_data_that_cannot_be_read_is_told(pipeline):
       raise BadRecord(str(i), "broken")
 
   with pytest.raises(UserError, match="records are bad"):
-    inspect.write(Pipeline((Part(Bad()),), pipeline.chat, LAYOUT, 4, {"draw": 1.0}), None, "stage")
+    inspect.write(Pipeline((Part(Bad()),), pipeline.chat, LAYOUT, 4, {"draw": 1.0}), tmp_path, "stage")

@@ -207,10 +207,23 @@ def test_every_row_holds_the_examples_of_its_recipe_in_order(chat):
       assert [one.split(" of ")[0] for one in kinds] == ["read", "drawn", "captioned"]
 
 
-@pytest.mark.parametrize(("tasks", "row"), [({}, ()), ({"draw": 0.0}, ()), ({"paint": 1.0}, ()), ({}, ("paint",))])
+NO_TASKS = [({}, ()), ({"draw": 0.0}, ()), ({"draw": 2.0, "ask": -1.0}, ()), ({"paint": 1.0}, ()), ({}, ("paint",))]
+
+
+@pytest.mark.parametrize(("tasks", "row"), NO_TASKS)
 def test_tasks_that_are_no_tasks_are_refused(chat, tasks, row):
   with pytest.raises(UserError, match="data.tasks .* data.row .* caption, draw, converse"):
     make(chat, tasks=tasks, row=row)
+
+
+@pytest.mark.parametrize(
+  "fields", [dict(seed=-1), dict(seed=2**32), dict(bins=0), dict(threads=-1), dict(batch_size=0)]
+)
+def test_numbers_that_make_no_sense_are_refused(chat, fields):
+  ((name, value),) = fields.items()
+  with pytest.raises(UserError, match=rf"{name} is {value}: give "):
+    make(chat, **fields)
+  assert take(stream(make(chat, seed=2**32 - 1, parts=(Part(SHAPES, "a"), Part(SHAPES, "b")))), 1)  # the last there is
 
 
 def test_a_recipe_with_more_pictures_than_a_row_has_room_for_is_refused(chat):

@@ -328,6 +328,17 @@ def test_a_strange_folder_in_the_way_is_left_alone(pictures, tmp_path):
   assert precious.exists()
 
 
+def test_an_output_that_can_be_no_folder_is_told(pictures, tmp_path, monkeypatch):
+  file = pictures / "0.png"
+  with pytest.raises(UserError, match=r"0.png exists: give another output"):
+    run(pictures, file)
+  with pytest.raises(UserError, match=r"cannot write into .*below.partial: "):
+    run(pictures, file / "below")
+  monkeypatch.chdir(pictures)
+  with pytest.raises(UserError, match=r"pictures exists: give another output"):
+    run(pictures, Path("."))
+
+
 def test_an_empty_output_folder_is_filled(pictures, tmp_path):
   (tmp_path / "out").mkdir()
   assert run(pictures, tmp_path / "out")["written"] == 13
@@ -394,6 +405,9 @@ def test_a_folder_that_is_not_prepared_is_told_how_to(pictures):
   with pytest.raises(
     UserError, match=r"is not a prepared folder .*clipflow prepare --source=folder --input=.*pictures"
   ):
+    sources.make({"kind": "prepared", "path": str(pictures)}, "train")
+  (pictures / "manifest.json").write_text('{"request": {}, "pictures": 1, "shards": {}}')  # of cached features
+  with pytest.raises(UserError, match=r"is not a prepared folder"):
     sources.make({"kind": "prepared", "path": str(pictures)}, "train")
 
 

@@ -336,7 +336,7 @@ class TestSource:
     assert len(ShapesSource()) == 2**31 - 1
 
   @pytest.mark.parametrize(
-    "fields", [{"split": "valid"}, {"counts": (0, 0)}, {"counts": ()}, {"counts": (1,) * 5}, {"size": 8}]
+    "fields", [{"split": "valid"}, {"counts": (0, 0)}, {"counts": ()}, {"counts": (1,) * 5}, {"size": 8}, {"seed": -1}]
   )
   def test_impossible_choices_are_named(self, fields):
     with pytest.raises(UserError, match=rf"data\.{next(iter(fields))} is "):
