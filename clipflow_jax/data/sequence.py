@@ -31,11 +31,12 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The static shape of a row: S slots, N pictures of grid x grid tokens."""
+  """The static shape of a row: S slots, N pictures of grid x grid tokens. pad: the token of a slot without a word."""
 
   length: int
   images: int
   grid: int
+  pad: int = 0
 
   @property
   def tokens_per_image(self) -> int:
@@ -57,8 +58,9 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   written: list[bool] = []
   begins: list[int] = []  # which words begin a picture
   if conversation.words_only:
-    ids = [chat.begin, *chat.encode(chat.without_special(conversation.turns[0][1])), chat.end]
-    written = [False] + [True] * (len(ids) - 1)
+    opening, closing = ([token] if token is not None else [] for token in (chat.begin, chat.end))
+    ids = [*opening, *chat.encode(chat.without_special(conversation.turns[0][1])), *closing]
+    written = [False] * len(opening) + [True] * (len(ids) - len(opening))
   else:
     for piece, is_written in chat.pieces(conversation.turns, prompt=prompt):
       ids += piece
@@ -127,7 +129,7 @@ def finish(row: dict[str, np.ndarray], layout: Layout) -> Batch:
   )  # the row's first picture of each slot's example
   index = np.where(row["image_index"] < 0, -1, row["image_index"] + first * layout.tokens_per_image)
   return Batch(
-    tokens=row["tokens"],
+    tokens=np.where(segments > 0, row["tokens"], np.int32(layout.pad)),
     segments=segments.astype(np.int32),
     order=row["order"],
     positions=row["positions"],

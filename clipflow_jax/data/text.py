@@ -118,9 +118,12 @@ class Chat:
     self.image = tokenizer.get_vocab().get(IMAGE)  # None: as a tower's own tokenizer, it knows captions alone
     # In people's words a special token is just noise; only the template may write one.
     self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))))
-    self.pad = tokenizer.pad_token_id
-    self.begin = tokenizer.bos_token_id
+    self.pad = tokenizer.pad_token_id or 0
     self.end = tokenizer.eos_token_id
+    # What a tokenizer frames a text with by itself is what its tower was trained with: SigLIP's have no begin there.
+    core = tokenizer.backend_tokenizer
+    frame = set(core.encode("").ids) - set(core.encode("", add_special_tokens=False).ids)
+    self.begin = None if frame and tokenizer.bos_token_id not in frame else tokenizer.bos_token_id
 
   def check(self) -> None:
     """UserError where it cannot say a conversation: without a word for a picture it knows captions alone."""

@@ -340,7 +340,7 @@ class ClipFlow:
       raise UserError("nothing to embed: there are no texts")
     self._need("text tower", "embed texts")
     blank = self._blank()
-    layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid)
+    layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid, self.tokenizer.pad)
     rows = sequence.stack(
       [sequence.pack([sequence.encode(sequence.words(t, blank), self.tokenizer, layout)], layout) for t in texts]
     )
@@ -360,7 +360,7 @@ class ClipFlow:
     """The conversations as rows, at the shortest of a few lengths that holds them all. prompt: as `sequence.encode`."""
     limit = self.config.get("max_length", 512)
     pictures = max(len(c.roles) for c in conversations)
-    layout = Layout(limit, pictures, self.model.grid)
+    layout = Layout(limit, pictures, self.model.grid, self.tokenizer.pad)
     examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
     longest = max(len(e["tokens"]) for e in examples)
     layout = dataclasses.replace(layout, length=min(limit, bucket(longest, self.shortest)))

@@ -20,8 +20,9 @@ class TextTower(nn.Module):
   """tokens i32[B,S], mask bool[B,S] (True: a word) -> f32[B,E], unit norm.
 
   pooling: which of the last layer's tokens are the text. "mean": all words (bidirectional, the choice here). "end":
-  the first token that is `end`, or the one of the highest id where `end` is None (causal: CLIP). "last": the last of
-  the row, which sees padding too and was trained to (SigLIP); the mask is not looked at.
+  the first token that is `end`, or the one of the highest id where `end` is None (causal: CLIP). It sees all before it,
+  what begins a text too, and no padding. "last": the last of the row, which sees padding too and was trained to
+  (SigLIP). The mask is of "mean" alone.
   """
 
   vocabulary: int
@@ -61,10 +62,10 @@ class TextTower(nn.Module):
       self.activation,
       name="encoder",
     )
-    seen: Mask = mask[:, None, :] if self.pooling != "last" else None
+    seen: Mask = mask[:, None, :] if self.pooling == "mean" else None
     if self.pooling == "end":
       order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-      seen = sight(self.kernel, mask.astype(jnp.int32), order)
+      seen = sight(self.kernel, jnp.ones_like(order), order)
     x, _ = encoder(shard(x, "rows"), seen)
     x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
     return unit(Linear(self.embedding, self.projection_bias, name="projection")(self._pool(x, tokens, mask)))

@@ -63,7 +63,7 @@ def losses(
   seen: Seen = clip.see(batch.images[:, 0], with_features=False)
   sums: Sums = {}
   if weights.get("contrastive"):
-    # Only the caption's own words: what frames it in the stream says nothing.
+    # Only the caption's own words: to their mean what frames it in the stream says nothing.
     texts = clip.embed_text(batch.tokens, batch.loss_weights > 0)
     loss, found = match(seen.embedding, texts, clip.temperature(), chunk)
     sums |= {"contrastive": loss.sum(), "contrastive_accuracy": found.sum()}

@@ -208,9 +208,9 @@ def make_pipeline(config: ConfigDict, starts: Sequence[checkpoint.Restored] = ()
     side = model.clip["vision"]["image_size"]
     if (size := getattr(part.source, "size", side)) != side:
       raise UserError(f"{part.name}: size is {size}, but the model's tower sees {side} pixels: set {part.name}.size")
-  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid)
-  del fields["max_bad_fraction"]
   chat = text.Chat(_tokenizer(config, starts, parts))
+  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid, chat.pad)
+  del fields["max_bad_fraction"]
   return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
 
 

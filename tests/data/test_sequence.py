@@ -169,6 +169,18 @@ def test_every_picture_has_its_word(chat, content, pictures):
     sequence.encode(conversation, chat, LAYOUT)
 
 
+@pytest.mark.parametrize("frame", ["<|begin|> $A <|end|>", "$A <|end|>"])
+def test_a_caption_begins_as_the_tokenizer_itself_begins_a_text(frame):
+  from tokenizers.processors import TemplateProcessing
+
+  tokenizer = text.train_tokenizer(["a red star"] * 3, 290)
+  ends = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (BEGIN, END)]
+  tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=ends)
+  example = sequence.encode(sequence.words("a red star", picture()), Chat(tokenizer), LAYOUT)
+  assert example["tokens"].tolist() == tokenizer("a red star")["input_ids"]
+  assert example["loss_weights"].tolist() == [0.0 if token == ends[0][1] else 1.0 for token in example["tokens"]]
+
+
 # Rows.
 
 
@@ -183,6 +195,13 @@ def test_a_row_alone_is_padded_with_nothing(chat):
   assert row.loss_weights[n:].sum() == 0
   np.testing.assert_array_equal(row.image_index[:n], example["image_index"])
   np.testing.assert_array_equal(row.images[0], picture(7))
+
+
+def test_slots_without_a_word_hold_the_layouts_padding(chat):
+  example = sequence.encode(sequence.words("a red star", picture()), chat, LAYOUT)
+  row = sequence.pack([example], dataclasses.replace(LAYOUT, pad=7))
+  assert (row.tokens == np.where(row.segments > 0, sequence.pack([example], LAYOUT).tokens, 7)).all()
+  assert row.tokens.dtype == np.int32 and row.tokens[-1] == 7
 
 
 def test_stacked_rows_have_the_documented_shapes_and_dtypes(chat):

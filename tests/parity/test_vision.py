@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.interop import huggingface
 from clipflow_jax.models.clip import Clip
+from clipflow_jax.training import exchange
 
 torch = pytest.importorskip("torch", reason="the parity tests compare with PyTorch: pip install clipflow_jax[parity]")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 torch.set_num_threads(1)
 
 SHAPE = dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=48)
@@ -126,6 +129,40 @@ def test_similarities_of_pictures_and_texts_are_pytorchs(family, folder):
     out = torch_model(family)(input_ids=torch.tensor(tokens), pixel_values=pixels(module), **given)
   np.testing.assert_allclose(found, out.logits_per_image, atol=2e-4, rtol=0)  # of similarities times 14 and more
   assert out.logits_per_image.std() > 0.1
+
+
+TEXTS = ["a red circle", "a blue square", "a red square a blue circle"]
+
+
+def tokenizer(family: str) -> Any:
+  """CLIP's frames a text on both sides. SigLIP's ends it, and that of SigLIP 2 has a begin that is not used."""
+  names = ("<pad>", "a", "red", "blue", "circle", "square")
+  ids = {name: i for i, name in enumerate(names)} | {"<begin>": END - 1, "<end>": END}
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<end>"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  frame = "<begin> $A <end>" if family.startswith("clip") else "$A <end>"
+  special = [(name, ids[name]) for name in ("<begin>", "<end>")]
+  core.post_processor = tokenizers.processors.TemplateProcessing(single=frame, special_tokens=special)
+  own = {} if family == "siglip" else {"bos_token": "<begin>"}
+  own |= {"eos_token": "<end>", "pad_token": "<pad>" if family == "siglip2" else "<end>"}
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **own)
+
+
+def test_texts_are_embedded_as_pytorch_does_with_their_own_tokenizer(family, tmp_path):
+  if family.startswith("dinov2"):
+    pytest.skip("it has no text tower")
+  model, words = torch_model(family), tokenizer(family)
+  for part in (model, words):
+    part.save_pretrained(tmp_path / "saved")
+  exchange.bring_in(tmp_path / "saved", tmp_path / "imported")
+  found = ClipFlow.from_checkpoint(tmp_path / "imported").embed_text(TEXTS)
+  given = words(TEXTS, padding="max_length", max_length=WORDS["max_position_embeddings"], return_tensors="pt")
+  known = dict(attention_mask=given["attention_mask"]) if family.startswith("clip") else {}
+  with torch.no_grad():
+    wanted = model.text_model(input_ids=given["input_ids"], **known).pooler_output
+    wanted = unit(model.text_projection(wanted) if known else wanted)
+  np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=0)
+  assert np.abs(found[0] - found[1]).max() > 1e-2
 
 
 def test_exported_again_pytorch_loads_the_same_weights(family, folder, tmp_path):
