@@ -276,7 +276,7 @@ def _inspect(options: argparse.Namespace) -> None:
   for stage in _stages(load_config(options.config, options.overrides)):
     if "model" not in stage:
       raise UserError("clipflow info --data takes the config of a stage or of a run, such as configs/joint.py")
-    pipeline = loop.make_pipeline(stage, loop.beginnings(stage))
+    pipeline = loop.make_pipeline(stage, [start.meta for start in loop.beginnings(stage)])
     print(f"{stage.name}: {inspect.write(pipeline, output, stage.name)}")
   print(f"pages and pictures: {output}")
 

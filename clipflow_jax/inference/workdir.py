@@ -15,20 +15,12 @@ from ml_collections import ConfigDict
 from clipflow_jax.data import pipeline
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.info import by_part, table
-from clipflow_jax.training import checkpoint, stages, state
+from clipflow_jax.training import checkpoint, loop, stages, state
+from clipflow_jax.training.loop import Change
 from clipflow_jax.webpage import number
 
 Load = Callable[[str], ConfigDict]  # "file.py:arguments" -> its config; raises UserError
 BAD = "data_errors*.jsonl"  # one for each process
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-  """A key of the config that is not as its file says; "-" where one of the two has no such key."""
-
-  key: str
-  there: str  # in the file
-  here: str  # in the run
 
 
 @dataclasses.dataclass
@@ -39,7 +31,9 @@ class Stage:
   path: Path
   progress: str = "no checkpoint yet"
   file: str = ""  # of the config, with its arguments
-  changes: list[Change] | None = None  # None where the file could not be compared
+  changes: list[Change] | None = (
+    None  # from what the file says (there) to the run (here); None where the file could not be compared
+  )
   parameters: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # part -> (trained, all)
   metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
   data: list[str] = dataclasses.field(default_factory=list)
@@ -148,24 +142,13 @@ def _tell(stage: Stage, read: checkpoint.Restored, load: Load) -> None:
 
 
 def _changes(there: ConfigDict, here: Mapping[str, Any]) -> list[Change]:
-  """Keys that differ; of a run of several stages, those of the stage of this name."""
+  """Settings that differ; of a file of several stages, those of the stage of this name."""
   if "order" in there:
     name = here.get("name")
     if name not in there.stages:
       raise UserError(f"it has no stage {name!r} any more")
     there = there.stages[name]
-  old, new = (dict(_leaves(fields)) for fields in (json.loads(there.to_json_best_effort()), here))
-  keys = [key for key in sorted(old | new) if key != "file" and old.get(key, "-") != new.get(key, "-")]
-  return [Change(key, *(json.dumps(of[key]) if key in of else "-" for of in (old, new))) for key in keys]
-
-
-def _leaves(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-  """("data.source.kind", value) of every leaf."""
-  for key, value in fields.items():
-    if isinstance(value, Mapping) and value:
-      yield from _leaves(value, f"{before}{key}.")
-    else:
-      yield f"{before}{key}", value
+  return loop.changes(json.loads(there.to_json_best_effort()), here)
 
 
 def _parameters(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

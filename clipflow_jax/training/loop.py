@@ -10,8 +10,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,9 @@ SAMPLES = "samples"  # what is due every `config.sample_every` steps, beside the
 def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> TrainState:
   """Runs one stage to its end, from its newest checkpoint if it has one. Returns the final state.
 
-  Order of beginnings: the workdir's own checkpoint, else `config.init_from` (its tokenizer, its parameters where names
-  and shapes agree), else fresh. SIGTERM writes a checkpoint and raises SystemExit(0) at the next step.
+  Order of beginnings: the workdir's own checkpoint (its tokenizer too, and `config.init_from` is not looked at), else
+  `config.init_from` (its tokenizer, its parameters where names and shapes agree), else fresh. SIGTERM writes a
+  checkpoint and raises SystemExit(0) at the next step.
 
   All processes of a run call this with the same config, inside `distributed.joined`; their workdir is one folder that
   all of them see.
@@ -64,15 +66,22 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
 
   # Text, data, model: what a batch is.
-  starts = beginnings(config, ("trained", "ema", "frozen"))
-  pipeline = make_pipeline(config, starts)
+  written = json.loads(config.to_json_best_effort())
+  starts: list[checkpoint.Restored] = []
+  if checkpoint.steps(workdir):
+    told = [checkpoint.described(workdir)]
+    _compare(told[0]["config"], written, workdir)
+  else:
+    starts = beginnings(config, ("trained", "ema", "frozen"))
+    told = [start.meta for start in starts]
+  pipeline = make_pipeline(config, told)
   chat = pipeline.chat
   model = ClipFlow(**text.with_vocabulary(config.model.to_dict(), len(chat.tokenizer)))
   errors = f"data_errors.{jax.process_index()}.jsonl" if jax.process_index() else "data_errors.jsonl"
   bad = BadRecords(workdir / errors, config.data.max_bad_fraction)
   rows, part = pipeline.batch_size, next(pipeline.batches(bad, [0]))
   example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), part)
-  meta = {"config": json.loads(config.to_json_best_effort()), "tokenizer": _files(chat)}
+  meta = {"config": written, "tokenizer": _files(chat)}
   distributed.agree("config or tokenizer", json.dumps(meta, sort_keys=True))
 
   # Of every batch a process reads the shards whose rows its devices hold, and all together make global arrays.
@@ -102,8 +111,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   )
   with jax.set_mesh(mesh), distributed.termination() as stop, concurrent.futures.ThreadPoolExecutor(1) as compiler:
     restored = checkpoints.restore(target)
+    if restored:
+      batches.set_state(restored.data_state)
     # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
-    taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh)) if starts and not restored else {}
+    taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh)) if starts else {}
 
     # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
     cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
@@ -119,7 +130,6 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
     if restored:
       now = restored.state
-      batches.set_state(restored.data_state)
       log.info("resumed at step %d", restored.step)
     else:
       now = jax.jit(fresh, out_shardings=shardings)(taken)
@@ -191,13 +201,50 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     return whole(now)
 
 
+class Change(NamedTuple):
+  """A setting of two configs that differs; "-" where one of the two has no such key."""
+
+  key: str
+  there: str
+  here: str
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Change]:
+  """The settings of two configs, as JSON, that differ, but for the file that they come from."""
+  old, new = (dict(_leaves(fields)) for fields in (there, here))
+  keys = [key for key in sorted(old | new) if key != "file" and old.get(key, "-") != new.get(key, "-")]
+  return [Change(key, *(json.dumps(of[key]) if key in of else "-" for of in (old, new))) for key in keys]
+
+
+def _leaves(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+  """("data.source.kind", value) of every leaf."""
+  for key, value in fields.items():
+    if isinstance(value, Mapping) and value:
+      yield from _leaves(value, f"{before}{key}.")
+    else:
+      yield f"{before}{key}", value
+
+
+def _compare(there: Mapping[str, Any], here: Mapping[str, Any], workdir: Path) -> None:
+  """Names what a run that goes on has been set otherwise than its checkpoint. UserError for another seed."""
+  found = changes(there, here)
+  for change in found:
+    if change.key == "seed":
+      raise UserError(
+        f"the run in {workdir} has seed {change.there}, not {change.here}: keep it, or use another workdir"
+      )
+  if found:
+    named = ", ".join(f"{change.key} {change.here} (there {change.there})" for change in found)
+    log.warning("the config differs from the checkpoint's: %s", named)
+
+
 def beginnings(config: ConfigDict, names: tuple[str, ...] = ()) -> list[checkpoint.Restored]:
   """What `config.init_from` names, in its order: of each state the parts `names`, as `checkpoint.load`."""
   return [checkpoint.load(path.strip(), names) for path in config.init_from.split(",") if path.strip()]
 
 
-def make_pipeline(config: ConfigDict, starts: Sequence[checkpoint.Restored] = ()) -> Pipeline:
-  """What `config.data` says, with the tokenizer of the first of `starts` that has one, or one of its own.
+def make_pipeline(config: ConfigDict, told: Sequence[Mapping[str, Any]] = ()) -> Pipeline:
+  """What `config.data` says, with the tokenizer of the first of checkpoints' `meta` that has one, or one of its own.
 
   UserError for pictures of another size than the model's tower sees.
   """
@@ -208,7 +255,7 @@ def make_pipeline(config: ConfigDict, starts: Sequence[checkpoint.Restored] = ()
     side = model.clip["vision"]["image_size"]
     if (size := getattr(part.source, "size", side)) != side:
       raise UserError(f"{part.name}: size is {size}, but the model's tower sees {side} pixels: set {part.name}.size")
-  chat = text.Chat(_tokenizer(config, starts, parts))
+  chat = text.Chat(_tokenizer(config, told, parts))
   layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid, chat.pad)
   del fields["max_bad_fraction"]
   return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
@@ -277,11 +324,11 @@ def _take(ours: Params, starts: Sequence[checkpoint.Restored], shardings: Params
   return taken
 
 
-def _tokenizer(config: ConfigDict, starts: Sequence[checkpoint.Restored], parts: tuple[mixture.Part, ...]):
-  """The tokenizer of a run that this one starts from, else one trained on this run's own texts."""
-  if start := next((start for start in starts if start.meta["tokenizer"]), None):  # a tower alone brings none
+def _tokenizer(config: ConfigDict, told: Sequence[Mapping[str, Any]], parts: tuple[mixture.Part, ...]):
+  """The tokenizer of a run that this one goes on from, else one trained on this run's own texts."""
+  if files := next((meta["tokenizer"] for meta in told if meta["tokenizer"]), None):  # a tower alone brings none
     with tempfile.TemporaryDirectory() as scratch:
-      return text.from_files(start.meta["tokenizer"], Path(scratch))
+      return text.from_files(files, Path(scratch))
   words = itertools.chain.from_iterable(mixture.texts(parts, config.tokenizer.examples))
   return text.train_tokenizer(words, config.tokenizer.vocabulary)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,34 @@ def test_the_workdirs_own_checkpoint_comes_before_another_run(whole, tmp_path):
   workdir, final = whole
   resumed = loop.train(tiny_runs.decoder_stage(init_from=str(workdir)), workdir)
   assert_identical(resumed, final)
+
+
+def test_a_run_that_goes_on_keeps_its_tokenizer_and_names_each_setting_that_differs(whole, tmp_path, caplog):
+  workdir = tmp_path / "run"
+  shutil.copytree(whole[0], workdir)
+  config = tiny_runs.decoder_stage(steps=5, init_from=str(tmp_path / "nowhere"))  # gone, and needed no more
+  config.tokenizer.vocabulary = 280
+  loop.train(config, workdir)
+  own, before = (checkpoint.described(place) for place in (workdir, whole[0]))
+  assert own["tokenizer"] == before["tokenizer"] and own["config"]["tokenizer"]["vocabulary"] == 280
+  (named,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("the config differs")]
+  assert named.endswith(
+    f'init_from "{tmp_path}/nowhere" (there ""), steps 5 (there 4), tokenizer.vocabulary 280 (there 300)'
+  )
+
+
+def uncompiled(*_, **__):
+  raise AssertionError("it came to the step")
+
+
+def test_a_run_does_not_go_on_with_another_seed_or_other_shards(whole, monkeypatch):
+  monkeypatch.setattr(loop.step, "make", uncompiled)
+  with pytest.raises(UserError, match="has seed 0, not 1: keep it, or use another workdir"):
+    loop.train(tiny_runs.decoder_stage(seed=1), whole[0])
+  config = tiny_runs.decoder_stage()
+  config.data.shards = 2
+  with pytest.raises(UserError, match="set data.shards to what the run began with"):
+    loop.train(config, whole[0])
 
 
 def test_a_run_to_begin_with_that_is_not_there_is_named(tmp_path):
