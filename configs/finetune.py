@@ -45,6 +45,9 @@ def get_config(arg: str = "") -> ConfigDict:
   for name, known in (("mode", RATES), ("task", TASKS)):
     if options[name] not in known:
       raise UserError(f"config argument {name}={options[name]}: choose one of {', '.join(known)}")
+  for name in ("rank", "batch"):
+    if options[name] < 1:
+      raise UserError(f"config argument {name}={options[name]}: give 1 or more")
   config = presets.stage("finetune", steps=1000, checkpoint_every=200, frozen_dtype="float32")
   wording = _take(config, options["from"], options.task) if options["from"] else {}
   model = config.model

@@ -118,7 +118,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       frozen_dtype="float32",  # of what is not trained; what computes in bfloat16 loses nothing by "bfloat16"
       measure_features=0,  # pictures to measure the features' statistics on before the first step
       log_every=20,
-      checkpoint_every=1000,
+      checkpoint_every=1000,  # 0: only at the last step
       sample_every=0,
       # Tasks as in configs/evaluate.py, measured on the averaged weights every so many steps: a task's own `every`, or
       # sample_every.

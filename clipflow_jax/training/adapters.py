@@ -29,6 +29,7 @@ A, B, CODES, SCALE = "_lora_a", "_lora_b", "/codes", "/scale"
 BASES: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}  # as qwix calls them
 # What walks through the transformer and the drawers: qwix takes no other method's products.
 METHODS = ("read", "conditioning", "predict")
+ADAPTABLE = r"(language_model/(?!head/)|image_connector/|flow_head/|separate_drawer/).*"  # whose products those are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Adapters:
   def fit(self, params: Params, seed: int) -> Params:
     """A plain model's parameters with adapters that do nothing yet, and its matrices in `base`. Pure.
 
-    UserError where `where` names no matrix, or one that is not larger than `rank` or that `tile` does not divide.
+    UserError where `where` names no matrix, or one that is not of ADAPTABLE, that is not larger than `rank` or that
+    `tile` does not divide.
     """
     if not self.rank:
       return params
@@ -62,6 +64,10 @@ class Adapters:
     wanted = sorted(path for path in flat if re.fullmatch(f"(?:{self.where})/kernel", path))
     if not wanted:
       raise UserError(f"adapters.where {self.where!r} names no matrix of this model")
+    if beyond := [path for path in wanted if not re.fullmatch(ADAPTABLE, path)]:
+      raise UserError(
+        f"adapters.where {self.where!r} names {beyond[0]}: only the transformer and what draws can be adapted"
+      )
     # Not by qwix's own initialisation, which makes float32 of what a model computes in bfloat16.
     for path, key in zip(wanted, jax.random.split(jax.random.key(seed), len(wanted)), strict=True):
       *layers, inputs, outputs = flat[path].shape

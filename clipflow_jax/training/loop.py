@@ -44,6 +44,18 @@ COMPILING = 3600.0  # seconds that one process may need longer than another befo
 # (model, config, all parameters, tokenizer, step, writer, what is due): writes that. How is not training's business.
 Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer, list[str]], None]
 SAMPLES = "samples"  # what is due every `config.sample_every` steps, beside the tasks of `config.evaluate`
+# The least that settings may be; 0 is never, but for a checkpoint at the last step.
+LEAST = {
+  "steps": 1,
+  "accumulate": 1,
+  "data.batch_size": 1,
+  "keep": 1,
+  "log_every": 1,
+  "checkpoint_every": 0,
+  "sample_every": 0,
+  "measure_features": 0,
+  "hang_timeout": 0,
+}
 
 
 def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> TrainState:
@@ -51,12 +63,13 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   Order of beginnings: the workdir's own checkpoint (its tokenizer too, and `config.init_from` is not looked at), else
   `config.init_from` (its tokenizer, its parameters where names and shapes agree), else fresh. SIGTERM writes a
-  checkpoint and raises SystemExit(0) at the next step.
+  checkpoint and raises SystemExit(0) at the next step. UserError for settings that make no run, or not this one.
 
   All processes of a run call this with the same config, inside `distributed.joined`; their workdir is one folder that
   all of them see.
   """
   began = time.perf_counter()
+  check(config)
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
@@ -178,7 +191,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           means = meter.compute()
           _check(means, number, config)
           writer.scalars(number, means | throughput.compute(number))
-        if number % config.checkpoint_every == 0 or last:
+        if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
           watchdog.beat(f"the checkpoint of step {number}")
           checkpoints.save(number, whole(now), data_state=distributed.gather(batches.get_state()), meta=meta)
           saved = number
@@ -199,6 +212,14 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       log.info("stopped by SIGTERM at step %d; the same command goes on", saved)
       raise SystemExit(0)
     return whole(now)
+
+
+def check(config: ConfigDict) -> None:
+  """UserError for a setting that is too low for any run."""
+  settings = dict(_leaves(config.to_dict()))
+  for name, least in LEAST.items():
+    if settings[name] < least:
+      raise UserError(f"{name} is {settings[name]}: give {least} or more")
 
 
 class Change(NamedTuple):

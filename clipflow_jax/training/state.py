@@ -57,9 +57,15 @@ def merge(a: Params, b: Params) -> Params:
 
 
 def multipliers(params: Params, table: tuple[tuple[str, float], ...]) -> dict[str, float]:
-  """{path: learning-rate multiplier} by a table of (regex, multiplier). UserError unless one row matches each path."""
+  """{path: learning-rate multiplier} by a table of (regex, multiplier).
+
+  UserError unless one row matches each path, and one path learns.
+  """
   patterns = [pattern for pattern, _ in table]
-  return {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}
+  scales = {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}
+  if not any(scales.values()):
+    raise UserError("config.train trains nothing: give a row that matches a parameter a multiplier other than 0")
+  return scales
 
 
 def split(params: Params, scales: dict[str, float]) -> tuple[Params, Params]:

@@ -127,6 +127,7 @@ def test_what_is_made_of_a_matrix_lies_where_the_matrix_does():
   ("fields", "said"),
   [
     (dict(rank=4, where="nowhere"), "names no matrix"),
+    (dict(rank=4, where="clip_model/.*/(query|key|value)"), "names clip_model/.*: only the transformer and what draws"),
     (dict(rank=40, where=WHERE), "lower it"),
     (dict(rank=4, where=WHERE, base="nf4", tile=7), "must divide"),
     (dict(rank=4, base="int3"), "choose one of int8, int4, nf4"),

@@ -284,6 +284,29 @@ def test_statistics_that_train_are_not_measured(tmp_path):
 # Trouble.
 
 
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    (dict(steps=0), "steps is 0: give 1 or more"),
+    (dict(keep=0), "keep is 0: give 1 or more"),
+    (dict(log_every=0), "log_every is 0: give 1 or more"),
+    (dict(accumulate=0), "accumulate is 0: give 1 or more"),
+    (dict(checkpoint_every=-1), "checkpoint_every is -1: give 0 or more"),
+    (dict(data=dict(batch_size=0)), "data.batch_size is 0: give 1 or more"),
+    (dict(train=((".*", 0.0),)), "config.train trains nothing"),
+  ],
+)
+def test_settings_that_make_no_run_are_refused_before_anything_is_compiled(fields, said, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop.step, "make", uncompiled)
+  with pytest.raises(UserError, match=said):
+    loop.train(tiny_runs.decoder_stage(**fields), tmp_path)
+
+
+def test_a_run_without_an_interval_saves_at_its_end(tmp_path):
+  loop.train(tiny_runs.decoder_stage(steps=2, checkpoint_every=0), tmp_path)
+  assert steps_of(tmp_path) == ["2"]
+
+
 @pytest.mark.parametrize(("in_a_row", "stops"), [(9.0, False), (10.0, True), (15.0, True)])
 def test_a_run_of_steps_without_a_finite_gradient_stops(in_a_row, stops):
   config = tiny_runs.decoder_stage()
