@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from clipflow_jax.training.faults import HUNG
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
@@ -133,14 +135,14 @@ def test_a_pod_that_is_asked_for_nothing_says_how_it_is_used(tmp_path, arguments
 SBATCH = LAUNCH / "slurm" / "train.sbatch"
 
 
-def slurm(folder: Path, srun: str) -> tuple[subprocess.CompletedProcess, str]:
+def slurm(folder: Path, srun: str, **environment: str) -> tuple[subprocess.CompletedProcess, str]:
   stand_in(folder, "srun", srun)
   for name in ("scancel", "scontrol"):
     stand_in(folder, name)
   (folder / "venv" / "bin").mkdir(parents=True)
   stand_in(folder / "venv" / "bin", "clipflow")
   variables = dict(SLURM_JOB_ID="12", SLURM_SUBMIT_DIR=str(folder), CLIPFLOW_VENV=str(folder / "venv"))
-  return with_stand_ins(folder, SBATCH, "--config=configs/joint.py", "--workdir=w", **variables)
+  return with_stand_ins(folder, SBATCH, "--config=configs/joint.py", "--workdir=w", **variables, **environment)
 
 
 def test_a_job_trains_with_its_arguments_on_all_tasks_and_has_their_code(tmp_path):
@@ -155,6 +157,15 @@ def test_a_job_whose_time_is_up_stops_its_tasks_and_queues_itself_again(tmp_path
   done, calls = slurm(tmp_path, "kill -TERM $PPID; sleep 1; exit 0")
   assert done.returncode == 0, done.stderr
   assert calls.splitlines()[1:] == ["scancel --signal=TERM 12.0 ", "scontrol requeue 12 "]
+
+
+@pytest.mark.parametrize(
+  ("restarts", "again"), [({}, 1), ({"SLURM_RESTART_COUNT": "19"}, 1), ({"SLURM_RESTART_COUNT": "20"}, 0)]
+)
+def test_a_job_whose_step_hung_queues_itself_again_but_not_for_ever(tmp_path, restarts, again):
+  done, calls = slurm(tmp_path, f"exit {HUNG}", **restarts)
+  assert done.returncode == HUNG
+  assert calls.splitlines()[1:] == ["scontrol requeue 12 "] * again
 
 
 def test_a_job_without_an_environment_says_where_one_is_sought(tmp_path):
