@@ -15,6 +15,7 @@ from clipflow_jax.demo import uploads
 MAX_BODY = 16 * 2**20  # bytes
 MAX_CHARACTERS = 8192  # of one request; what fits the model's row is known when it is cut into tokens
 MAX_MESSAGES = 64
+MAX_PARTS = 256  # of one message
 MAX_TOKENS = 256  # of one answer
 MAX_PICTURES = 10  # of one prompt
 MAX_STEPS = 100
@@ -64,7 +65,7 @@ def _as_parts(content: Any) -> Any:
 
 class Message(_Asked):
   role: Literal["system", "user", "assistant"]
-  content: Annotated[list[Part], BeforeValidator(_as_parts), Field(min_length=1)]
+  content: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS), BeforeValidator(_as_parts)]
 
 
 class StreamOptions(_Asked):

@@ -165,20 +165,24 @@ class Service:
   async def talk(self, asked: ChatRequest) -> tuple[Asked, int]:
     """And how many slots the prompt takes."""
     in_thread = asyncio.get_running_loop().run_in_executor
-    characters = sum(len(part.text) for message in asked.messages for part in message.content if part.type == "text")
-    if characters > schemas.MAX_CHARACTERS:
-      too_long = f"the messages have {characters} characters; the limit is {schemas.MAX_CHARACTERS}"
-      raise Refused(400, too_long, param="messages", code="context_length_exceeded")
+    parts = [part for message in asked.messages for part in message.content]
+    characters = sum(len(part.text) for part in parts if part.type == "text")
+    pictures = sum(part.type == "image_url" for part in parts)
+    room = self.model.config.get("max_length", 512) // (self.model.model.grid**2 + 1)  # each, and the word before it
+    for count, most, what in ((characters, schemas.MAX_CHARACTERS, "characters"), (pictures, room, "pictures")):
+      if count > most:  # known before any is unpacked or cut into tokens
+        too_long = f"the messages have {count} {what}; the limit is {most}"
+        raise Refused(400, too_long, param="messages", code="context_length_exceeded")
     messages = []
     for message in asked.messages:
-      parts: list[dict] = []
+      content: list[dict] = []
       for part in message.content:
         if part.type == "text":  # a special token in it would be taken for the template's
-          parts.append({"type": "text", "text": self.model.tokenizer.without_special(part.text)})
+          content.append({"type": "text", "text": self.model.tokenizer.without_special(part.text)})
         else:
           pixels = await in_thread(self._unpacking, schemas.picture, part.image_url.url, self.model.image_size)
-          parts.append({"type": "image", "image": pixels})
-      messages.append({"role": message.role, "content": parts})
+          content.append({"type": "image", "image": pixels})
+      messages.append({"role": message.role, "content": content})
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     new = asked.max_completion_tokens or asked.max_tokens or NEW
     return Asked(messages, new, asked.temperature, seed), self.model.slots(messages)

@@ -246,6 +246,18 @@ def test_a_small_file_of_a_huge_picture_is_not_unpacked(running):
   refused(answer, 400, f"too large: 16384 x 2048, the limit is {uploads.MAX_PIXELS} pixels", code="invalid_image")
 
 
+def test_more_pictures_than_fit_a_row_are_not_unpacked(running, picture, monkeypatch):
+  monkeypatch.setattr(schemas, "picture", lambda *_: pytest.fail("a picture was unpacked"))
+  room = 512 // 5  # of 2 x 2 tokens, and the word before them
+  image, words = about(encoded(picture))[0]["content"]
+  for parts, says, code in (
+    ([*[image] * (room + 1), words], f"have {room + 1} pictures; the limit is {room}", "context_length_exceeded"),
+    ([words] * (schemas.MAX_PARTS + 1), f"at most {schemas.MAX_PARTS} items", None),
+  ):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+    refused(running.http.post(CHAT, json=asked), 400, says, code=code)
+
+
 def test_a_body_that_is_too_large_is_refused_however_it_is_sent(running):
   body = b" " * (schemas.MAX_BODY + 1)
   headers = {"Content-Type": "application/json"}
