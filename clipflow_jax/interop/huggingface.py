@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from clipflow_jax.data.text import IMAGE
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import blip3o, eva, language, qwen_vision, tensors, vision
 from clipflow_jax.interop.family import Family
 from clipflow_jax.interop.new_folder import written_whole
+from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.models.transformer import Transformer
 
 # transformers warns at import that PyTorch is absent; configurations need none.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,6 +27,9 @@ FAMILIES: dict[str, Family] = {
 }
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: no pickle
 SHARD = "5GB"
+WRITES = (Transformer, ClipFlow)  # modules that write words
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = "generation_config.json"
 
 
 def load(
@@ -59,13 +65,16 @@ def save(
   *,
   family: str | None = None,
   config: Mapping[str, Any] | None = None,
+  generation: Mapping[str, Any] | None = None,
   tokenizer: Any = None,
 ) -> str:
   """Writes a folder that transformers (and `load`) reads, all of it or nothing. Returns the family's name.
 
   family: a `model_type`; None takes the first that can say what the module is. config: more keys of config.json,
-  such as max_position_embeddings, which no tensor tells. Weights keep their dtype, in shards of 5 GB. Raises
-  UserError where the family cannot express the module, and where `path` is there already and not empty.
+  such as max_position_embeddings, which no tensor tells. generation: of generation_config.json. With a tokenizer both
+  name the tokens that begin and end what a language model writes, those of its own beside those that are given.
+  Weights keep their dtype, in shards of 5 GB. Raises UserError where the family cannot express the module, and where
+  `path` is there already and not empty.
   """
   chosen, described = _describe(module, family)
   flat = tensors.flatten(params)
@@ -73,9 +82,19 @@ def save(
     rows = tensors.plan(chosen.rows, flat)
   except ValueError as error:
     raise UserError(f"a {chosen.name} checkpoint cannot hold this model: {error}") from error
+  config, generation = dict(config or {}), dict(generation or {})
+  if tokenizer is not None and isinstance(module, WRITES):
+    config |= _ids(tokenizer, config)
+    generation |= _ids(tokenizer, config | generation)
+    if IMAGE in tokenizer.get_vocab():  # words cannot show what a picture would
+      generation["suppress_tokens"] = [tokenizer.convert_tokens_to_ids(IMAGE)]
+  if "text_config" in described:
+    config = {"text_config": config} | config
   with written_whole(Path(path)) as scratch:
     kinds = {str(np.dtype(leaf.dtype)) for leaf in flat.values()}
-    _write_config(scratch, chosen, _merge(dict(config or {}), described), kinds)
+    _write_config(scratch, chosen, _merge(config, described), kinds)
+    if generation:
+      (scratch / GENERATION).write_text(json.dumps(generation, indent=2))
     _write_tensors(scratch, tensors.theirs(rows, flat))
     settings = chosen.processor(module)
     if settings:
@@ -105,10 +124,7 @@ def read_config(folder: Path, family: str | None = None) -> tuple[dict[str, Any]
   """(config.json with every default filled in, preprocessor_config.json or {})."""
   from transformers import AutoConfig
 
-  try:
-    written = json.loads((folder / "config.json").read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"{folder} has no readable config.json ({error}); give the folder of a model") from error
+  written = _read_json(folder / "config.json")
   kind = written.pop("model_type", None) or "_".join(str(written.get("architecture")).split("_")[:2])
   if kind not in FAMILIES:
     raise UserError(f"{folder} is of the family {kind!r}; there are {', '.join(sorted(FAMILIES))}")
@@ -124,7 +140,18 @@ def read_config(folder: Path, family: str | None = None) -> tuple[dict[str, Any]
   if config.get("quantization_config"):
     raise UserError(f"{folder} is quantised; take the repository with the original weights")
   file = folder / "preprocessor_config.json"
-  return config, json.loads(file.read_text()) if file.is_file() else {}
+  return config, _read_json(file) if file.is_file() else {}
+
+
+def read_words(folder: Path) -> dict[str, dict[str, Any]]:
+  """What a language model's files say and no tensor does: `save`'s config and generation. {} of another model."""
+  config, _ = read_config(folder)
+  if FAMILIES[config["model_type"]].kind not in WRITES:
+    return {}
+  config |= config.get("text_config", {})
+  file = folder / GENERATION
+  kept = {key: config[key] for key in (*IDS, "max_position_embeddings") if config.get(key) is not None}
+  return {"config": kept, "generation": _read_json(file) if file.is_file() else {}}
 
 
 def family(name: str) -> Family:
@@ -134,6 +161,13 @@ def family(name: str) -> Family:
   return FAMILIES[name]
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+  try:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError) as error:  # TypeError: a list, or a number
+    raise UserError(f"{file.parent} has no readable {file.name} ({error}); give the folder of a model") from error
+
+
 def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, Any]]:
   for tried in [family(name)] if name else FAMILIES.values():
     described = tried.config(module) if isinstance(module, tried.kind) else None
@@ -141,6 +175,15 @@ def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, An
       return tried, described
   what = f"a {name} checkpoint cannot" if name else "no family of transformers can"
   raise UserError(f"{what} say what this {type(module).__name__} is; its fields go beyond it: {module}")
+
+
+def _ids(tokenizer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+  """The IDS that are given, or the tokenizer's; its own end ends too, as it does here."""
+  ids = {key: getattr(tokenizer, key) if given.get(key) is None else given[key] for key in IDS}
+  ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+  if tokenizer.eos_token_id not in (None, *ends):
+    ids["eos_token_id"] = [*ends, tokenizer.eos_token_id]
+  return {key: value for key, value in ids.items() if value is not None}
 
 
 def _merge(more: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:

@@ -62,13 +62,14 @@ def bring_in(
   """
   refuse(output)
   folder = huggingface.find(source)
+  said = huggingface.read_words(folder)
   module, params = huggingface.load(folder, dtype=dtype)
   inside, place = PLACES[type(module)]
   fields = described(module)
   for name in reversed(list(filter(None, place.split("/")))):
     fields = {name: fields}
   with written_whole(output) as scratch:
-    meta = {"config": _config(config, fields), "tokenizer": _tokenizer(folder, module)}
+    meta = {"config": _config(config, fields), "tokenizer": _tokenizer(folder, module), "words": said}
     flat = {f"{inside}/{path}".lstrip("/"): leaf for path, leaf in flatten(params).items()}
     state = {"step": np.zeros((), np.int32), "trained": nest(flat), "frozen": {}, "ema": None, "opt_state": {}}
     checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
@@ -90,7 +91,8 @@ def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
     words = text.from_files(read.meta["tokenizer"], Path(scratch)) if read.meta["tokenizer"] else None
   model = text.with_vocabulary(read.meta["config"]["model"], len(words) if words else 0)
   module, flat = _part(model, params, _kind(model, family))
-  name = huggingface.save(output, module, nest(flat), family=family, tokenizer=words)
+  said = read.meta.get("words", {}) if isinstance(module, huggingface.WRITES) else {}
+  name = huggingface.save(output, module, nest(flat), family=family, tokenizer=words, **said)
   (output / "README.md").write_text(_card(workdir, name))
   return name
 
@@ -144,7 +146,7 @@ def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
   }
   with written_whole(output) as scratch:
     checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
-    checkpoints.save(0, state, data_state={}, meta={"config": config, "tokenizer": read.meta["tokenizer"]})
+    checkpoints.save(0, state, data_state={}, meta=read.meta | {"config": config})
     checkpoints.close()
   return len(learned)
 

@@ -225,3 +225,21 @@ def test_in_bfloat16_the_squared_error_is_below_a_thousandth_of_the_variance(nam
     out = torch_model(name)(torch.tensor(tokens), output_hidden_states=True)
   for found, exact in ((hidden, out.hidden_states[-1].numpy()), (logits, out.logits.numpy())):
     assert np.square(np.asarray(found, np.float32) - exact).mean() < 1e-3 * exact.var()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2.5-vl"])
+def test_what_is_exported_with_a_tokenizer_writes_no_picture_and_ends(name, tmp_path):
+  words = text.train_tokenizer(["a red circle"], 97)
+  torch_model(name).save_pretrained(tmp_path / "saved")
+  module, params = huggingface.load(tmp_path / "saved")
+  huggingface.save(tmp_path / "out", module, params, tokenizer=words)
+  model = type(torch_model(name)).from_pretrained(tmp_path / "out").eval()
+  image = words.convert_tokens_to_ids(IMAGE)
+  assert model.generation_config.eos_token_id == words.eos_token_id
+  for wanted in (words.eos_token_id, 50):  # the picture's word is the likeliest, and then this
+    shift = torch.zeros(97)
+    shift[[image, wanted]] = torch.tensor([2e3, 1e3])
+    hook = model.lm_head.register_forward_hook(lambda _, given, out, shift=shift: out + shift)
+    written = model.generate(torch.tensor([[20, 21]]), max_new_tokens=3, do_sample=False)[0, 2:].tolist()
+    assert written == ([wanted] if wanted == words.eos_token_id else [wanted] * 3)
+    hook.remove()

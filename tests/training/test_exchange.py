@@ -202,3 +202,39 @@ def test_what_was_imported_without_a_tokenizer_cannot_be_used_alone(folder, tmp_
   exchange.bring_in(tmp_path / "model", tmp_path / "workdir")
   with pytest.raises(UserError, match="was imported without a tokenizer"):
     ClipFlow.from_checkpoint(tmp_path / "workdir")
+
+
+def test_an_export_ends_where_we_end_and_shows_no_picture_word(trained, tmp_path):
+  assert cli.main(["export", f"--workdir={trained}", f"--output={tmp_path / 'out'}", "--family=qwen2"]) == 0
+  from transformers import AutoTokenizer
+
+  words = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+  ids = {name: getattr(words, name) for name in huggingface.IDS}
+  config, generation = (
+    json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", huggingface.GENERATION)
+  )
+  assert words.eos_token == text.END and ids.items() <= config.items()
+  assert generation == ids | {"suppress_tokens": [words.convert_tokens_to_ids(text.IMAGE)]}
+
+
+def test_what_no_tensor_tells_comes_back_also_after_training(folder, tmp_path):
+  source = tmp_path / "model"
+  source.mkdir()
+  for file in folder.iterdir():
+    (source / file.name).write_bytes(file.read_bytes())
+  config = json.loads((source / "config.json").read_text())
+  end = config["eos_token_id"]
+  said = dict(bos_token_id=7, eos_token_id=9, pad_token_id=8, max_position_embeddings=777)
+  (source / "config.json").write_text(json.dumps(config | said))
+  (source / huggingface.GENERATION).write_text(json.dumps(dict(eos_token_id=[9, 10], temperature=0.6)))
+  exchange.bring_in(source, tmp_path / "workdir")
+  loop.train(generation_stage(tmp_path / "workdir"), tmp_path / "run")
+  for workdir in ("workdir", "run"):
+    exchange.give_out(tmp_path / workdir, tmp_path / f"{workdir}_out", "qwen2")
+    found, generation = (
+      json.loads((tmp_path / f"{workdir}_out" / name).read_text()) for name in ("config.json", huggingface.GENERATION)
+    )
+    assert (said | {"eos_token_id": [9, end]}).items() <= found.items()
+    assert (
+      dict(eos_token_id=[9, 10, end], bos_token_id=7, pad_token_id=8, temperature=0.6).items() <= generation.items()
+    )
