@@ -95,7 +95,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   rows, part = pipeline.batch_size, next(pipeline.batches(bad, [0]))
   example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), part)
   # words: of the model that the tokenizer came with.
-  words = next((one.get("words", {}) for one in told if one["tokenizer"]), {})
+  words: dict[str, Any] = next((one.get("words", {}) for one in told if one["tokenizer"]), {})
   meta = {"config": written, "tokenizer": _files(chat), "words": words}
   distributed.agree("config or tokenizer", json.dumps(meta, sort_keys=True))
 
