@@ -157,16 +157,23 @@ def load(path: Path | str, names: tuple[str, ...] = ("ema",)) -> Restored:
 
 
 def described(path: Path | str) -> dict[str, Any]:
-  """`meta` of the newest step, of a path as for `load`. Reads no array, and JAX need not look for devices.
+  """`meta` of the newest step that can tell it, of a path as for `load`. Reads no array, nor need JAX find devices.
 
-  UserError where there is no checkpoint, or its description cannot be read.
+  UserError where there is no checkpoint, or no description can be read.
   """
   place = _absolute(path)
-  folders = _steps(place / "checkpoints") or _steps(place) or [place]
-  try:
-    return json.loads((folders[0] / "meta" / "data.json").read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"no readable checkpoint in {path} ({error}): give the workdir of a run or of an import") from error
+  failed: list[Exception] = []
+  for folder in _steps(place / "checkpoints") or _steps(place) or [place]:
+    try:
+      return json.loads((folder / "meta" / "data.json").read_text())
+    except (OSError, ValueError) as error:
+      failed.append(error)
+  raise UserError(f"no readable checkpoint in {path} ({failed[0]}): give the workdir of a run or of an import")
+
+
+def steps(workdir: Path | str) -> list[int]:
+  """The steps that a run has checkpoints of, newest first: damaged ones too, until a resume has set them aside."""
+  return [int(folder.name) for folder in _steps(_absolute(workdir) / "checkpoints")]
 
 
 def shapes(folder: Path | str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.training import loop
+from clipflow_jax.training import checkpoint, loop
 
 ORDER = "stages.json"  # names in order: what tells a run of several stages from a single one
 
@@ -35,8 +35,13 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
 
 
 def is_finished(workdir: Path, steps: int) -> bool:
-  """Whether a stage's newest checkpoint is its last."""
-  return any(folder.name == str(steps) for folder in (workdir / "checkpoints").glob("*"))
+  """Whether a stage's last checkpoint is there, and whole as far as that shows without reading an array."""
+  if steps not in checkpoint.steps(workdir):
+    return False
+  try:
+    return bool(checkpoint.shapes(workdir / "checkpoints" / str(steps)))
+  except UserError:
+    return False  # damaged: the stage goes on from the one before
 
 
 def newest(path: Path | str) -> Path:
@@ -45,7 +50,7 @@ def newest(path: Path | str) -> Path:
   if not (path / ORDER).exists():
     return path
   for name in reversed(json.loads((path / ORDER).read_text())):
-    if any((path / name / "checkpoints").glob("[0-9]*")):
+    if checkpoint.steps(path / name):
       return path / name
   raise UserError(f"no stage of {path} has a checkpoint yet; train it first")
 

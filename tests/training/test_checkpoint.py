@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.training import checkpoint
 from clipflow_jax.training.checkpoint import Checkpoints, load
 from tests.benchmarks.import_memory import resident
 
@@ -379,6 +380,16 @@ def test_load_falls_back_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCa
   assert load(tmp_path).step == 1
   assert "2 is damaged" in caplog.text
   assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_run_is_described_by_the_newest_step_that_can_tell(tmp_path: Path):
+  save(tmp_path / "checkpoints", 1, 2)
+  assert checkpoint.described(tmp_path) == META and checkpoint.steps(tmp_path) == [2, 1]
+  os.truncate(tmp_path / "checkpoints" / "2" / "meta" / "data.json", 5)
+  assert checkpoint.described(tmp_path) == META
+  (tmp_path / "checkpoints" / "1" / "meta" / "data.json").unlink()
+  with pytest.raises(UserError, match="no readable checkpoint in"):
+    checkpoint.described(tmp_path)
 
 
 def test_load_says_what_is_wrong_with_a_path(tmp_path: Path):

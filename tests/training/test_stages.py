@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.training import loop, stages
+from clipflow_jax.training import checkpoint, loop, stages
 
 
 def config(**steps: int) -> ConfigDict:
@@ -16,7 +17,9 @@ def config(**steps: int) -> ConfigDict:
 
 
 def finish(workdir: Path, step: int) -> None:
-  (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  checkpoints.save(step, {"x": np.zeros(2)}, data_state={}, meta={})
+  checkpoints.close()
 
 
 @pytest.fixture
@@ -68,6 +71,8 @@ def test_a_stage_is_finished_when_its_last_step_is_there(tmp_path):
   assert not stages.is_finished(tmp_path, 20)
   finish(tmp_path, 20)
   assert stages.is_finished(tmp_path, 20)
+  (tmp_path / "checkpoints" / "20" / "state" / "manifest.ocdbt").write_bytes(b"")
+  assert not stages.is_finished(tmp_path, 20)  # damaged since: it goes on from step 2
 
 
 def test_the_newest_is_the_last_stage_with_a_checkpoint(trained, tmp_path):
@@ -75,6 +80,9 @@ def test_the_newest_is_the_last_stage_with_a_checkpoint(trained, tmp_path):
   (tmp_path / stages.ORDER).write_text(json.dumps(["a", "b", "c"]))
   assert stages.newest(tmp_path) == tmp_path / "b"
   assert stages.newest(str(tmp_path / "a")) == tmp_path / "a"  # not a run of several
+  for left in ("1000.orbax-checkpoint-tmp", "5.damaged"):  # of a save that was killed, and of what was set aside
+    (tmp_path / "c" / "checkpoints" / left).mkdir(parents=True)
+  assert stages.newest(tmp_path) == tmp_path / "b"
 
 
 def test_a_run_that_has_nothing_yet_is_named(tmp_path):
