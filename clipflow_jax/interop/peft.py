@@ -39,6 +39,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
   "layers_to_transform": (None,),
   "rank_pattern": (None, {}),
   "alpha_pattern": (None, {}),
+  "alora_invocation_tokens": (None,),
+  "layer_replication": (None,),
+  "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base as well
 }
 
 

@@ -55,6 +55,26 @@ def test_what_is_no_plain_adapter_is_refused_by_name(tmp_path: Path):
     peft.save(tmp_path / "adapter", OURS.alone(adapted()), alpha=1.0)
 
 
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("init_lora_weights", "pissa"),  # what is learned is beside a base without its first components
+    ("init_lora_weights", "olora"),
+    ("alora_invocation_tokens", [3, 4]),  # only from these words on
+    ("layer_replication", [[0, 2], [1, 2]]),
+  ],
+)
+def test_adapters_that_are_not_beside_the_plain_base_are_refused(key, value, tmp_path):
+  peft.save(tmp_path / "adapter", OURS.alone(adapted()), alpha=1.0)
+  file = tmp_path / "adapter" / "adapter_config.json"
+  plain = json.loads(file.read_text())
+  file.write_text(json.dumps(plain | {key: value}))
+  with pytest.raises(UserError, match=f"says {key}"):
+    peft.load(tmp_path / "adapter")
+  file.write_text(json.dumps(plain | {"init_lora_weights": "gaussian", key: None}))
+  peft.load(tmp_path / "adapter")
+
+
 def test_peft_computes_with_them_what_ours_merged_do(tmp_path: Path):
   """peft on transformers' Qwen3 of the exported base, logits within 1e-4."""
   torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install clipflow_jax[parity]")
