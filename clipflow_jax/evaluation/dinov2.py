@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipflow_jax.data.feature_cache import fingerprint
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation.inception import Sharded, bicubic
+from clipflow_jax.evaluation.inception import Sharded, bicubic, key_of
 from clipflow_jax.interop import huggingface
 from clipflow_jax.models.vision import VisionTower
 
@@ -28,7 +27,7 @@ class Extractor:
     module, params = huggingface.load(weights)
     if not isinstance(module, VisionTower) or module.pooling != "class" or module.embedding:
       raise UserError(f"{weights} is no DINOv2: give a folder or hub id such as facebook/dinov2-large")
-    self.key = fingerprint(params)
+    self.key = key_of(module, params)
     side = module.image_size // module.patch_size
     places = np.asarray(params["place_positions"], np.float32)
     params = {**params, "place_positions": resampled(places, side, SIZE // module.patch_size)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from clipflow_jax.data.feature_cache import fingerprint
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import inception
+from clipflow_jax.interop.family import described
 from clipflow_jax.models.inception import SIZE, InceptionV3
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
-from clipflow_jax.training.state import Params
+from clipflow_jax.training.state import Params, flatten
 
 
 def bilinear(images: np.ndarray | jax.Array) -> jax.Array:
@@ -66,7 +69,7 @@ class Extractor:
       raise UserError(f"the resize {resize!r} is unknown; choose one of {', '.join(RESIZES)}")
     self.resize = RESIZES[resize]
     module, params = inception.load(weights)
-    self.key = f"{fingerprint(params)} {resize}"
+    self.key = f"{key_of(module, params)} {resize}"
     self._run = Sharded(features(module), params, batch_size, before=bilinear)
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -76,6 +79,15 @@ class Extractor:
     """(features f32[n,2048], logits f32[n,1008])."""
     made, logits = self._run(images if self.resize is bilinear else self.resize(images))  # done on the devices
     return made, logits
+
+
+def key_of(module: nn.Module, params: Params) -> str:
+  """A hash of all that a feature is a function of but the picture: the module's fields, every digit and dtype."""
+  digest = hashlib.sha256(json.dumps(described(module), sort_keys=True).encode())
+  for path, leaf in sorted(flatten(params).items()):
+    array = np.asarray(leaf)
+    digest.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+  return digest.hexdigest()
 
 
 def features(module: InceptionV3) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:

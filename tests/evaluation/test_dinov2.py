@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import dinov2
+from clipflow_jax.evaluation import dinov2, inception
 from clipflow_jax.interop import huggingface
 from clipflow_jax.models.vision import VisionTower
 
@@ -48,6 +48,21 @@ def test_features_are_the_class_token_of_pictures_of_224_pixels(made, monkeypatc
   np.testing.assert_allclose(unit, whole.embedding, atol=1e-5)  # which is the same at unit norm
   large = np.stack([np.asarray(Image.fromarray(one).resize((90, 90))) for one in pictures])
   assert np.abs(extractor(large) - found).max() < np.abs(found).max()  # another size is resized, not refused
+
+
+def test_the_key_changes_with_every_digit_dtype_and_field(made):
+  module, params = made
+  nudged = jax.tree.map(lambda leaf: np.nextafter(np.asarray(leaf), np.float32(2)), params)
+  halved = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+  others = [
+    (module.clone(mean=(0.5, 0.5, 0.4)), params),
+    (module.clone(norm_eps=1e-3), params),
+    (module, nudged),
+    (module, halved),
+    (module, jax.tree.map(lambda leaf: leaf.astype(np.float32), halved)),
+  ]
+  keys = {inception.key_of(*each) for each in (made, *others)}
+  assert len(keys) == 6 and inception.key_of(module, dict(params)) in keys
 
 
 def test_another_tower_is_refused(made, monkeypatch):
