@@ -71,6 +71,7 @@ class Classifier:
 
   def score(self, items: Sequence[Item]) -> list[Answer]:
     similar = self.similar(np.stack([item.look(self.size) for item in items]))
+    tasks.check_finite(similar, items)
     labels = [label_of(item, self.names) for item in items]
     # Of classes that are equally likely, such as two of one name, the first is the answer.
     ahead = [

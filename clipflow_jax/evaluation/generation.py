@@ -162,6 +162,7 @@ def by_clip(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answ
   def judge(images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
     texts = [item.question for item in items]
     cosines = np.sum(model.embed_image(folders.fit(images, model.image_size)) * model.embed_text(texts), axis=1)
+    tasks.check_finite(cosines, items)
     return [Answer({"clip_score": 100 * max(0.0, float(c))}, "", text) for c, text in zip(cosines, texts, strict=True)]
 
   return judge

@@ -2,7 +2,8 @@
 
 A folder holds pictures and items.jsonl, one JSON object a line: {"file": "a.png", "question": "...", "answers":
 ["..."], "choices": ["..."], "category": "..."}, each key left out where a task has no use for it. Without items.jsonl
-its folders are classes, and the pictures in one are answered by its name, or by the classes' names in order.
+its folders are classes, and the pictures in one are answered by its name. Folders for known classes have their names,
+or are these in order: numbers by their value, others by the alphabet.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
   named = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
   if classes and named and len(named) != len(classes):
     raise UserError(f"{folder} has {len(named)} folders for {len(classes)} classes: one for each is needed, in order")
+  if set(named) == set(classes):
+    named = list(classes)
+  elif all(name.isdecimal() for name in named):
+    named.sort(key=int)
   return [
     Item(f"{name}/{path.name}", path, answers=((classes or named)[label],), category=name, label=label)
     for label, name in enumerate(named)

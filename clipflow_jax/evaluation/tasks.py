@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation.items import Item
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,16 @@ def run(file: Path, key: str, items: Sequence[Item], scorer: Scorer, *, chunk: i
       os.fsync(out.fileno())
       answers += part
   return answers
+
+
+def check_finite(found: np.ndarray, items: Sequence[Item]) -> None:
+  """UserError with the first item of which f[n] or f[n,K] is not finite: NaN is below nothing, and would be right."""
+  finite = np.isfinite(found).reshape(len(items), -1).all(axis=1)
+  if not finite.all():
+    raise UserError(
+      f"the model gives numbers that are not finite for item {items[int(finite.argmin())].id}: its weights have "
+      "diverged or overflow; evaluate an earlier checkpoint, or weights of another dtype"
+    )
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import captioning, classification, items, tasks, vqa
+from clipflow_jax.evaluation import captioning, classification, generation, items, tasks, vqa
 from clipflow_jax.evaluation.items import Item
 
 # Zero-shot and few-shot.
@@ -105,6 +106,34 @@ def test_ranks_count_classes_ahead_and_of_equals_the_first():
   asked = [Item(str(i), picture("red"), answers=(names[label],)) for i, label in enumerate((5, 0, 5))]
   found = [answer.scores for answer in classifier.score(asked)]
   assert found == [{"top1": 0.0, "top5": 1.0}, {"top1": 1.0, "top5": 1.0}, {"top1": 0.0, "top5": 0.0}]
+
+
+def test_what_is_not_finite_is_never_right():
+  similar = np.array([[1.0, 0, 0], [np.nan] * 3])
+  classifier = classification.Classifier(lambda images: similar, COLOURS, 2)
+  with pytest.raises(UserError, match=r"not finite for item red90: its weights have diverged"):
+    classifier.score(PICTURES[:2])
+  model = types.SimpleNamespace(
+    image_size=2, embed_image=lambda images: np.full((2, 3), np.nan), embed_text=Colours().embed_text
+  )
+  with pytest.raises(UserError, match="not finite for item red50"):
+    generation.by_clip(model)(np.zeros((2, 2, 2, 3), np.uint8), PICTURES[:2])
+
+
+@pytest.mark.parametrize(
+  ("names", "wanted"),
+  [
+    (COLOURS, COLOURS),  # by name, in whatever order
+    (["0", "2", "10"], ["red", "green", "blue"]),  # by value
+    (["n01", "n02", "n10"], ["red", "green", "blue"]),
+  ],
+)
+def test_folders_are_the_classes_that_they_are_named_after(names, wanted, tmp_path):
+  for name in names:
+    (tmp_path / name).mkdir()
+    Image.fromarray(picture("red")).save(tmp_path / name / "a.png")
+  found = {item.category: (item.answers[0], item.label) for item in items.read(tmp_path, COLOURS)}
+  assert found == {name: (colour, COLOURS.index(colour)) for name, colour in zip(names, wanted)}
 
 
 def test_the_mean_per_class_counts_each_class_once():
