@@ -31,7 +31,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import adapters, checkpoint, features, flops, optimizer, state, step
+from clipflow_jax.training import adapters, checkpoint, features, optimizer, plan, state, step
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
@@ -161,13 +161,17 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     def whole(now):
       return state.taken_back(now, jax.tree.map(distributed.place, aside, shardings_aside))
 
+    # What the model needs, whatever is computed besides: traced while the step compiles.
+    counted = config.copy_and_resolve_references()
+    counted.tokenizer.vocabulary = len(chat.tokenizer)
+    model_flops = plan.model_flops(counted, mesh)
     compiled = compiling.result()
     log.info("compiled the step %.1f s after the start", time.perf_counter() - began)
     throughput = Throughput(
       total_steps=config.steps,
       images_per_step=int(np.prod(example.image_roles.shape)),
       tokens_per_step=int(np.prod(example.tokens.shape)),
-      flops_per_step=flops.count(pure, target, example),
+      flops_per_step=model_flops,
       peak_flops=peak_flops() * jax.device_count(),
     )
 

@@ -89,7 +89,7 @@ class Throughput:
     flops_per_step: float,
     peak_flops: float,
   ):
-    """flops_per_step, peak_flops: of all devices together; a step is forward and backward."""
+    """flops_per_step, peak_flops: of all devices together; a step's are the model's (`plan.model_flops`)."""
     self._total_steps = total_steps
     self._images, self._tokens, self._flops = images_per_step, tokens_per_step, flops_per_step
     self._peak_flops = peak_flops

@@ -219,10 +219,15 @@ def describe(config: ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.Abstract
       name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(getattr(traced.state, name)))
       for name in ("trained", "frozen")
     },
-    model_flops_per_step=Program.of(with_model(config, remat="none", kernel="xla"), mesh, learns=False).flops(),
+    model_flops_per_step=model_flops(config, mesh),
     hardware_flops_per_step=traced.flops(),
     hbm_limit_gib=None if math.isnan(limit) else limit,
   )
+
+
+def model_flops(config: ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+  """FLOPs of the model in one step of all devices: what an MFU is of."""
+  return Program.of(with_model(config, remat="none", kernel="xla"), mesh, learns=False).flops()
 
 
 def predict(text: str, report: Report, mesh: jax.sharding.Mesh, chip: Chip, program: Program, images: float) -> Report:

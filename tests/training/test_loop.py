@@ -73,6 +73,21 @@ def test_a_finished_run_is_not_trained_again(whole):
   assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_the_mfu_is_of_the_models_flops_with_the_vocabulary_that_the_run_has(whole, tmp_path, monkeypatch):
+  def model_flops(config, mesh):
+    return config.tokenizer.vocabulary
+
+  def throughput(**given):
+    raise KeyboardInterrupt(given["flops_per_step"])  # what follows is not asked for
+
+  monkeypatch.setattr(loop.plan, "model_flops", model_flops)
+  monkeypatch.setattr(loop, "Throughput", throughput)
+  config = tiny_runs.decoder_stage(init_from=str(whole[0]))
+  config.tokenizer.vocabulary = 280
+  with pytest.raises(KeyboardInterrupt, match="300"):
+    loop.train(config, tmp_path)
+
+
 def test_another_seed_is_another_run(whole, tmp_path):
   other = loop.train(tiny_runs.decoder_stage(seed=1, steps=1), tmp_path)
   assert metrics(tmp_path)[0]["loss"] != metrics(whole[0])[0]["loss"]
