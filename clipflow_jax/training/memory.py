@@ -48,12 +48,11 @@ def estimate(config: ConfigDict) -> Report:
     between = peak(jax.make_jaxpr(step.pure)(step.state, step.batch).jaxpr) / count
     kinds["activations"] = max(0.0, between - kinds["gradients"])
     report = plan.describe(config, mesh, count)
-  host = kinds.pop("moments") if config.optimizer.get("offload") else 0.0
   used = sum(kinds.values()) / GIB
   report |= dict(
     hbm_per_chip_gib=used,
     memory_gib={kind: size / GIB for kind, size in kinds.items()},
-    host_gib=host / GIB,
+    host_gib=program.host_memory() / GIB,
     fits=used <= chip.hbm_gib,
   )
   if not report["fits"]:

@@ -26,6 +26,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.data import feature_cache
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
@@ -95,7 +97,7 @@ def devices(hardware: ConfigDict) -> list[jax.Device]:
 
 
 def abstract_batch(config: ConfigDict, model: ClipFlow) -> Batch:
-  """The batch that the config's data makes, by shape."""
+  """The batch that the config's data makes of pictures, by shape."""
   size = model.clip["vision"]["image_size"]
   b, s, n = config.data.batch_size, config.data.length, config.data.images_per_row
 
@@ -124,10 +126,11 @@ class Program:
   pure: Callable
   state: state.TrainState  # of ShapeDtypeStructs with shardings
   batch: Batch  # likewise
+  offload: str = ""  # of `optimizer.Optimizer`
 
   @classmethod
   def of(cls, config: ConfigDict, mesh: Any, learns: bool = True) -> Program:
-    """mesh: concrete or abstract. learns False leaves the optimizer's work out."""
+    """mesh: concrete or abstract. learns False leaves the optimizer's work out. UserError without data.features."""
     model = ClipFlow(**with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary))
     batch = abstract_batch(config, model)
     objective = Objective(**config.objective)
@@ -141,17 +144,23 @@ class Program:
     shapes = jax.eval_shape(functools.partial(state.create, scales=scales, tx=tx, **kept), params)
     adapted = adapters.around(model)
     pure = step.make(adapted, objective, tx, seed=config.seed, ema=config.ema, accumulate=config.accumulate)
-    return cls(pure, shapes, batch).on(mesh)
+    if config.data.features:  # as the loop does: the tower waits in the host's memory
+      feature_cache.manifest(Path(config.data.features))
+      seen = (*batch.image_roles.shape, *model.feature_shape)
+      batch = dataclasses.replace(batch, images=None, features=jax.ShapeDtypeStruct(seen, jnp.bfloat16))
+      shapes, _ = state.set_aside(shapes, ("clip_model",))
+    return cls(pure, shapes, batch, config.optimizer.get("offload", "")).on(mesh)
 
   def on(self, mesh: jax.sharding.Mesh) -> Program:
     """The same step with its state and batch on another mesh, traced no second time."""
-    placed = (state.shardings(self.state, mesh), sharding.of_batch(self.batch, mesh))
+    placed = (state.shardings(self.state, mesh, self.offload), sharding.of_batch(self.batch, mesh))
 
     def put(leaf, place):
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     pairs = zip((self.state, self.batch), placed, strict=True)
-    return Program(self.pure, *(jax.tree.map(put, *pair) for pair in pairs))
+    now, batch = (jax.tree.map(put, *pair) for pair in pairs)
+    return dataclasses.replace(self, state=now, batch=batch)
 
   def flops(self) -> int:
     """Of the matrix products of all devices together, in one step."""
@@ -165,16 +174,22 @@ class Program:
     return lowered.compile(effort)
 
   def memory(self) -> dict[str, float]:
-    """Bytes per device of what lives from step to step, by kind."""
+    """Bytes per device of what lives in its memory from step to step, by kind."""
     now = self.state
     kinds = {"trained": now.trained, "average": now.ema, "moments": now.opt_state, "frozen": now.frozen}
-    return {kind: float(sum(map(_local_bytes, jax.tree.leaves(tree)))) for kind, tree in kinds.items()} | {
-      "batch": float(sum(map(_local_bytes, jax.tree.leaves(self.batch))))
+    kinds["batch"] = self.batch
+    return {
+      kind: float(sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _in_host(leaf)))
+      for kind, tree in kinds.items()
     }
+
+  def host_memory(self) -> float:
+    """Bytes per device of what lives in the host's memory, by optimizer.offload."""
+    return float(sum(_local_bytes(leaf) for leaf in jax.tree.leaves(self.state) if _in_host(leaf)))
 
   def largest(self, count: int = 8) -> list[str]:
     """The largest arrays of the state on a device, as "GiB shape name"."""
-    leaves = jax.tree_util.tree_leaves_with_path(self.state)
+    leaves = [leaf for leaf in jax.tree_util.tree_leaves_with_path(self.state) if not _in_host(leaf[1])]
     leaves = sorted(leaves, key=lambda leaf: -_local_bytes(leaf[1]))[:count]
     return [f"{_local_bytes(a) / GIB:.3f} GiB {a.dtype}{list(a.shape)} {jax.tree_util.keystr(k)}" for k, a in leaves]
 
@@ -316,23 +331,26 @@ def _memory(compiled: jax.stages.Compiled, program: Program, chip: Chip) -> Repo
     "temporaries": float(stats.temp_size_in_bytes),
     "program": float(stats.generated_code_size_in_bytes),
   }
-  # The arguments as the compiler lays them out, padding included.
-  kinds["padding"] = stats.argument_size_in_bytes - sum(program.memory().values())
+  # The arguments as the compiler lays them out, padding included. A CPU's own memory is the host's.
+  laid_out = stats.argument_size_in_bytes + stats.host_argument_size_in_bytes
+  kinds["padding"] = laid_out - sum(program.memory().values()) - program.host_memory()
   kinds = {kind: size * chip.devices / GIB for kind, size in kinds.items()}
   used = sum(kinds.values())
   fits = None if math.isnan(chip.hbm_gib) else used <= chip.hbm_gib
   found = dict(fits=fits, hbm_per_chip_gib=used, memory_gib=kinds)
+  found["host_gib"] = program.host_memory() * chip.devices / GIB
   return found if fits is not False else found | dict(missing_gib=used - chip.hbm_gib, largest=program.largest())
 
 
-def search(config: ConfigDict, images: float = 1e6, quick: bool = False) -> Iterator[Report]:
-  """Plans of the same stage with other batches, remat policies and meshes, each as soon as it is compiled.
+def search(config: ConfigDict, planned: Callable[[ConfigDict], Report]) -> Iterator[Report]:
+  """Reports by `planned` of the same stage with other batches, remat policies and meshes, each as soon as it is there.
 
-  Those that the mesh does not divide are left out.
+  Those that the mesh does not divide are left out. UserError, the last one's, where none is left.
   """
   count = math.prod(config.hardware.topology) * config.hardware.slices * CHIPS[config.hardware.chip].devices
   sizes = {axis: config.mesh.get(axis, 1) for axis in meshes.AXES}
   sizes = {axis: count // -math.prod(sizes.values()) if size == -1 else size for axis, size in sizes.items()}
+  found, refused = 0, UserError("there is no mesh to try")
   moves: list[dict[str, float]] = [{}, dict(data=2, fsdp=0.5), dict(data=0.5, fsdp=2), dict(tensor=2, fsdp=0.5)]
   for change, remat, rows in itertools.product(moves, ("full", "dots", "none"), (1, 2, 4)):
     mesh = {axis: size * change.get(axis, 1) for axis, size in sizes.items()}
@@ -343,14 +361,25 @@ def search(config: ConfigDict, images: float = 1e6, quick: bool = False) -> Iter
     other.model = with_values(config.model.to_dict(), remat=remat)
     other.data.batch_size = config.data.batch_size * rows
     try:
-      yield plan(other, images, quick)
-    except UserError:
+      report = planned(other)
+    except UserError as error:
+      refused = error
       continue
+    found += 1
+    yield report
+  if not found:
+    raise refused
 
 
 def best(reports: list[Report]) -> list[Report]:
-  """Those that fit, the fastest first."""
-  return sorted((r for r in reports if r["fits"]), key=lambda r: -(r["images_per_s_per_chip"] or 0))
+  """Those that fit, the fastest first; where no speed is known, those with the least work a row, the largest first."""
+
+  def order(report: Report) -> tuple[float, ...]:
+    if report["images_per_s_per_chip"] is not None:
+      return (-report["images_per_s_per_chip"],)
+    return (report["hardware_flops_per_step"] / report["batch_size"], -report["batch_size"])
+
+  return sorted((report for report in reports if report["fits"]), key=order)
 
 
 def with_model(config: ConfigDict, **values: Any) -> ConfigDict:
@@ -364,6 +393,10 @@ def with_values(fields: dict[str, Any], **values: Any) -> dict[str, Any]:
     key: with_values(value, **values) if isinstance(value, dict) else values.get(key, value)
     for key, value in fields.items()
   }
+
+
+def _in_host(leaf: jax.ShapeDtypeStruct) -> bool:
+  return leaf.sharding.memory_kind == state.HOST
 
 
 def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:

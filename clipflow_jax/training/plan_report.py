@@ -12,12 +12,16 @@ from clipflow_jax.training.plan import Report
 def make(config: ConfigDict, *, search: bool, images: float, quick: bool) -> Report:
   """Plans one stage, or with `search` many of its kind, and prints what was found. images, quick: as `plan.plan`."""
   plan.prepare(config)
+
+  def planned(config: ConfigDict) -> Report:
+    return memory.estimate(config) if memory.absent(config.hardware) else plan.plan(config, images, quick)
+
   if not search:
-    report = memory.estimate(config) if memory.absent(config.hardware) else plan.plan(config, images, quick)
+    report = planned(config)
     print(text(report))
   else:
     reports = []
-    for one in plan.search(config, images, quick):
+    for one in plan.search(config, planned):
       reports.append(one)
       print(_line(one), flush=True)
     fitting = plan.best(reports)

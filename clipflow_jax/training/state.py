@@ -120,9 +120,10 @@ def shardings(state: TrainState, mesh: jax.sharding.Mesh, offload: str = "") -> 
   shapes = {path: leaf.shape for path, leaf in flatten(state.trained).items()}
   of_moments = of_trained
   if offload:
-    kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
-    if HOST not in kinds:
-      raise UserError(f"optimizer.offload=host: these devices reach {', '.join(kinds)}, and no {HOST}; leave it out")
+    if isinstance(mesh, jax.sharding.Mesh):  # an abstract one has no devices to ask
+      kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+      if HOST not in kinds:
+        raise UserError(f"optimizer.offload=host: these devices reach {', '.join(kinds)}, and no {HOST}; leave it out")
     of_moments = {path: place.with_memory_kind(HOST) for path, place in of_trained.items()}
 
   def moment(key_path, leaf):

@@ -14,7 +14,7 @@ import pytest
 
 from clipflow_jax import cli, commands
 from clipflow_jax.errors import UserError
-from clipflow_jax.training import hardware, plan, plan_report
+from clipflow_jax.training import hardware, memory, plan, plan_report
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -164,3 +164,39 @@ def test_the_best_fit_and_are_the_fastest():
     dict(fits=True, images_per_s_per_chip=2.0),
   ]
   assert [report["images_per_s_per_chip"] for report in plan.best(reports)] == [2.0, 1.0]
+
+
+def test_without_a_speed_the_best_do_the_least_work_a_row_and_hold_the_most_rows():
+  unknown = dict(fits=True, images_per_s_per_chip=None)
+  reports = [
+    dict(unknown, hardware_flops_per_step=4.0, batch_size=2),
+    dict(unknown, hardware_flops_per_step=3.0, batch_size=2),
+    dict(unknown, hardware_flops_per_step=6.0, batch_size=4),
+    dict(unknown, hardware_flops_per_step=9.0, batch_size=8, fits=False),
+  ]
+  assert [report["hardware_flops_per_step"] for report in plan.best(reports)] == [6.0, 3.0, 4.0]
+
+
+def test_a_search_for_gpus_that_are_not_here_estimates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+  def estimate(config):
+    rows = config.data.batch_size
+    told = dict(batch_size=rows, remat=config.model.transformer.remat, mesh=dict(config.mesh), hbm_limit_gib=80.0)
+    unknown = dict.fromkeys(("predicted_step_s", "images_per_s_per_chip"))
+    fits = dict(fits=rows <= 16, hbm_per_chip_gib=60.0 * rows / 16, missing_gib=40.0)
+    return told | unknown | fits | dict(hardware_flops_per_step=rows)
+
+  monkeypatch.setattr(memory, "estimate", estimate)
+  config = commands.load_config("configs/joint.py:model=small,hardware=h100x1", ["--config.data.batch_size=8"])
+  found = plan_report.make(config, search=True, images=1e6, quick=False)
+  assert found["batch_size"] == 16 and len(found["tried"]) == 9
+  assert "does not fit by 40.00 GiB" in capsys.readouterr().out
+
+
+def test_a_search_of_which_nothing_can_be_planned_says_why(monkeypatch: pytest.MonkeyPatch):
+  def refuse(config):
+    raise UserError("data.features: nowhere is none")
+
+  monkeypatch.setattr(memory, "estimate", refuse)
+  config = commands.load_config("configs/joint.py:model=small,hardware=h100x1", [])
+  with pytest.raises(UserError, match="nowhere is none"):
+    plan_report.make(config, search=True, images=1e6, quick=False)
