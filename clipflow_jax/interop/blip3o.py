@@ -72,7 +72,7 @@ TIME_STEPS = 1000  # its scheduler's
 
 
 def _unsaid(files: Files) -> dict[str, Any]:
-  """The drawer's shape, of which config.json says nothing."""
+  """The drawer's shape, of which config.json says nothing, and whether the head is its own."""
 
   def shape(name: str) -> list[int]:
     if name not in files.where:
@@ -90,6 +90,7 @@ def _unsaid(files: Files) -> dict[str, Any]:
       "mlp": shape(first + "feed_forward.linear_1.weight")[0],
     },
     "channels": channels,
+    **language.untied(files),
   }
 
 

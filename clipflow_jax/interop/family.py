@@ -27,7 +27,7 @@ class Family:
   ignored: regex of their tensors that are left where they are.
   processor: our module -> preprocessor_config.json, or None.
   base: the `model_type` that completes config.json where transformers does not know this one; None: it is complete.
-  unsaid: the tensors -> what config.json leaves to their shapes.
+  unsaid: the tensors -> what config.json leaves to them.
   """
 
   name: str

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipflow_jax.interop.family import Config, Family, need
-from clipflow_jax.interop.tensors import LINEAR, Row
+from clipflow_jax.interop.tensors import LINEAR, Files, Row
 from clipflow_jax.models.rotary import STRETCHES
 from clipflow_jax.models.transformer import Transformer
 
@@ -48,6 +49,7 @@ KEYS = {
   "tie_embeddings": "tie_word_embeddings",
 }
 PLAIN = ("rope_type", "rope_theta", "mrope_section")  # of rope_parameters: what has a field of its own
+BLOCK = 4096  # words whose rows are compared at once
 NO_BIAS = dict(qkv_bias=False, out_bias=False, mlp_bias=False)
 
 
@@ -138,6 +140,23 @@ def qwen2_5_vl_config(module: Transformer) -> dict[str, Any] | None:
   return {"text_config": config, "tie_word_embeddings": module.tie_embeddings}
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def untied(files: Files) -> dict[str, Any]:
+  """That the head is its own, where there is one with other values than the embedding, whatever config.json says.
+
+  So it is in transformers. Compared block by block up to the first that differs: neither is in memory as a whole.
+  """
+  if HEAD not in files.where or EMBEDDING not in files.where:
+    return {}
+  shape = files[HEAD].get_shape()
+  blocks = (slice(start, min(start + BLOCK, shape[0])) for start in range(0, shape[0], BLOCK))
+  same = shape == files[EMBEDDING].get_shape()
+  same = same and all(np.array_equal(files[HEAD][block], files[EMBEDDING][block]) for block in blocks)
+  return {} if same else {"tie_word_embeddings": False}
+
+
 TIED = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # written by some although tied; computed
 FAMILIES = (
   Family(
@@ -149,8 +168,9 @@ FAMILIES = (
     qwen2_5_vl_config,
     _parameters,
     rf"{TIED}|visual\..*",
+    unsaid=untied,
   ),
-  Family("qwen2", "Qwen2ForCausalLM", Transformer, ROWS, _qwen2, _qwen2_config, _parameters, TIED),
-  Family("qwen3", "Qwen3ForCausalLM", Transformer, ROWS, _qwen3, _qwen3_config, _parameters, TIED),
-  Family("llama", "LlamaForCausalLM", Transformer, ROWS, _llama, _llama_config, _parameters, TIED),
+  Family("qwen2", "Qwen2ForCausalLM", Transformer, ROWS, _qwen2, _qwen2_config, _parameters, TIED, unsaid=untied),
+  Family("qwen3", "Qwen3ForCausalLM", Transformer, ROWS, _qwen3, _qwen3_config, _parameters, TIED, unsaid=untied),
+  Family("llama", "LlamaForCausalLM", Transformer, ROWS, _llama, _llama_config, _parameters, TIED, unsaid=untied),
 )

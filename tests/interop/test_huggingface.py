@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.interop import huggingface, tensors
+from clipflow_jax.interop import huggingface, language, tensors
 from clipflow_jax.interop.tensors import LINEAR, PATCHES, SAME, Row
 from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.training.state import flatten
@@ -90,6 +90,20 @@ def test_tensors_that_do_not_fit_are_all_named(folder):
   assert "misshapen: model.layers.0.self_attn.q_proj.bias is I32, not one of" in text
   assert "model.norm.weight is [5], not [16]" in text
   assert "not expected: model.surprise.weight" in text
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(folder, params, monkeypatch):
+  monkeypatch.setattr(language, "BLOCK", 8)
+  file = folder / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+  module, loaded = huggingface.load(folder)
+  assert module == MODULE and same(loaded, params)
+  change(folder, lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"]}))
+  module, loaded = huggingface.load(folder)
+  assert module.tie_embeddings and "head" not in loaded
+  change(folder, lambda held: held.update({"lm_head.weight": np.zeros((3, 16), np.float32)}))
+  with pytest.raises(UserError, match=r"lm_head.weight is \[3, 16\], not \[20, 16\]"):
+    huggingface.load(folder)
 
 
 def test_pickled_files_are_refused_with_the_remedy(folder):
