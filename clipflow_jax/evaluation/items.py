@@ -61,8 +61,7 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
     raise UserError(f"there is no folder {folder}: give one with pictures and {ITEMS}, or with a folder for each class")
   file = folder / ITEMS
   if file.is_file():
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [_parse(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_parse(line, file, number) for number, line in _lines(file)]
   named = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
   if classes and named and len(named) != len(classes):
     raise UserError(f"{folder} has {len(named)} folders for {len(classes)} classes: one for each is needed, in order")
@@ -83,10 +82,7 @@ def read_prompts(file: Path | str) -> list[Item]:
   GenEval's own names for it and for the category, `prompt` and `tag`, do as well: its file is read as it is.
   """
   file = Path(file)
-  try:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"cannot read the prompts {file}: {error}") from error
+  lines = [line for _, line in _lines(file)]
   if file.suffix == ".jsonl":
     return [_parse(line, file, number) for number, line in enumerate(lines, start=1)]
   if file.suffix == ".csv":
@@ -142,13 +138,33 @@ def choose(items: Sequence[Item], n: int, seed: int) -> list[Item]:
 
 
 def fingerprint(items: Iterable[Item]) -> str:
-  """A hash of everything that is asked, pictures in files by their place: what RESULT.json calls `prompts`."""
+  """A hash of everything that is asked: what RESULT.json calls `prompts`. UserError for a picture that is not there."""
   digest = hashlib.sha256()
   for item in items:
     words = [item.id, item.question, *item.answers, "", *item.choices, item.category]
     digest.update(json.dumps([words, dict(item.more)], ensure_ascii=False).encode())
-    digest.update(item.picture.tobytes() if isinstance(item.picture, np.ndarray) else b"")
+    if isinstance(item.picture, np.ndarray):
+      digest.update(item.picture.tobytes())
+    elif item.picture is not None:
+      digest.update(_digest(item.picture))
   return digest.hexdigest()[:16]
+
+
+def _digest(file: Path) -> bytes:
+  try:
+    with file.open("rb") as opened:
+      return hashlib.file_digest(opened, "sha256").digest()
+  except OSError as error:
+    raise UserError(f"cannot read the picture {file}: {error.strerror}; mend it or take its line away") from error
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+  """(its number from 1, the line) of those that are not empty; only a newline ends one. UserError for no text."""
+  try:
+    lines = file.read_text(encoding="utf-8").split("\n")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read {file}: {error}; give a file of UTF-8") from error
+  return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _parse(line: str, source: Path, number: int) -> Item:

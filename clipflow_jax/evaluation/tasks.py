@@ -89,7 +89,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _kept(file: Path, key: str) -> Iterator[Answer]:
   """The answers of a file of this key, up to the first that is not whole."""
-  lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+  lines = file.read_bytes().split(b"\n") if file.is_file() else []  # not as text: it may end within a letter
   for number, line in enumerate(lines):
     try:
       row = json.loads(line)

@@ -443,6 +443,17 @@ def test_items_are_read_from_lines_and_from_folders_of_classes(tmp_path):
     items.read(tmp_path / "nowhere")
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+  said = "two\u2028lines\x85in\x0cone"
+  (tmp_path / "items.jsonl").write_bytes(json.dumps({"question": said}, ensure_ascii=False).encode() + b"\r\n{}\r\n")
+  assert [item.question for item in items.read(tmp_path)] == [said, ""]
+  (tmp_path / "prompts.txt").write_text(f"{said}\na cat\n", encoding="utf-8")
+  assert [item.question for item in items.read_prompts(tmp_path / "prompts.txt")] == [said, "a cat"]
+  (tmp_path / "items.jsonl").write_bytes("é".encode("latin-1"))
+  with pytest.raises(UserError, match=r"cannot read .*items.jsonl: .* give a file of UTF-8"):
+    items.read(tmp_path)
+
+
 @pytest.mark.parametrize(
   ("line", "says"),
   [
@@ -465,3 +476,13 @@ def test_a_choice_of_items_keeps_their_order_and_its_hash_tells_what_is_asked():
   assert items.fingerprint(chosen) == items.fingerprint(items.choose(PICTURES, 4, seed=1))
   assert items.fingerprint(chosen) != items.fingerprint(chosen[:3])
   assert items.fingerprint([Item("1", picture("red"))]) != items.fingerprint([Item("1", picture("blue"))])
+
+
+def test_the_hash_of_items_is_of_what_their_files_show_wherever_they_lie(tmp_path):
+  hashes = []
+  for name, colour in (("a", "red"), ("b", "blue"), ("c", "red")):
+    Image.fromarray(picture(colour)).save(tmp_path / f"{name}.png")
+    hashes.append(items.fingerprint([Item("1", tmp_path / f"{name}.png")]))
+  assert hashes[0] == hashes[2] != hashes[1]
+  with pytest.raises(UserError, match=r"cannot read the picture .*d.png: No such file"):
+    items.fingerprint([Item("1", tmp_path / "d.png")])

@@ -22,7 +22,7 @@ class Lengths:
     if any(item.id == self.stop for item in items):
       raise KeyboardInterrupt
     self.asked.append([item.id for item in items])
-    return [Answer({"third": int(item.id) / 3}, f"“{item.id}”", item.category) for item in items]
+    return [Answer({"third": int(item.id) / 3}, f"“{item.id}\u2028”", item.category) for item in items]
 
 
 ITEMS = [Item(str(i), category="odd" if i % 2 else "even") for i in range(11)]
@@ -40,7 +40,7 @@ def test_items_are_asked_in_order_and_in_chunks_of_one_size(tmp_path, whole):
   assert [id for part in scorer.asked for id in part] == [item.id for item in ITEMS]
 
 
-@pytest.mark.parametrize("torn", [0, 1, 30])
+@pytest.mark.parametrize("torn", [0, 1, 20, 21, 30])
 def test_what_was_answered_before_a_stop_is_not_asked_again(tmp_path, whole, torn):
   file = tmp_path / "a.jsonl"
   with pytest.raises(KeyboardInterrupt):
