@@ -34,19 +34,34 @@ def tower(config: ConfigDict, workdir: str) -> None:
   """Puts the tower that `clipflow import` wrote to `workdir` into a stage's config, alone or with its text tower.
 
   Pictures get its size and the pixel decoder its patches, and the statistics of its features are measured at the start.
+  A text tower knows the words of its own tokenizer alone: it comes where the stage takes that one, which it can for
+  captions and where no language model brings another. Else the stage has none.
   """
   fields = imported(workdir).get("clip")
   if not fields:
     raise UserError(f"{workdir} holds no tower; import one of the families clip, siglip, eva02_large, dinov2")
   ours, vision = config.model.clip, fields["vision"]
+  if "text" in fields and not _takes_tokenizer(config, workdir):
+    fields = {name: value for name, value in fields.items() if name != "text"}
+    ours.text = None
   for name, value in fields.items():  # a text tower and how both are compared, where there are two
     run = {key: ours[name][key] for key in RUN if key in ours[name]} if name in ("vision", "text") else None
     ours[name] = value if run is None else dict(value, **run)
+  if "text" in fields:
+    config.data.length = fields["text"]["length"]
   config.data.source.size = vision["image_size"]
   if config.model.get("pixel_decoder"):
     config.model.pixel_decoder.update(image_size=vision["image_size"], patch_size=vision["patch_size"])
   config.measure_features = 4096
   begin_from(config, workdir)
+
+
+def _takes_tokenizer(config: ConfigDict, workdir: str) -> bool:
+  """Whether a stage is of captions alone, begins from nothing else, and the import in `workdir` has a tokenizer."""
+  from clipflow_jax.training import checkpoint
+
+  tasks = {name for name, weight in config.data.tasks.items() if weight} | set(config.data.row)
+  return tasks == {"caption"} and not config.init_from and bool(checkpoint.described(workdir)["tokenizer"])
 
 
 def imported(workdir: str) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def _config(config: ConfigDict | None, fields: dict[str, Any]) -> dict[str, Any]
 def _kind(model: dict[str, Any], family: str | None) -> type[nn.Module]:
   if family is not None:
     return huggingface.family(family).kind
-  return Transformer if model.get("transformer") else Clip if "text" in model.get("clip", {}) else VisionTower
+  return Transformer if model.get("transformer") else Clip if model.get("clip", {}).get("text") else VisionTower
 
 
 def _part(model: dict[str, Any], params: Params, kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:

@@ -352,10 +352,17 @@ def _take(ours: Params, starts: Sequence[checkpoint.Restored], shardings: Params
 
 
 def _tokenizer(config: ConfigDict, told: Sequence[Mapping[str, Any]], parts: tuple[mixture.Part, ...]):
-  """The tokenizer of a run that this one goes on from, else one trained on this run's own texts."""
-  if files := next((meta["tokenizer"] for meta in told if meta["tokenizer"]), None):  # a tower alone brings none
+  """The tokenizer of a run that this one goes on from, else one trained on this run's own texts.
+
+  One for captions alone, as a tower brings it, is taken only with a text tower that reads it.
+  """
+  for meta in told:
+    if not meta["tokenizer"]:  # a tower may bring none
+      continue
     with tempfile.TemporaryDirectory() as scratch:
-      return text.from_files(files, Path(scratch))
+      tokenizer = text.from_files(meta["tokenizer"], Path(scratch))
+    if text.IMAGE in tokenizer.get_vocab() or config.model.clip.get("text"):
+      return tokenizer
   words = itertools.chain.from_iterable(mixture.texts(parts, config.tokenizer.examples))
   return text.train_tokenizer(words, config.tokenizer.vocabulary)
 

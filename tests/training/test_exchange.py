@@ -101,18 +101,33 @@ def test_what_was_trained_goes_out_as_it_came(folder, trained, tmp_path):
   assert "Nothing was measured of it" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory) -> Path:
-  """A SigLIP with both towers, imported: eight tokens wide, pictures of 24 pixels."""
+def siglip(path: Path, tokenizer: Any = None) -> Path:
+  """A SigLIP with both towers, imported: pictures of 24 pixels, texts of 64 tokens."""
   family = huggingface.family("siglip")
   own = dict(width=32, layers=1, heads=2, mlp=48)
   vision = dict(own, image_size=24, patch_size=12, embedding=0, pooling="attention")
   words = dict(own, vocabulary=300, length=64, embedding=32, pooling="last", projection_bias=True)
   module = Clip(vision=vision, text=words, pairwise=True)
-  path = tmp_path_factory.mktemp("siglip")
-  huggingface.save(path / "model", module, tiny.random_params(family.parameters(module)), family="siglip")
+  params = tiny.random_params(family.parameters(module))
+  huggingface.save(path / "model", module, params, family="siglip", tokenizer=tokenizer)
   assert cli.main(["import", f"--from={path / 'model'}", f"--output={path / 'workdir'}"]) == 0
   return path / "workdir"
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+  return siglip(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+  """The same with a tokenizer of its own, which has no word for a picture."""
+  from transformers import PreTrainedTokenizerFast
+
+  core = text.train_tokenizer(["a red circle"], 290).backend_tokenizer
+  plain = type(core).from_str(core.to_str().replace(text.IMAGE, "<|other|>"))
+  words = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=text.END, pad_token=text.PAD)
+  return siglip(tmp_path_factory.mktemp("reader"), words)
 
 
 def test_a_language_model_and_a_tower_of_two_imports_begin_one_run(imported, tower, tmp_path):
@@ -125,8 +140,27 @@ def test_a_language_model_and_a_tower_of_two_imports_begin_one_run(imported, tow
   frozen = flatten(checkpoint.load(tmp_path, ("frozen",)).state["frozen"])
   for path in (imported, tower):
     held = flatten(checkpoint.load(path, ("trained",)).state["trained"])
-    assert held and all(np.array_equal(leaf, frozen[name]) for name, leaf in held.items())
+    kept = {name: leaf for name, leaf in held.items() if "text_tower" not in name}  # which reads another tokenizer
+    assert kept and all(np.array_equal(leaf, frozen[name]) for name, leaf in kept.items())
+  with pytest.raises(UserError, match="no text tower, so it cannot embed texts"):
+    ClipFlow.from_checkpoint(tmp_path).embed_text(["a red star"])
   assert np.std(frozen["statistics/mean"]) > 0  # of this tower's features
+
+
+@pytest.mark.parametrize("stage", ["captions", "conversations", "captions by a language model", "without a tokenizer"])
+def test_an_imported_text_tower_comes_only_with_its_own_tokenizer(imported, tower, reader, stage):
+  config = tiny_runs.decoder_stage(model=tiny_runs.model())
+  if stage == "conversations":
+    config.data.tasks = dict(caption=1.0, draw=1.0)
+  if "language model" in stage:
+    warm.start(config, str(imported))
+  warm.tower(config, str(tower if "without" in stage else reader))
+  chat = loop.make_pipeline(config, loop.beginnings(config)).chat
+  if stage == "captions":
+    assert config.model.clip.text.pooling == "last" and config.data.length == config.model.clip.text.length
+    assert chat.begin is chat.image is None
+  else:
+    assert config.model.clip.text is None and chat.image is not None
 
 
 def test_a_tower_that_is_no_import_is_told(imported, tmp_path):
