@@ -69,19 +69,25 @@ class Batcher:
   def __init__(self, compute: Compute, *, size: int, wait: float = 0.005, limit: int = 128):
     self.compute, self.size, self.wait, self.limit = compute, size, wait, limit
     self.closed = False
-    self.waiting: list[Job] = []
+    self._jobs: list[Job] = []
     self._news = asyncio.Event()
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     self._seconds = 1.0  # that a batch takes, of late
+
+  @property
+  def waiting(self) -> list[Job]:
+    """Jobs that are not begun and that somebody waits for, the oldest first."""
+    return [job for job in self._jobs if not job.dropped]
 
   def submit(self, settings: Hashable, items: Sequence) -> list[Job]:
     """A job for each item, all or none. Only items of equal settings are computed together. Raises Full or Closed."""
     if self.closed:
       raise Closed("no more is taken: the server is about to stop")
-    if len(self.waiting) + len(items) > self.limit:
-      raise Full(math.ceil(self._seconds * (1 + len(self.waiting) // self.size)))
+    waiting = self.waiting
+    if len(waiting) + len(items) > self.limit:
+      raise Full(math.ceil(self._seconds * (1 + len(waiting) // self.size)))
     jobs = [Job(settings, item) for item in items]
-    self.waiting += jobs
+    self._jobs = waiting + jobs
     self._news.set()
     return jobs
 
@@ -100,13 +106,13 @@ class Batcher:
       if len(self._next()) < self.size and not self.closed:
         await asyncio.sleep(self.wait)
       jobs = self._next()
-      self.waiting = [job for job in self.waiting if not job.dropped and job not in jobs]
+      self._jobs = [job for job in self.waiting if job not in jobs]
       if jobs:
         await self._answer(jobs)
 
   def _next(self) -> list[Job]:
-    wanted = [job for job in self.waiting if not job.dropped]
-    return [job for job in wanted if job.settings == wanted[0].settings][: self.size]
+    waiting = self.waiting
+    return [job for job in waiting if job.settings == waiting[0].settings][: self.size]
 
   async def _answer(self, jobs: list[Job]) -> None:
     start = time.monotonic()

@@ -6,22 +6,24 @@ to a `Service` and wait.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
 import secrets
+import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
@@ -32,8 +34,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clipflow_jax.demo import schemas
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
-from clipflow_jax.demo.service import Service, Talk, first, written
+from clipflow_jax.demo.service import Service, Talk, finished, first, written
 from clipflow_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 def make_app(service: Service, api_key: str | None = None) -> Gate:
@@ -81,15 +85,15 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
   described = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "clipflow"}
 
   @app.post("/v1/images/generations")
-  async def generations(asked: ImageRequest) -> dict:
+  async def generations(asked: ImageRequest, request: Request) -> dict:
     service.named(asked.model)
     items, settings = service.drawing(asked)
-    pictures = await first(service.batcher.submit(settings, items))
+    pictures = await _unless_gone(request, first(service.batcher.submit(settings, items)))
     data = [{"b64_json": _png(picture), "seed": item.seed} for picture, item in zip(pictures, items)]
     return {"created": int(time.time()), "data": data}
 
   @app.post("/v1/chat/completions", response_model=None)
-  async def completions(asked: ChatRequest) -> dict | Response:
+  async def completions(asked: ChatRequest, request: Request) -> dict | Response:
     service.named(asked.model)
     item, prompt = await service.talk(asked)
     (job,) = service.batcher.submit(Talk(), [item])
@@ -97,12 +101,31 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
     if asked.stream:
       usage = asked.stream_options is not None and asked.stream_options.include_usage
       return StreamingResponse(_events(head, job, prompt, usage), media_type="text/event-stream")
-    *_, answer = [so_far async for so_far in written(job)]
+    answer = await _unless_gone(request, finished(job))
     message = {"role": "assistant", "content": answer.text}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prompt, answer.tokens)}
 
   return Gate(app, service, api_key)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+  """What the work gives. Where the client goes away first it is given up, and Refused raised: of itself a handler goes
+  on, and only a stream is ended."""
+
+  async def gone() -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+      pass
+
+  working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+  try:
+    await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+      raise Refused(499, "the client has gone")
+    return working.result()
+  finally:
+    working.cancel()
+    watching.cancel()
 
 
 async def _events(head: dict, job: Job, prompt: int, usage: bool) -> AsyncIterator[str]:
@@ -249,7 +272,9 @@ class Server(uvicorn.Server):
     print(f"serving {self.service.name!r} at http://{host}:{port}/v1", flush=True)
 
   def handle_exit(self, sig: int, frame: Any) -> None:
-    self.force_exit = self.should_exit = self.service.batcher.closed
+    if self.service.batcher.closed:  # nothing else ends a thread in the midst of a batch
+      signal.signal(sig, signal.SIG_DFL)
+      signal.raise_signal(sig)
     self.service.batcher.close()
 
   async def on_tick(self, counter: int) -> bool:

@@ -206,3 +206,9 @@ async def written(job: Job) -> AsyncIterator[Written]:
         return
   finally:
     job.dropped = True
+
+
+async def finished(job: Job) -> Written:
+  """All that is written."""
+  *_, whole = [so_far async for so_far in written(job)]
+  return whole

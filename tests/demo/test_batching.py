@@ -72,6 +72,19 @@ def test_more_than_the_queue_holds_is_refused_whole():
   run(task())
 
 
+def test_of_the_queue_what_nobody_waits_for_takes_no_place():
+  async def task():
+    b = batcher(limit=3)
+    for job in b.submit("a", [1, 2, 3]):
+      job.dropped = True
+    b.submit("a", [4, 5, 6])
+    assert [job.item for job in b.waiting] == [4, 5, 6]
+    with pytest.raises(Full):
+      b.submit("a", [7])
+
+  run(task())
+
+
 def test_a_failure_reaches_those_of_its_batch_and_no_others():
   async def task():
     b = batcher()

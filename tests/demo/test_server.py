@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import io
 import json
 import random
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -424,6 +427,34 @@ def test_a_full_queue_and_a_server_about_to_stop_say_when_to_come_again(model):
     assert not running.thread.is_alive()
 
 
+def test_work_is_given_up_for_a_client_that_has_gone(model):
+  service = Service(model, "tiny", size=1, limit=2)
+  hold = threading.Event()
+
+  def compute(settings, items):
+    yield hold.wait(60)
+
+  service.batcher.compute = compute
+  with Running(service) as running:
+    for path, asked in ((DRAW, {"prompt": "a", "n": 2}), (CHAT, {"model": "tiny", "messages": HOW})):
+      gave_up = f'clipflow_requests_total{{route="{path}",status="499"}}'
+      with contextlib.closing(
+        socket.create_connection((running.http.base_url.host, running.http.base_url.port))
+      ) as client:
+        body = json.dumps(asked)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        client.sendall(f"{head}\r\n\r\n{body}".encode())
+        while not service.batcher.waiting:
+          time.sleep(0.01)
+      deadline = time.monotonic() + 30
+      while service.batcher.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+      while gave_up not in running.http.get("/metrics").text:
+        time.sleep(0.01)
+    hold.set()
+
+
 def test_among_many_clients_each_is_answered_as_if_alone(running):
   talks = [(CHAT, {"model": "tiny", "messages": HOW, "temperature": heat, "seed": 1}) for heat in (0.0, 1.0)]
   pool = [*talks, (DRAW, {"prompt": "a star", "seed": 1}), (DRAW, {"prompt": "a star", "seed": 2, "steps": 5})]
@@ -450,6 +481,32 @@ def test_the_command_ends_with_0_when_what_it_was_asked_for_is_answered(trained)
         time.sleep(0.02)
       assert decoded(answer.result().json()["data"][0]["b64_json"]).shape == (24, 24, 3)
     assert process.wait(60) == 0
+
+
+IN_A_LONG_BATCH = """
+import sys, time
+from clipflow_jax.demo import address, server, service
+from clipflow_jax.inference.pipeline import ClipFlow
+def compute(settings, items):
+  print("it computes", flush=True)
+  yield time.sleep(100)
+busy = service.Service(ClipFlow.from_checkpoint(sys.argv[1]), "tiny")
+busy.batcher.compute = compute
+server.serve(busy, address.bind("127.0.0.1", 0))
+"""
+
+
+@pytest.mark.slow
+def test_asked_twice_to_stop_it_ends_at_once(trained):
+  command = [sys.executable, "-c", IN_A_LONG_BATCH, str(trained)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    said = "".join(process.stdout.readline() for _ in range(2))
+    url = re.search(r"at (http://127.0.0.1:\d+)/v1", said)[1]
+    process.terminate()
+    while httpx.get(f"{url}/v1/models").status_code != 503:
+      time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == -signal.SIGTERM
 
 
 def test_an_address_that_cannot_be_had_is_told_in_one_line():
