@@ -36,6 +36,25 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
+def _whole(least: int) -> Callable[[str], int]:
+  """Reads a whole number of `least` or more."""
+
+  def read(text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or int(text) < least:
+      raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+    return int(text)
+
+  return read
+
+
+def _written(text: str) -> Path:
+  """A file that can be written at the end: what comes before may take hours."""
+  path = Path(text)
+  if path.is_dir() or not path.parent.is_dir():
+    raise argparse.ArgumentTypeError(f"{text!r} cannot be written: give a file in a folder that is there")
+  return path
+
+
 class _Parser(argparse.ArgumentParser):
   """Says what is wrong in one line, without the usage."""
 
@@ -150,14 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     "--real", type=Path, help="a folder: fid,kid,is,precision_recall,fd_dinov2,cmmd,clip_distance; .npz: fid"
   )
   sub.add_argument("--fake", type=Path, help="the folder that is compared with it")
-  sub.add_argument("--statistics", type=Path, help="write those of --real to this .npz, and compare nothing")
+  sub.add_argument("--statistics", type=_written, help="write those of --real to this .npz, and compare nothing")
   sub.add_argument("--inception", help="the folder with Inception's weights for FID, in safetensors")
   sub.add_argument("--dinov2", help="the folder or hub id of DINOv2 for fd_dinov2, such as facebook/dinov2-large")
   sub.add_argument("--resize", default="torch-fidelity", help="torch-fidelity or clean-fid (default %(default)s)")
-  sub.add_argument("--json", type=Path, help="also write what was found to this file")
-  sub.add_argument("--n", type=int, default=1000, help="pictures behind each score")
-  sub.add_argument("--per-category", type=int, default=128, help="prompts of each compositional category")
-  sub.add_argument("--seed", type=int, default=0)
+  sub.add_argument("--json", type=_written, help="also write what was found to this file")
+  sub.add_argument("--n", type=_whole(2), default=1000, help="pictures behind each score, 2 or more")
+  sub.add_argument("--per-category", type=_whole(1), default=128, help="prompts of each compositional category")
+  sub.add_argument("--seed", type=_whole(0), default=0)
 
   sub = command(
     commands.prepare,
@@ -200,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     config="",
   )
   sub.add_argument("--hardware", help="a name of configs/hardware.py, or CHIP:4x4x4[:SLICES]")
-  sub.add_argument("--json", type=Path, help="also write what it found to this file")
+  sub.add_argument("--json", type=_written, help="also write what it found to this file")
   sub.add_argument("--search", action="store_true", help="try batch, remat and mesh; list the best that fit")
   sub.add_argument("--images", type=float, default=1e6, help="pictures whose cost is asked for (default %(default)g)")
   sub.add_argument("--quick", action="store_true", help="compile with least effort: much sooner, for a slower step")
@@ -235,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("subject", choices=SUBJECTS)
   sub.add_argument("--size", default="cpu", help="of configs/bench.py (default %(default)s)")
   sub.add_argument("--config", help="time the step of this config instead; --config.any.key=value overrides a key")
-  sub.add_argument("--json", type=Path, help="also write the numbers to this file")
-  sub.add_argument("--rounds", type=int, default=5, help="turns that each gets (default %(default)d)")
+  sub.add_argument("--json", type=_written, help="also write the numbers to this file")
+  sub.add_argument("--rounds", type=_whole(1), default=5, help="turns that each gets (default %(default)d)")
   sub.add_argument("--apart", action="store_true", help="one after the other, where a device has no room for all")
   sub.add_argument("--peer", default="", help="another program that does the same: torch (in a checkout, installed)")
 

@@ -77,7 +77,7 @@ def chat(options: argparse.Namespace) -> None:
       raise UserError(f"cannot read the picture {error}") from error
   while True:
     try:
-      words = options.message or input("> ")
+      words = input("> ") if options.message is None else options.message
     except EOFError:
       return
     messages.append({"role": "user", "content": [*first, {"type": "text", "text": words}]})
@@ -85,7 +85,7 @@ def chat(options: argparse.Namespace) -> None:
     answer = model.chat(messages)
     messages.append({"role": "assistant", "content": answer})
     print(answer)
-    if options.message:
+    if options.message is not None:
       return
 
 
@@ -119,6 +119,8 @@ def demo(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
   chosen = [name for name in options.tasks.split(",") if name]
+  if options.statistics and not options.real:
+    raise UserError(f"--statistics={options.statistics} needs --real=DIR: the folder whose statistics are written")
   if options.real or options.fake:
     found = _compare(options, chosen)
   elif options.workdir is None:
@@ -166,7 +168,9 @@ def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
   from clipflow_jax.evaluation import results, suite
 
   config = load_config(options.config, options.overrides)
-  known = config.get("tasks", {}).to_dict()
+  known = config.to_dict().get("tasks")
+  if not known:
+    raise UserError(f"{options.config} has no tasks: give a config that has some, such as configs/evaluate.py")
   names = list(known) if chosen == ["all"] else chosen
   unknown = [name for name in names if name not in known]
   if unknown:
@@ -318,7 +322,7 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
   Raises UserError for a missing file, an unknown key or a value of another type.
   """
   from absl import flags
-  from ml_collections import config_flags
+  from ml_collections import ConfigDict, config_flags
 
   sys.path[:0] = [str(Path(__file__).parent.parent)]  # configs import each other as `configs.x`
   name, _, argument = path.partition(":")
@@ -332,8 +336,12 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
   try:
     values(argv)
     config = values["config"].value
-  except (flags.Error, KeyError, TypeError, ValueError, AttributeError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # whatever running the file raises
     raise UserError(f"config {path}: {_why(error)}") from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"config {path}: get_config returns {config!r}, which is no ConfigDict")
   for stage in _stages(config):
     if "file" in stage:
       stage.file = path

@@ -127,6 +127,22 @@ def test_a_config_that_is_wrong_is_told_in_one_line(capsys, tmp_path, config, ov
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+  ("written", "says"),
+  [
+    ("def get_config(:", "invalid syntax"),
+    ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
+    ("get_config = undefined", "name 'undefined' is not defined"),
+    ("def get_config():\n  1 / 0", "division by zero"),
+    ("def get_config():\n  pass", "get_config returns None, which is no ConfigDict"),
+  ],
+)
+def test_a_config_file_that_fails_is_told_in_one_line(capsys, tmp_path, written, says):
+  (tmp_path / "mine.py").write_text(written)
+  said = fails(capsys, "info", f"--config={tmp_path / 'mine.py'}")
+  assert said.startswith(f"clipflow: config {tmp_path / 'mine.py'}: ") and says in said
+
+
 # Arguments.
 
 
@@ -140,6 +156,16 @@ def test_a_config_that_is_wrong_is_told_in_one_line(capsys, tmp_path, config, ov
     (("draw", "--workdir=x", "--config.steps=3"), "unknown argument"),
     (("train", "--workdir=x"), "the following arguments are required: --config"),
     (("info", "--config.steps", "3"), "unknown argument '--config.steps'"),
+    (("evaluate", "--workdir=x", "--n=1"), "argument --n: '1' is no whole number of 2 or more"),
+    (("evaluate", "--workdir=x", "--per-category=0"), "argument --per-category: '0' is no whole number of 1 or more"),
+    (("evaluate", "--workdir=x", "--seed=-1"), "argument --seed: '-1' is no whole number of 0 or more"),
+    (("evaluate", "--workdir=x", "--seed=one"), "argument --seed: 'one' is no whole number"),
+    (("evaluate", "--workdir=x", "--json=no/x.json"), "argument --json: 'no/x.json' cannot be written: give a file in"),
+    (("evaluate", "--real=x", "--statistics=no/x.npz"), "argument --statistics: 'no/x.npz' cannot be written"),
+    (("evaluate", "--workdir=x", "--statistics=x.npz"), "--statistics=x.npz needs --real=DIR"),
+    (("evaluate", "--workdir=x", "--tasks=all", "--config=configs/joint.py"), "configs/joint.py has no tasks"),
+    (("bench", "data", "--rounds=0"), "argument --rounds: '0' is no whole number of 1 or more"),
+    (("bench", "data", "--json=no/x.json"), "argument --json: 'no/x.json' cannot be written"),
   ],
 )
 def test_arguments_that_are_wrong_are_told_in_one_line(capsys, argv, says):
@@ -198,6 +224,11 @@ def test_chat_answers_a_question_about_a_picture(capsys, trained, tmp_path):
   Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
   assert cli.main(["chat", f"--workdir={trained}", f"--image={tmp_path / 'red.png'}", "--message=what colour?"]) == 0
   assert capsys.readouterr().out.endswith("\n")
+
+
+def test_an_empty_message_is_one_too(capsys, trained, monkeypatch):
+  monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked for another"))
+  assert cli.main(["chat", f"--workdir={trained}", "--message="]) == 0
 
 
 def test_info_shows_what_the_model_will_see_of_its_data(capsys, tmp_path):

@@ -6,6 +6,7 @@ u8[n,H,W,3], read once; n and the size may change from one array to the next.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -80,7 +81,9 @@ class Moments:
         made.count = int(held["count"]) if "count" in held else 2
         made.mean = held["mu"].astype(np.float64)
         made.scatter = held["sigma"].astype(np.float64) * (made.count - 1)
-    except (OSError, ValueError, KeyError) as error:
+      if made.mean.ndim != 1 or made.scatter.shape != 2 * made.mean.shape:
+        raise ValueError(f"mu is {made.mean.shape}, sigma {made.scatter.shape}")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:  # TypeError: an .npy
       raise UserError(f"{file} holds no statistics: an .npz of mu and sigma is needed ({error})") from error
     return made
 

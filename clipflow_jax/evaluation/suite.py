@@ -56,6 +56,9 @@ def evaluate(run: Run, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Don
 
   What was answered before, by the same model with the same settings and software, is not asked again.
   """
+  for key, value in dict(seed=run.seed, resamples=run.resamples).items():
+    if value < 0:
+      raise UserError(f"{key} is {value}; give 0 or more")
   prepared = {name: _prepare(run, name, dict(settings)) for name, settings in chosen.items()}
   done = {}
   for name, start in prepared.items():
@@ -91,6 +94,9 @@ def _prepare(run: Run, name: str, settings: dict[str, Any]) -> Callable[[], Done
   ]
   if lacking:
     raise UserError(f"task {name} needs {lacking[0]}: --config.tasks.{name}.{lacking[0]}=...")
+  below = [key for key, value in settings.items() if isinstance(value, int) and value < 0]
+  if below:
+    raise UserError(f"task {name}: {below[0]} is {settings[below[0]]}; give 0 or more")
   settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
   return make(run, name, **settings)
 

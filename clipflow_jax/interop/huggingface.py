@@ -163,8 +163,11 @@ def family(name: str) -> Family:
 
 def _read_json(file: Path) -> dict[str, Any]:
   try:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-  except (OSError, ValueError, TypeError) as error:  # TypeError: a list, or a number
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+      raise ValueError("it holds no object")
+    return found
+  except (OSError, ValueError) as error:
     raise UserError(f"{file.parent} has no readable {file.name} ({error}); give the folder of a model") from error
 
 
@@ -174,7 +177,9 @@ def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, An
     if described is not None:
       return tried, described
   what = f"a {name} checkpoint cannot" if name else "no family of transformers can"
-  raise UserError(f"{what} say what this {type(module).__name__} is; its fields go beyond it: {module}")
+  raise UserError(
+    f"{what} say what this {type(module).__name__} is; its fields go beyond it: {' '.join(str(module).split())}"
+  )
 
 
 def _ids(tokenizer: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.interop.family import Config, Family, need
 from clipflow_jax.interop.tensors import LINEAR, Files, Row
 from clipflow_jax.models.rotary import STRETCHES
@@ -56,6 +57,9 @@ NO_BIAS = dict(qkv_bias=False, out_bias=False, mlp_bias=False)
 def _module(config: Config, own: dict[str, Any]) -> Transformer:
   need(config, "hidden_act", "silu")
   need(config, "use_sliding_window", None, False)
+  heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+  if groups < 1 or heads % groups:
+    raise UserError(f"config.json says {heads} heads of queries for {groups} of keys, which do not divide them")
   rope = dict(config["rope_parameters"])
   need(rope, "rope_type", "default", *STRETCHES)
   need(rope, "partial_rotary_factor", None, 1.0)

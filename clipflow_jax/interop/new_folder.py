@@ -12,7 +12,10 @@ from clipflow_jax.errors import UserError
 
 
 def refuse(path: Path) -> None:
-  """UserError where `path` is there already and not empty."""
+  """UserError where `path` is there already and not empty, and where it would be below a file."""
+  for parent in path.parents:
+    if parent.exists() and not parent.is_dir():
+      raise UserError(f"{path} cannot be made: {parent} is a file; give a new folder")
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} is there already; give a new folder")
 
@@ -21,8 +24,11 @@ def refuse(path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
   """A folder beside `path` to write into, which becomes `path` at the end, and of which an error leaves nothing."""
   refuse(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+  except OSError as error:
+    raise UserError(f"{path} cannot be made: {error}") from error
   try:
     yield scratch
     scratch.chmod(0o755)

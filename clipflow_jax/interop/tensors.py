@@ -104,7 +104,10 @@ class Files:
 def _weight_files(folder: Path) -> list[Path]:
   index = folder / "model.safetensors.index.json"
   if index.is_file():
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+      files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(f"{index} is no index of tensors ({error!r}); download it again") from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
       raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again")

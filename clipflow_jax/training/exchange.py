@@ -205,7 +205,10 @@ def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
     return {}
   from transformers import AutoTokenizer
 
-  words = AutoTokenizer.from_pretrained(str(folder))
+  try:
+    words = AutoTokenizer.from_pretrained(str(folder))
+  except Exception as error:  # whatever its files make transformers raise
+    raise UserError(f"the tokenizer of {folder} cannot be read ({str(error).splitlines()[0]}); mend it") from error
   if DRAW_HERE in words.get_vocab() and text.IMAGE not in words.get_vocab():
     with tempfile.TemporaryDirectory() as scratch:
       files = text.to_files(words, Path(scratch))
@@ -248,6 +251,8 @@ def _kind(model: dict[str, Any], family: str | None) -> type[nn.Module]:
 
 def _part(model: dict[str, Any], params: Params, kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
   """The module of that kind and its flat parameters, without what no other model has."""
+  if kind not in PLACES:
+    raise UserError(f"a {kind.__name__} is no part of a run, and cannot go out of it")
   inside, place = PLACES[kind]
   fields: Any = model
   for name in filter(None, place.split("/")):

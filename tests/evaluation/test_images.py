@@ -124,8 +124,15 @@ def test_moments_are_saved_as_pytorch_fid_does_and_read_back(tmp_path):
     np.testing.assert_allclose(found.mean, features.mean(0))
     np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False))
   np.savez(tmp_path / "c.npz", mean=features)
-  with pytest.raises(UserError, match=r"c.npz holds no statistics: .* mu and sigma"):
-    images.Moments.load(tmp_path / "c.npz")
+  np.savez(tmp_path / "d.npz", mu=np.zeros(3), sigma=np.eye(4))
+  np.savez(tmp_path / "e.npz", mu=np.zeros(3), sigma=1.0)
+  (tmp_path / "f.npz").write_bytes(b"")
+  (tmp_path / "g.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
+  np.save(tmp_path / "h.npy", np.zeros(3))
+  (tmp_path / "h.npy").rename(tmp_path / "h.npz")
+  for name in "cdefgh":
+    with pytest.raises(UserError, match=rf"{name}.npz holds no statistics: .* mu and sigma"):
+      images.Moments.load(tmp_path / f"{name}.npz")
 
 
 def test_fid_is_the_frechet_distance_of_all_features_and_reads_each_picture_once():

@@ -189,9 +189,11 @@ def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
     (dict(kind="drawn", judge="questions", prompts="depends.jsonl"), "prompt 1: a question depends on number 2 of 2"),
     (dict(kind="drawn", judge="questions", prompts="t.csv"), "t.csv is not a table of questions such as DPG-Bench's"),
     (dict(kind="distance", inception="here"), "task x needs reference"),
+    (dict(kind="few_shot", shots=-1), "task x: shots is -1; give 0 or more"),
+    (dict(kind="captions", n=-8), "task x: n is -8; give 0 or more"),
     (dict(kind="captions", data="nowhere"), "there is no folder nowhere"),
     (dict(kind="yes_no", data="DATA"), "task x: item a is answered by red, not by yes or no"),
-    (dict(kind="drawn", prompts="nowhere.txt"), "cannot read the prompts nowhere.txt"),
+    (dict(kind="drawn", prompts="nowhere.txt"), "cannot read nowhere.txt"),
   ],
 )
 def test_tasks_that_are_wrong_are_told_before_any_is_run(tmp_path, monkeypatch, settings, says):
@@ -205,6 +207,12 @@ def test_tasks_that_are_wrong_are_told_before_any_is_run(tmp_path, monkeypatch, 
   with pytest.raises(UserError, match=says):
     suite.evaluate(suite.Run(model, tmp_path, SOURCE), {"questions": tasks()["questions"], "x": settings})
   assert model.calls == 0
+
+
+@pytest.mark.parametrize("key", ["seed", "resamples"])
+def test_a_seed_or_resamples_below_zero_are_told(tmp_path, key):
+  with pytest.raises(UserError, match=f"{key} is -1; give 0 or more"):
+    suite.evaluate(suite.Run(Oracle(), tmp_path, SOURCE, **{key: -1}), tasks())
 
 
 def test_every_table_has_kinds_and_settings_that_are_there():

@@ -126,12 +126,29 @@ def test_a_file_cut_short_is_named(folder):
     ("hidden_act", "gelu", "says hidden_act 'gelu'; this package computes only 'silu'"),
     ("use_sliding_window", True, "says use_sliding_window True"),
     ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "says rope_type 'dynamic'"),
+    ("num_key_value_heads", 3, "says 2 heads of queries for 3 of keys, which do not divide them"),
     ("quantization_config", {"quant_method": "gptq"}, "quantised"),
   ],
 )
 def test_what_cannot_be_computed_is_refused(folder, key, value, message):
   file = folder / "config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+  with pytest.raises(UserError, match=message):
+    huggingface.load(folder)
+
+
+@pytest.mark.parametrize(
+  ("name", "written", "message"),
+  [
+    ("config.json", "[]", r"no readable config.json \(it holds no object\)"),
+    ("preprocessor_config.json", "{", "no readable preprocessor_config.json"),
+    ("model.safetensors.index.json", "{", "model.safetensors.index.json is no index of tensors"),
+    ("model.safetensors.index.json", "{}", "model.safetensors.index.json is no index of tensors"),
+    ("model.safetensors.index.json", "[]", "model.safetensors.index.json is no index of tensors"),
+  ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_told(folder, name, written, message):
+  (folder / name).write_text(written)
   with pytest.raises(UserError, match=message):
     huggingface.load(folder)
 

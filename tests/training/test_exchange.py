@@ -184,6 +184,24 @@ def test_an_import_that_fails_leaves_nothing_and_returns_2(folder, tmp_path, cap
   assert list(tmp_path.iterdir()) == []
 
 
+def test_what_can_neither_be_read_nor_written_is_told_in_one_line(folder, imported, tmp_path, capsys):
+  (tmp_path / "file").touch()
+  for argv in (["import", f"--from={folder}"], ["export", f"--workdir={imported}"]):
+    assert cli.main([*argv, f"--output={tmp_path / 'file' / 'x' / 'y'}"]) == 2
+    assert f"cannot be made: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+  argv = ["export", f"--workdir={imported}", f"--output={tmp_path / 'x'}", "--family=qwen2_5_vl_vision"]
+  assert cli.main(argv) == 2
+  assert "a QwenVision is no part of a run" in capsys.readouterr().err
+  (tmp_path / "model").mkdir()
+  for file in folder.iterdir():
+    (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+  (tmp_path / "model" / "tokenizer.json").write_text("{")
+  assert cli.main(["import", f"--from={tmp_path / 'model'}", f"--output={tmp_path / 'x'}"]) == 2
+  said = capsys.readouterr().err
+  assert f"the tokenizer of {tmp_path / 'model'} cannot be read" in said and "Traceback" not in said
+  assert not (tmp_path / "x").exists()
+
+
 def test_nothing_is_imported_over_another_workdir(folder, imported):
   with pytest.raises(UserError, match="is there already; give a new folder"):
     exchange.bring_in(folder, imported)
