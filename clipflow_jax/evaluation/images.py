@@ -1,15 +1,14 @@
 """How near are two sets of pictures? FID, KID, Inception Score, precision and recall, CMMD, CLIP score, PSNR.
 
-Each metric of pictures has a twin `..._of` on features that are there already. Sets of pictures are iterables of
-u8[n,H,W,3], read once; n and the size may change from one array to the next.
+`..._of` takes features; `moments` makes them, of pictures that are an iterable of u8[n,H,W,3], read once: n and the
+size may change from one array to the next.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -22,14 +21,6 @@ SEED = 2020  # torch-fidelity's, whose draws are repeated so that numbers can be
 # Rounding to eight bits: the mean squared error below which PSNR says nothing.
 _ROUNDING_MSE = 1 / 12
 _ROWS = 1024  # of a matrix of distances that is there at once
-
-
-class Clip(Protocol):
-  """What `clip_score` needs; `ClipFlow` has it."""
-
-  def embed_image(self, images: np.ndarray) -> np.ndarray: ...
-
-  def embed_text(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
 # Fréchet distance.
@@ -96,14 +87,6 @@ def moments(pictures: Pictures, features: Features) -> Moments:
   return made
 
 
-def fid(a: Pictures, b: Pictures, features: Features) -> float:
-  """Fréchet distance of two sets of pictures in a feature space; memory does not grow with their number.
-
-  With `inception.Extractor` it is FID as in print. Biased upwards for few pictures: compare at equal numbers only.
-  """
-  return _frechet_distance(moments(a, features), moments(b, features))
-
-
 def frechet_distance(
   mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
 ) -> float:
@@ -136,11 +119,6 @@ def frechet_distance_of(a: np.ndarray, b: np.ndarray) -> float:
 # Distances that need every feature.
 
 
-def kid(a: Pictures, b: Pictures, features: Features, *, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
-  """Kernel Inception Distance, (mean, deviation) over subsets, as `kid_of` says."""
-  return kid_of(_all(a, features), _all(b, features), subsets=subsets, size=size)
-
-
 def kid_of(
   a: np.ndarray, b: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = SEED
 ) -> tuple[float, float]:
@@ -169,16 +147,11 @@ def _polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
   return float(within - 2 * kernel(x, y).mean())
 
 
-def cmmd(a: Pictures, b: Pictures, features: Features) -> float:
-  """1000 x the biased MMD² under a Gaussian kernel of deviation 10; in print `features` are CLIP ViT-L/14@336's.
-
-  Features are brought to unit norm. Source: Jayasumana et al. 2024.
-  """
-  return cmmd_of(_all(a, features), _all(b, features))
-
-
 def cmmd_of(a: np.ndarray, b: np.ndarray) -> float:
-  """The same of features a: f[N,D], b: f[M,D]."""
+  """1000 x the biased MMD² under a Gaussian kernel of deviation 10, of features a: f[N,D], b: f[M,D] at unit norm.
+
+  In print they are CLIP ViT-L/14@336's. Source: Jayasumana et al. 2024.
+  """
   x, y = (np.asarray(f, np.float64) / np.linalg.norm(f, axis=1, keepdims=True) for f in (a, b))
 
   def similarity(p: np.ndarray, q: np.ndarray) -> float:
@@ -186,11 +159,6 @@ def cmmd_of(a: np.ndarray, b: np.ndarray) -> float:
     return float(total) / (len(p) * len(q))
 
   return 1000 * (similarity(x, x) + similarity(y, y) - 2 * similarity(x, y))
-
-
-def precision_recall(real: Pictures, fake: Pictures, features: Features, *, k: int = 3) -> tuple[float, float]:
-  """(precision, recall), as `precision_recall_of` says."""
-  return precision_recall_of(_all(real, features), _all(fake, features), k=k)
 
 
 def precision_recall_of(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple[float, float]:
@@ -221,11 +189,6 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
 # Scores of one set.
 
 
-def inception_score(pictures: Pictures, logits: Features, *, splits: int = 10) -> tuple[float, float]:
-  """Inception Score, (mean, deviation) over splits, as `inception_score_of` says."""
-  return inception_score_of(_all(pictures, logits), splits=splits)
-
-
 def inception_score_of(logits: np.ndarray, *, splits: int = 10, seed: int | None = SEED) -> tuple[float, float]:
   """(mean, deviation) over splits of exp E KL(p(y|x) | p(y)). logits: f[N,K]; seed None: in the order given.
 
@@ -246,20 +209,6 @@ def inception_score_of(logits: np.ndarray, *, splits: int = 10, seed: int | None
   return float(np.mean(scores)), float(np.std(scores))
 
 
-def clip_score(pictures: Pictures, texts: Iterable[str], clip: Clip) -> float:
-  """100 x the mean of max(cosine, 0) of each picture and its text, in `clip`'s space. Fewer texts are an error."""
-  remaining, total, count = iter(texts), 0.0, 0
-  for batch in pictures:
-    own = [text for _, text in zip(batch, remaining, strict=False)]
-    if len(own) < len(batch):
-      raise UserError(f"there are only {count + len(own)} texts for the pictures; give one for each")
-    total += len(own) * clip_score_of(clip.embed_image(batch), clip.embed_text(own))
-    count += len(own)
-  if not count:
-    raise UserError("a CLIP score needs a picture or more, got none")
-  return total / count
-
-
 def clip_score_of(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> float:
   """100 x the mean of max(cosine, 0) of pictures and their texts. Both f[N,E], unit norm, row i with row i.
 
@@ -278,17 +227,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
   difference = a.astype(np.float32) - b.astype(np.float32)
   error = np.mean(np.square(difference), axis=(1, 2, 3), dtype=np.float64)
   return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, _ROUNDING_MSE))))
-
-
-def _frechet_distance(a: Moments, b: Moments) -> float:
-  return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-
-
-def _all(pictures: Pictures, features: Features) -> np.ndarray:
-  found = [features(batch) for batch in pictures]
-  if not found:
-    raise UserError("there are no pictures")
-  return np.concatenate(found)
 
 
 def _covariance(samples: np.ndarray) -> np.ndarray:

@@ -133,10 +133,10 @@ def checkpoint(model: ClipFlow) -> dict[str, Any]:
   return {"stage": model.config.get("name", ""), "step": model.step, "config": config, "weights": weights}
 
 
-def _items(run: Run, data: str, what: str, n: int, classes: Sequence[str] = ()) -> list[Item]:
+def _items(run: Run, data: str, what: str, n: int) -> list[Item]:
   """n items of the folder `data`, or of the model's own test split for the empty name."""
   if data:
-    return items.choose(items.read(data, classes), n, run.seed)
+    return items.choose(items.read(data), n, run.seed)
   if run.source is None:
     raise UserError("there is no test split to take items from: give the task `data`, a folder")
   found: list[Example] = []
@@ -150,7 +150,8 @@ def _items(run: Run, data: str, what: str, n: int, classes: Sequence[str] = ()) 
   return items.of_examples(found, what)
 
 
-# The kinds of tasks. Keyword-only arguments are their settings; `data` "" is the model's own test split, n 0 is all.
+# The kinds of tasks. Keyword-only arguments are their settings; `data` "" is the model's own test split or shapes made
+# for the task; n 0 is all of a folder or file, and of the others 1000, of prompts for a detector 128.
 
 
 def zero_shot(run, name, *, data: str = "", classes: str = "shapes", question: str = "", n: int = 0):

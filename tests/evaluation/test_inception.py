@@ -82,7 +82,7 @@ weights = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
 run = inception.Sharded(lambda w, x: (jnp.tanh(x.reshape(len(x), -1) @ w / 500),), weights, batch_size=5)
 assert run.batch_size == 8
 sets = [np.random.default_rng(s).integers(0, 200 + s, (n, 2, 2, 3), dtype=np.uint8) for s, n in ((1, 19), (9, 30))]
-print(repr(images.fid([sets[0]], [sets[1]], lambda x: run(x.astype(np.float32))[0])))
+print(repr(images.frechet_distance_of(*[run(x.astype(np.float32))[0] for x in sets])))
 """
 
 
