@@ -119,13 +119,16 @@ def _parser() -> argparse.ArgumentParser:
   loads(sub, required=True)
   sub.add_argument("--prompt", action="append", default=[], help="may be repeated; none draws unconditionally")
   sub.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+  sub.add_argument("--image", type=Path, help="a picture, of which the prompts say what shall become of it")
   sub.add_argument("--count", type=int, default=1, help="pictures of each prompt")
   sub.add_argument("--best-of", type=int, default=1, help="candidates of each, of which the best is decoded")
   sub.add_argument("--judge", default="caption", help="whose best: caption, yes or clip (default %(default)s)")
   sub.add_argument("--steps", type=int)
   sub.add_argument("--guidance", type=float)
   sub.add_argument("--seed", type=int, default=0)
-  sub.add_argument("--output", type=Path, default=Path("drawn.png"), help="a PNG of all pictures; .npy: their features")
+  sub.add_argument(
+    "--output", type=Path, default=Path("drawn.png"), help="the picture, or a sheet of several; .npy: their features"
+  )
 
   sub = command(
     commands.chat,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from clipflow_jax.errors import UserError
 
 if TYPE_CHECKING:
+  import numpy as np
   from ml_collections import ConfigDict
 
 START = time.time()
@@ -41,15 +42,20 @@ def train(options: argparse.Namespace) -> None:
 
 def draw(options: argparse.Namespace) -> None:
   import numpy as np
+  from PIL import Image
 
   from clipflow_jax.inference import show
 
   prompts = list(options.prompt)
   if options.prompts:
     prompts += [line for line in _read_text(options.prompts).splitlines() if line.strip()]
+  if options.image and not prompts:
+    raise UserError("--image wants a --prompt that says what shall become of it")
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
   model = _load(options.workdir, options.weights)
   how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
+  if options.image:
+    how["images"] = np.stack([_picture(options.image, model.image_size)] * len(prompts))
   how |= dict(best_of=options.best_of, judge=options.judge)
   try:
     if options.output.suffix == ".npy":  # all that can be had where there is no pixel decoder
@@ -57,24 +63,21 @@ def draw(options: argparse.Namespace) -> None:
       np.save(options.output, pictures)
     else:
       pictures = model.draw(prompts, **how)
-      show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
+      if len(pictures) == 1:  # as it is: it may be shown to the model again
+        Image.fromarray(pictures[0]).save(options.output)
+      else:
+        show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
   except (OSError, ValueError) as error:  # a folder that is not there; an ending that is no picture's
     raise UserError(f"cannot write {options.output}: {error}") from error
   print(f"drew {len(pictures)} picture(s) into {options.output}")
 
 
 def chat(options: argparse.Namespace) -> None:
-  from clipflow_jax.data import images
-  from clipflow_jax.data.example import BadRecord
-
   model = _load(options.workdir, options.weights)
   messages: list[dict] = []
   first: list[dict] = []
   if options.image:
-    try:
-      first = [{"type": "image", "image": images.decode(options.image, model.image_size)}]
-    except BadRecord as error:
-      raise UserError(f"cannot read the picture {error}") from error
+    first = [{"type": "image", "image": _picture(options.image, model.image_size)}]
   while True:
     try:
       words = input("> ") if options.message is None else options.message
@@ -376,6 +379,17 @@ def _load(workdir: Path, weights: str):
   if not workdir.exists():
     raise UserError(f"workdir {workdir} does not exist; train one with: clipflow quickstart --workdir={workdir}")
   return ClipFlow.from_checkpoint(stages.newest(workdir), weights=weights)
+
+
+def _picture(path: Path, size: int) -> np.ndarray:
+  """The picture of a file, as u8[size,size,3]."""
+  from clipflow_jax.data import images
+  from clipflow_jax.data.example import BadRecord
+
+  try:
+    return images.decode(path, size)
+  except BadRecord as error:
+    raise UserError(f"cannot read the picture {error}") from error
 
 
 def _read_text(path: Path) -> str:

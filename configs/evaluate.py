@@ -27,6 +27,13 @@ SHAPES = dict(
   geneval=dict(kind="drawn", judge="detector", detector="shapes", n=64, best_of=1, best_by="caption", **SAMPLING),
 )
 
+# Of a run that was taught to change pictures (configs/edit.py): built-in edits, n of every kind, and those of its own
+# data beside the true pictures.
+EDITS = dict(
+  shapes=dict(kind="edited", judge="shapes", n=64, **SAMPLING),
+  own=dict(kind="edited", judge="truth", n=512, **SAMPLING),
+)
+
 # The original's table of understanding, and what its successors report. Folders: one folder a class in the order of the
 # labels, or items.jsonl, whose `category` tells POPE's three samplings, MMBench's and MMMU's subjects apart. Wordings
 # and counting are those of lmms-eval and of each benchmark's own script (evaluation/vqa.py); where those have a model
@@ -108,12 +115,12 @@ PROMPTS = dict(
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """arg: table=shapes, understanding or generation."""
+  """arg: table=shapes, understanding, generation or edits."""
   table = presets.arguments(arg, table="shapes").table
   drawn = dict(kind="distance", reference=GIVE, inception="", dinov2="", **SAMPLING)
   generation = {name: drawn | task for name, task in GENERATION.items()}
   generation |= {name: SAMPLING | task for name, task in PROMPTS.items()}
-  tables = dict(shapes=SHAPES, understanding=UNDERSTANDING, generation=generation)
+  tables = dict(shapes=SHAPES, understanding=UNDERSTANDING, generation=generation, edits=EDITS)
   if table not in tables:
     raise UserError(f"table {table!r} is unknown; choose one of {', '.join(tables)}")
   # Each its own: placeholders that are shared are set together.

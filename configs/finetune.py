@@ -12,6 +12,7 @@ task: what is learned.
   converse      to answer: conversations about pictures, or descriptions
   draw          to draw from captions
   both          the two, as many examples of each
+  edit          to change a picture as words say: {"file": "after.png", "before": "a.png", "caption": "make it red"}
   talk          to answer without a picture: the one task of an imported language model
 data: a folder with captions.jsonl (captions, or LLaVA's conversations), a .jsonl file, what `clipflow prepare` wrote,
 or .tar files or their folder, such as BLIP3o-60k's pairs of caption and picture.
@@ -26,8 +27,15 @@ from ml_collections import ConfigDict
 from clipflow_jax.errors import UserError
 from configs import hardware, presets
 
-TASKS = {"converse": ("converse",), "draw": ("draw",), "both": ("converse", "draw"), "talk": ("talk",)}
-ROLES = {"converse": "understand", "draw": "generate", "both": "both", "talk": "text"}
+TASKS = {
+  "converse": ("converse",),
+  "draw": ("draw",),
+  "both": ("converse", "draw"),
+  "edit": ("edit",),
+  "talk": ("talk",),
+}
+ROLES = {"converse": "understand", "draw": "generate", "both": "both", "edit": "edit", "talk": "text"}
+DRAWING = {"draw", "edit"}
 RATES = {"full": 1e-5, "lora": 2e-4, "qlora": 2e-4, "queries_only": 1e-3}
 LAYER = r"(attention/(query|key|value|out)|mlp/(gate|up|down))"
 READS = rf"language_model/text/layers/{LAYER}"
@@ -51,14 +59,14 @@ def get_config(arg: str = "") -> ConfigDict:
   config = presets.stage("finetune", steps=1000, checkpoint_every=200, frozen_dtype="float32")
   wording = _take(config, options["from"], options.task) if options["from"] else {}
   model = config.model
-  draws = bool(model.get("drawer") or (model.transformer or {}).get("flow_width"))
-  if "draw" in TASKS[options.task] and not draws:
+  draws = model.get("drawer") or (model.transformer or {}).get("flow_width")
+  if DRAWING & set(TASKS[options.task]) and not draws:
     raise UserError(f"{options['from']} has nothing to draw with: take task=converse or task=talk")
-  if options.mode == "queries_only" and options.task != "draw":
-    raise UserError("mode=queries_only teaches drawing alone: take task=draw with it")
+  if options.mode == "queries_only" and options.task not in DRAWING:
+    raise UserError("mode=queries_only teaches drawing alone: take task=draw or task=edit with it")
   if model.get("dtype") == "bfloat16":
     config.frozen_dtype = "bfloat16"
-  _teach(config, options, draws, wording)
+  _teach(config, options, wording)
   config.optimizer = dict(name="adamw", learning_rate=RATES[options.mode], warmup=50, clip=1.0)
   if options.hardware:
     _place(config, options.hardware)
@@ -82,23 +90,26 @@ def _take(config: ConfigDict, workdir: str, task: str) -> dict[str, tuple[str]]:
       raise UserError(f"{workdir} holds a language model alone, which sees no pictures: take task=talk")
     config.model.clip = dict(vision=presets.tiny()["clip"]["vision"])
   taught = mixture.wording(found.data.source if "data" in found else {})
-  return {name: (phrasing,) for name, phrasing in taught._asdict().items()}
+  return {name: (phrasing,) for name, phrasing in taught._asdict().items() if phrasing}
 
 
-def _teach(config: ConfigDict, options: ConfigDict, draws: bool, wording: dict[str, tuple[str]]) -> None:
+def _teach(config: ConfigDict, options: ConfigDict, wording: dict[str, tuple[str]]) -> None:
   """The data, the objective, and who learns."""
   tasks, model, data = TASKS[options.task], config.model, config.data
-  where = dict(kind=_kind(options.data), path=options.data) if options.data else dict(kind="shapes")
+  built_in = dict(kind="shapes_edits" if "edit" in tasks else "shapes")
+  where = dict(kind=_kind(options.data), path=options.data) if options.data else built_in
   data.source = dict(where, size=model.clip.vision.image_size, role=ROLES[options.task], **wording)
   data.tasks = dict.fromkeys(tasks, 1.0)
   data.update(row=(), batch_size=options.batch, bins=options.batch, shards=1, length=max(data.length, 128))
+  if "edit" in tasks:
+    data.images_per_row = max(data.images_per_row, 2)  # before and after
   language = config.objective.weights.get("language") or 1.0  # beside a flow's loss it may have weighed less
-  weights = dict(language=language if options.task != "draw" else 0.0, flow=float("draw" in tasks))
+  drawn = bool(DRAWING & set(tasks))
+  weights = dict(language=language if options.task not in DRAWING else 0.0, flow=float(drawn))
   early = 0.5 if model.transformer.get("early_layer") and weights["flow"] else 0.0
   config.objective = dict(weights=weights, levels=2, early=early, vocabulary_chunk=2048 if data.length > 2048 else 0)
   if model.get("drawer") and weights["flow"]:
     config.objective.drop_condition = 0.1
-  drawn = draws and "draw" in tasks
   if options.mode == "full":
     config.train = presets.trains(text=1.0, flow=float(drawn))
     return

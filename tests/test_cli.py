@@ -14,6 +14,7 @@ from PIL import Image
 from clipflow_jax import cli, commands
 from clipflow_jax.errors import UserError
 from configs import quickstart
+from tests import tiny_runs
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -209,6 +210,20 @@ def test_a_prompt_that_is_too_long_is_told_in_one_line(capsys, trained):
 
 
 # Commands that do something.
+
+
+def test_a_picture_is_changed_by_a_model_that_was_taught_to(capsys, trained, tmp_path):
+  picture, argv = tmp_path / "a.png", ("draw", f"--workdir={trained}", f"--image={tmp_path / 'a.png'}")
+  assert "--image wants a --prompt that says what shall become of it" in fails(capsys, *argv)
+  assert "cannot read the picture" in fails(capsys, *argv, "--prompt=make it red")
+  Image.new("RGB", (30, 20), "red").save(picture)
+  assert "this model was not taught to change pictures" in fails(capsys, *argv, "--prompt=make it red")
+
+
+def test_one_picture_is_written_as_it_is_to_be_shown_to_the_model_again(trained, tmp_path):
+  argv = ["draw", f"--workdir={trained}", "--prompt=a star", "--guidance=1", f"--output={tmp_path / 'one.png'}"]
+  assert cli.main(argv) == 0
+  assert Image.open(tmp_path / "one.png").size == (tiny_runs.SIZE, tiny_runs.SIZE)
 
 
 def test_draw_writes_a_picture(capsys, trained, tmp_path):

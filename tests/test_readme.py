@@ -65,6 +65,13 @@ RUN_BY = {
   "train --config=configs/joint.py --workdir --config.init_from --config.data.features": (
     "tests/training/test_features.py::test_a_run_on_cached_features_goes_on"
   ),
+  "train --config=configs/edit.py --workdir": (
+    "tests/training/test_edit.py::test_a_run_learns_edits_beside_what_it_could"
+  ),
+  "draw --workdir --image --prompt --output": (
+    "tests/training/test_edit.py::test_a_picture_is_drawn_anew_as_the_prompt_says"
+  ),
+  "evaluate --config=configs/evaluate.py --workdir --tasks": "tests/training/test_edit.py::test_its_edits_are_measured",
   "train --config=configs/finetune.py --workdir": (
     "tests/training/test_finetune.py::test_a_stopped_run_goes_on_bit_for_bit"
   ),

@@ -18,6 +18,7 @@ class Example:
   captions: tuple[str, ...]  # texts it may be drawn from
   description: str  # the answer to "describe the picture."
   questions: tuple[tuple[str, str], ...]  # (question, answer)
+  before: np.ndarray | None = None  # as `image`: of an edit, the picture of which captions tell what shall become of it
 
 
 def said(captions: Sequence[str], description: str, questions: Sequence[tuple[str, str]]) -> tuple[str, ...]:

@@ -311,6 +311,8 @@ def _encoded(
   records = grain.MapDataset.source(which).map(bad.guard(lambda i: source[int(i)])).to_iter_dataset()
   waiting: tuple[list[Example], jax.Array] | None = None
   for examples in records.batch(rows, batch_fn=list):
+    if any(example.before is not None for example in examples):
+      raise UserError("edits have two pictures, of which features are not cached: train on them without data.features")
     images = np.stack([example.image for example in examples])
     if images.shape[1] != side:
       raise UserError(f"pictures of {images.shape[1]} pixels are not the {side} of the tower: set data.source.size")

@@ -17,6 +17,7 @@ from clipflow_jax.errors import UserError
 
 CAPTIONS = "captions.jsonl"
 PICTURE_KEYS = ("file", "image")  # ours and LLaVA's
+BEFORE = "before"  # of an edit, the picture that the caption tells how to change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,8 @@ class FolderSource(StoredSource):
   """Folders of pictures with captions.jsonl in them, or JSONL files of any name beside their pictures.
 
   A line is {"file": "a.png", ...} or {"image": "a.png", ...}, a path relative to the JSONL file's folder, with the
-  texts that `records.texts` reads. Ids are `folder name/file` unless the record has its own. Only byte offsets are kept
-  in memory.
+  texts that `records.texts` reads; of an edit {"file": "after.png", "before": "a.png", "caption": "make it red"}. Ids
+  are `folder name/file` unless the record has its own. Only byte offsets are kept in memory.
   """
 
   # i64[M,3]: which file, line number, offset in bytes
@@ -51,8 +52,11 @@ class FolderSource(StoredSource):
       fields = records.parse(lines.readline(), f"{file}:{number}")
     picture = _picture(fields, f"{file}:{number}")
     captions, questions = records.texts(fields, f"{file}:{number}")
-    name = f"{file.parent}/{picture}"
-    return Record(_id(fields, file), captions, questions, _inside(file.parent, picture, name), name)
+    name, before = f"{file.parent}/{picture}", fields.get(BEFORE)
+    if before is not None and not isinstance(before, str):
+      raise BadRecord(name, f"no file: {BEFORE!r} must be the path of the picture before the edit")
+    inside = [_inside(file.parent, path, name) for path in (picture, before) if path is not None]
+    return Record(_id(fields, file), captions, questions, inside[0], name, *inside[1:])
 
 
 def _captions_file(path: Path) -> Path:

@@ -19,17 +19,17 @@ from clipflow_jax.data import sources
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import said
 from clipflow_jax.data.feature_cache import FeatureSource
-from clipflow_jax.data.sequence import ASK, PICTURE, QUESTION
+from clipflow_jax.data.sequence import ASK, CAPTION, EDIT, PICTURE, QUESTION
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
 
 DESCRIBE = "describe the picture."
-CAPTION = "{caption}"
 # What an example may be put to, by the role of its source: names of `pipeline.TASKS`.
 ROLES: dict[str, tuple[str, ...]] = {
   "both": ("caption", "draw", "converse", "ask"),
   "understand": ("caption", "converse", "ask"),
   "generate": ("caption", "draw"),
+  "edit": ("edit",),
   "text": ("talk",),
 }
 BLOCK = 1000  # items in which every part has its share
@@ -43,7 +43,8 @@ class Part:
   words alone. epochs: after so many passes its share goes to the others (0: it never ends). describe: the question that
   the description answers, in several phrasings. ask: how a question stands beside its picture, QUESTION and PICTURE
   standing for them: behind its question a picture is read for what is asked; before, for all questions that follow.
-  draw: what asks for a picture, CAPTION standing for its caption.
+  draw: what asks for a picture, CAPTION standing for its caption. edit: how PICTURE and what shall become of it,
+  CAPTION, stand together.
   UserError for a value that makes no sense.
   """
 
@@ -55,6 +56,7 @@ class Part:
   describe: tuple[str, ...] = (DESCRIBE,)
   ask: tuple[str, ...] = (ASK,)
   draw: tuple[str, ...] = (CAPTION,)
+  edit: tuple[str, ...] = (EDIT,)
 
   def __post_init__(self) -> None:
     if not 0 < self.weight < float("inf"):
@@ -63,7 +65,8 @@ class Part:
       raise UserError(f"{self.name}: role is {self.role!r}: choose one of {', '.join(ROLES)}")
     if self.epochs < 0 or self.epochs != int(self.epochs):
       raise UserError(f"{self.name}: epochs is {self.epochs}: give a whole number of passes, or 0 for no end")
-    for name, needed in (("describe", ()), ("ask", (PICTURE, QUESTION)), ("draw", (CAPTION,))):
+    wanted = {"describe": (), "ask": (PICTURE, QUESTION), "draw": (CAPTION,), "edit": (PICTURE, CAPTION)}
+    for name, needed in wanted.items():
       phrasings = getattr(self, name)
       if (
         isinstance(phrasings, str)
@@ -94,21 +97,24 @@ def make(settings: Mapping[str, Any], split: str, features: str = "") -> tuple[P
 
 
 class Wording(NamedTuple):
-  """The first phrasing of the first source that is put to it: how a model is asked what it was taught."""
+  """The first phrasing of the first source that is put to it: how a model is asked what it was taught.
+
+  edit is "" where no source says how, for then none was taught.
+  """
 
   ask: str
   draw: str
+  edit: str
 
 
 def wording(settings: Mapping[str, Any]) -> Wording:
   """Of `config.data.source`."""
 
-  def first(task: str) -> str:
-    default = getattr(Part, task)
-    parts = (own for own in _named(settings).values() if task in ROLES[own.get("role", Part.role)])
-    return next((own.get(task, default) for own in parts), default)[0]
+  def first(task: str, otherwise: str) -> str:
+    parts = (own for own in _named(settings).values() if task in own or task in ROLES[own.get("role", Part.role)])
+    return next((own.get(task, getattr(Part, task))[0] for own in parts), otherwise)
 
-  return Wording(first("ask"), first("draw"))
+  return Wording(first("ask", ASK), first("draw", CAPTION), first("edit", ""))
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

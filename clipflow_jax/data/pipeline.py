@@ -19,8 +19,8 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Example
-from clipflow_jax.data.mixture import CAPTION, Order, Part
-from clipflow_jax.data.sequence import Conversation, Layout
+from clipflow_jax.data.mixture import Order, Part
+from clipflow_jax.data.sequence import CAPTION, Conversation, Layout
 from clipflow_jax.data.text import Chat
 from clipflow_jax.errors import UserError
 
@@ -53,6 +53,15 @@ def draw(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversati
   return sequence.drawn(_phrasing(part.draw, rng).replace(CAPTION, text), example.image)
 
 
+def edit(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
+  """Draw what a caption makes of the picture before it; with probability drop_text neither is there, as in `draw`."""
+  if example.before is None:
+    raise BadRecord(example.id, "no picture before it: what is to be edited needs 'before'")
+  if rng.random() < drop_text:
+    return sequence.drawn("", example.image)
+  return sequence.edited(example.before, str(rng.choice(example.captions)), example.image, _phrasing(part.edit, rng))
+
+
 def caption(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """A caption for CLIP."""
   return sequence.words(str(rng.choice(example.captions)), example.image)
@@ -69,8 +78,9 @@ TASKS: dict[str, Callable[[Example, Part, Rng, float], Conversation]] = {
   "converse": converse,
   "ask": ask,
   "talk": talk,
+  "edit": edit,
 }
-PICTURES = dict.fromkeys(TASKS, 1) | {"talk": 0}  # that an example of a task takes in its row
+PICTURES = dict.fromkeys(TASKS, 1) | {"talk": 0, "edit": 2}  # that an example of a task takes in its row
 
 
 def _described(example: Example, part: Part, rng: Rng) -> tuple[tuple[str, str], ...]:

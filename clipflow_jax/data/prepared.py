@@ -67,16 +67,18 @@ class PreparedSource(StoredSource):
 
 
 def pack(record: Record) -> bytes:
-  """A record with its picture in memory, as it lies in a shard: msgpack of {"id", "captions", "questions", "image"}."""
-  return msgpack.packb(
-    {"id": record.id, "captions": record.captions, "questions": record.questions, "image": record.picture}
-  )
+  """A record with its pictures in memory, as it lies in a shard: msgpack of {"id", "captions", "questions", "image"},
+  and of an edit "before"."""
+  fields = {"id": record.id, "captions": record.captions, "questions": record.questions, "image": record.picture}
+  return msgpack.packb(fields if record.before is None else fields | {"before": record.before})
 
 
 def unpack(data: bytes) -> Record:
   """Inverse of `pack`."""
   fields = msgpack.unpackb(data, use_list=False)
-  return Record(fields["id"], fields["captions"], fields["questions"], fields["image"], fields["id"])
+  return Record(
+    fields["id"], fields["captions"], fields["questions"], fields["image"], fields["id"], fields.get("before")
+  )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

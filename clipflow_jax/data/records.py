@@ -24,6 +24,7 @@ class Record:
   questions: tuple[tuple[str, str], ...]  # (question, answer)
   picture: bytes | Path  # an encoded picture, or where one is
   name: str  # where the picture lies, for messages
+  before: bytes | Path | None = None  # as picture: of an edit, the one that the captions tell how to change
 
 
 def parse(line: bytes | str, where: str) -> dict[str, Any]:

@@ -175,8 +175,14 @@ def drawn(text: str, image: np.ndarray) -> Conversation:
   return Conversation((("user", text), ("assistant", IMAGE)), image[None], (TARGET,))
 
 
-PICTURE, QUESTION = "{picture}", "{question}"
-ASK = PICTURE + QUESTION
+PICTURE, QUESTION, CAPTION = "{picture}", "{question}", "{caption}"
+ASK, EDIT = PICTURE + QUESTION, PICTURE + CAPTION
+
+
+def edited(before: np.ndarray, text: str, image: np.ndarray, edit: str = EDIT) -> Conversation:
+  """Draw what by the text becomes of the picture `before`, whose truth is the image; put together as `edit` has it."""
+  words = edit.replace(PICTURE, IMAGE).replace(CAPTION, text)
+  return Conversation((("user", words), ("assistant", IMAGE)), np.stack([before, image]), (INPUT, TARGET))
 
 
 def beside(question: str, ask: str = ASK) -> str:

@@ -90,7 +90,7 @@ def _mention(thing: Object, size: bool = False, place: bool = False) -> Mention:
 
 
 def _write(mentions: Sequence[Mention], relation: str | None = None, background: str | None = None) -> Caption:
-  phrases = [_article(_look_words(mention)) + _where(mention.place) for mention in mentions]
+  phrases = [article(_look_words(mention)) + where(mention.place) for mention in mentions]
   if relation is not None:
     text = f"{phrases[0]} {RELATIONS[relation]} {phrases[1]}"
   elif len(set(phrases)) == 1 and len(phrases) > 1:
@@ -98,20 +98,27 @@ def _write(mentions: Sequence[Mention], relation: str | None = None, background:
   else:
     text = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
   if background is not None:
-    text += f" on {_article(background)} background"
+    text += f" on {article(background)} background"
   return Caption(text, tuple(mentions), relation, background)
 
 
 def _look_words(mention: Mention) -> str:
-  words = (mention.size, "outlined" if mention.outlined else None, mention.colour, mention.shape)
-  return " ".join(word for word in words if word)
+  words = look(mention.shape, mention.colour, mention.outlined)
+  return f"{mention.size} {words}" if mention.size else words
 
 
-def _where(place: int | None) -> str:
+def look(shape: str, colour: str, outlined: bool) -> str:
+  """What every text says of an object: "outlined red circle"."""
+  return f"outlined {colour} {shape}" if outlined else f"{colour} {shape}"
+
+
+def where(place: int | None) -> str:
+  """ " at the top left", or nothing."""
   return "" if place is None else f" at the {PLACES[place]}"
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+  """The words behind their article."""
   return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -138,12 +145,12 @@ def _ask_colour_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, s
 
 def _ask_colour_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   thing = pick(rng, scene.objects)
-  return f"what colour is the shape{_where(thing.place)}?", thing.colour
+  return f"what colour is the shape{where(thing.place)}?", thing.colour
 
 
 def _ask_shape_at_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   thing = pick(rng, scene.objects)
-  return f"which shape is{_where(thing.place)}?", thing.shape
+  return f"which shape is{where(thing.place)}?", thing.shape
 
 
 def _ask_shape_of_colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -173,13 +180,13 @@ def _ask_count_of_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str
 
 def _ask_presence_of_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   shape = _shape(scene, rng, absent=0.5)
-  return f"is there {_article(shape)}?", "yes" if any(thing.shape == shape for thing in scene.objects) else "no"
+  return f"is there {article(shape)}?", "yes" if any(thing.shape == shape for thing in scene.objects) else "no"
 
 
 def _ask_presence_of_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   there = rng.random() < 0.5
   pair = _pair(pick(rng, scene.objects)) if there else _near_miss(scene, rng)
-  return f"is there {_article(' '.join(pair))}?", "yes" if there else "no"
+  return f"is there {article(' '.join(pair))}?", "yes" if there else "no"
 
 
 def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

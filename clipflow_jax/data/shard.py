@@ -140,6 +140,9 @@ class Job:
       self.filters.check(record, width, height)
       pixels = images.square(image, self.source.size, fit=self.source.fit)
     picture, (mean, square) = _encode(pixels, self.format), moments(pixels)
+    before = record.before
+    if before is not None:
+      before = _encode(images.decode(before, self.source.size, fit=self.source.fit, name=record.name), self.format)
     words = [len(caption.split()) for caption in captions]
     row = Row(
       share=self.source.share(i),
@@ -150,7 +153,7 @@ class Job:
       words=words,
       questions=len(record.questions),
     )
-    return prepared.pack(dataclasses.replace(record, captions=captions, picture=picture)), row
+    return prepared.pack(dataclasses.replace(record, captions=captions, picture=picture, before=before)), row
 
   def _converted(self, indices: Sequence[int]) -> Iterator[tuple[bytes, Row] | BadRecord]:
     """The results of `convert` in order, errors in their places; few are held at a time."""

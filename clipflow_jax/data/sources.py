@@ -10,6 +10,7 @@ from clipflow_jax.data.example import Example
 from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.data.parquet import ParquetSource
 from clipflow_jax.data.prepared import PreparedSource
+from clipflow_jax.data.shapes_edits import ShapesEditsSource
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.tfds import TfdsSource
 from clipflow_jax.data.webdataset import WebDatasetSource
@@ -26,6 +27,7 @@ class Source(Protocol):
 
 KINDS: dict[str, type] = {
   "shapes": ShapesSource,
+  "shapes_edits": ShapesEditsSource,
   "folder": FolderSource,
   "prepared": PreparedSource,
   "parquet": ParquetSource,

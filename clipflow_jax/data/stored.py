@@ -64,8 +64,11 @@ class StoredSource:
 
   def __getitem__(self, i: int) -> Example:
     record = self.record(i)
-    image = images.decode(record.picture, self.size, fit=self.fit, name=record.name)
-    return Example(record.id, image, record.captions, record.captions[0], record.questions)
+    image, before = (
+      None if file is None else images.decode(file, self.size, fit=self.fit, name=record.name)
+      for file in (record.picture, record.before)
+    )
+    return Example(record.id, image, record.captions, record.captions[0], record.questions, before)
 
   def texts(self, i: int) -> tuple[str, ...]:
     """What is said in example i, its picture not decoded. Raises BadRecord."""

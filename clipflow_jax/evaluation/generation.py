@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.evaluation import folders, geneval, tasks
+from clipflow_jax.evaluation import compositional, folders, geneval, tasks
 from clipflow_jax.evaluation.items import Item
 from clipflow_jax.evaluation.tasks import Answer
 
@@ -23,12 +23,15 @@ class Drawer:
   """Draws items' questions into `folder`, a PNG each, those that are not there yet; `draw` gives them as u8[n,H,W,3].
 
   size: height and width of what is kept, resampled by Pillow's antialiased bicubic; 0 keeps the model's. The noise of a
-  picture is a function of the seed and its place among all items, so a resumed run draws the same.
+  picture is a function of the seed and its place among all items, so a resumed run draws the same. edits: the items'
+  pictures are changed as their questions say.
   """
 
-  def __init__(self, model: ClipFlow, folder: Path, *, size: int = 0, seed: int = 0, **sampling: Any):
+  def __init__(
+    self, model: ClipFlow, folder: Path, *, size: int = 0, seed: int = 0, edits: bool = False, **sampling: Any
+  ):
     self.model, self.folder, self.size = model, folder, size or model.image_size
-    self.seed, self.sampling = seed, sampling
+    self.seed, self.edits, self.sampling = seed, edits, sampling
 
   def kept(self, place: int) -> np.ndarray:
     """The picture u8[H,W,3] of an item that was drawn."""
@@ -40,7 +43,8 @@ class Drawer:
     if not all(file.is_file() for file in files):
       self.folder.mkdir(parents=True, exist_ok=True)
       seed = int(np.random.SeedSequence([self.seed, first]).generate_state(1)[0] >> 1)  # of 31 bits, as a key takes
-      drawn = self.model.draw([item.question for item in items], seed=seed, **self.sampling)
+      shown = np.stack([item.look(self.model.image_size) for item in items]) if self.edits else None
+      drawn = self.model.draw([item.question for item in items], seed=seed, images=shown, **self.sampling)
       for file, image in zip(files, drawn, strict=True):
         self._write(file, image)
     return np.stack([self.kept(first + i) for i in range(len(items))])
@@ -166,6 +170,38 @@ def by_clip(model: ClipFlow) -> Callable[[np.ndarray, Sequence[Item]], list[Answ
     return [Answer({"clip_score": 100 * max(0.0, float(c))}, "", text) for c, text in zip(cosines, texts, strict=True)]
 
   return judge
+
+
+class Edited(Drawn):
+  """Changes each item's picture as its question says, and compares the result with the true one, u8[H,W,3] by id.
+
+  l1: mean distance of pixels, of 0 to 1; clip_i: 100 x cosine of both by the model's own CLIP (MagicBrush, Zhang et al.
+  2023); l1_unchanged: what no change at all would have as l1. With shapes also correct: the rule-based reader sees in
+  both the same.
+  """
+
+  def __init__(self, drawer: Drawer, items: Sequence[Item], truths: Mapping[str, np.ndarray], shapes: bool):
+    super().__init__(drawer, items, self._judge)
+    self.truths, self.shapes = truths, shapes
+
+  def _judge(self, images: np.ndarray, items: Sequence[Item]) -> list[Answer]:
+    truths = np.stack([self.truths[item.id] for item in items])
+    before = np.stack([item.look(truths.shape[1]) for item in items])
+    model = self.drawer.model
+    cosines = np.sum(model.embed_image(images) * model.embed_image(truths), axis=1)
+    answers = []
+    for i, item in enumerate(items):
+      scores = {"l1": _apart(images[i], truths[i]), "clip_i": 100 * float(cosines[i])}
+      scores["l1_unchanged"] = _apart(before[i], truths[i])
+      seen = compositional.read(images[i]) if self.shapes else None
+      if seen:
+        scores["correct"] = float(seen == compositional.read(truths[i]))
+      answers.append(Answer(scores, str(seen or ""), item.question))
+    return answers
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+  return float(np.abs(a.astype(np.float32) - b).mean() / 255)
 
 
 def check_reference(reference: Path, metrics: Sequence[str], size: int) -> None:

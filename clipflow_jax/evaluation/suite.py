@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from clipflow_jax.data import shapes_edits
 from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.sources import Source
 from clipflow_jax.errors import UserError
@@ -137,6 +138,11 @@ def _items(run: Run, data: str, what: str, n: int) -> list[Item]:
   """n items of the folder `data`, or of the model's own test split for the empty name."""
   if data:
     return items.choose(items.read(data), n, run.seed)
+  return items.of_examples(_examples(run, n), what)
+
+
+def _examples(run: Run, n: int) -> list[Example]:
+  """n examples of the model's own test split, 1,000 for 0, without those that are bad."""
   if run.source is None:
     raise UserError("there is no test split to take items from: give the task `data`, a folder")
   found: list[Example] = []
@@ -147,7 +153,7 @@ def _items(run: Run, data: str, what: str, n: int) -> list[Item]:
       found.append(run.source[index])
     except BadRecord as error:
       log.warning("left out %s", error)
-  return items.of_examples(found, what)
+  return found
 
 
 # The kinds of tasks. Keyword-only arguments are their settings; `data` "" is the model's own test split or shapes made
@@ -262,7 +268,9 @@ def drawn(
     for item in each:
       generation.Questioned.check(item)
   asked = [dataclasses.replace(item, id=f"{item.id}#{i}", group=item.id) for item in each for i in range(times)]
-  sampling = dict(guidance=guidance, steps=steps) | (dict(best_of=best_of, judge=best_by) if best_of > 1 else {})
+  sampling: dict[str, Any] = dict(guidance=guidance, steps=steps) | (
+    dict(best_of=best_of, judge=best_by) if best_of > 1 else {}
+  )
   drawer = generation.Drawer(
     run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
   )
@@ -277,6 +285,33 @@ def drawn(
   return _ask(
     run, name, asked, scorer, drawer.kept, prompts_file=prompts, judge=judge, detector=detector,
     size=drawer.size, times=times, sampling=_whole(run, sampling),
+  )  # fmt: skip
+
+
+def edited(
+  run, name, *, judge: str = "truth", guidance: float | None = None, steps: int | None = None, n: int = 0
+):  # fmt: skip
+  """Changes pictures as words say. judge: "truth", how near it comes to the pictures after the edits of the own test
+  split; "shapes", that and whether all is right, of n built-in edits of every kind."""
+  if judge not in ("truth", "shapes"):
+    raise UserError(f"task {name}: judge {judge!r} is unknown; choose one of truth, shapes")
+  run.model.check_edits()
+  if judge == "shapes":
+    found = {
+      f"{kind}/{i}": (one.example("", run.model.image_size), kind)
+      for kind in shapes_edits.KINDS
+      for i, one in enumerate(shapes_edits.edits(kind, n or 64, run.seed))
+    }
+  else:
+    found = {one.id: (one, "") for one in _examples(run, n) if one.before is not None}
+  asked = [Item(id, one.before, one.captions[0], category=kind) for id, (one, kind) in found.items()]
+  truths = {id: one.image for id, (one, _) in found.items()}
+  sampling: dict[str, Any] = dict(guidance=guidance, steps=steps)
+  folder = _drawn_folder(run, name, asked, sampling, 0)
+  drawer = generation.Drawer(run.model, folder, seed=run.seed, edits=True, **sampling)
+  return _ask(
+    run, name, asked, lambda: generation.Edited(drawer, asked, truths, judge == "shapes"), drawer.kept, judge=judge,
+    sampling=_whole(run, sampling),
   )  # fmt: skip
 
 
@@ -295,7 +330,7 @@ def distance(
   count = n or len(texts)
   asked = [dataclasses.replace(texts[i % len(texts)], id=str(i)) for i in range(count)]
   using = folders.extractors(metrics, inception_weights=inception, resize=resize, dinov2_weights=dinov2)
-  sampling = dict(guidance=guidance, steps=steps)
+  sampling: dict[str, Any] = dict(guidance=guidance, steps=steps)
   drawer = generation.Drawer(
     run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
   )
@@ -343,5 +378,5 @@ def _drawn_folder(run: Run, name: str, asked: Sequence[Item], sampling: Mapping[
 
 
 KINDS: dict[str, Callable[..., Callable[[], Done]]] = {
-  kind.__name__: kind for kind in (zero_shot, few_shot, captions, questions, yes_no, choices, drawn, distance)
+  kind.__name__: kind for kind in (zero_shot, few_shot, captions, questions, yes_no, choices, drawn, edited, distance)
 }

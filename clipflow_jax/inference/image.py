@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from clipflow_jax.batch import Batch
+from clipflow_jax.batch import TARGET, Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import guidance, path, solvers
 from clipflow_jax.models.clipflow import ClipFlow, Given, Place
@@ -58,8 +58,8 @@ def walk(
 ) -> tuple[jax.Array, jax.Array]:
   """(Standardised features f32[B,T,C] of B rows, x_t f32[steps,B,T,C] on the way there, from noise at t=1).
 
-  prompts: rows whose first picture is the target; empty: so without text; keys key[B]. A row's picture is a function of
-  its prompt and key alone. Pure; jit it with model and sampling closed over.
+  prompts: rows with one target, other pictures of which are read; empty: the target alone, without text; keys key[B]. A
+  row's picture is a function of its prompt and key alone. Pure; jit it with model and sampling closed over.
   """
 
   def run(bound: ClipFlow) -> tuple[jax.Array, jax.Array]:
@@ -112,8 +112,11 @@ def go_on(
 def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) -> Given:
   by_text = sampling.guide == "text" and sampling.guidance != 1.0
   batch = jax.tree.map(lambda *x: jnp.concatenate(x), prompts, empty) if by_text else prompts
-  _, context = bound.read(batch, None)
-  place = Place(batch.image_segments[:, :1], batch.image_order[:, :1], batch.image_positions[:, :1])
+  # A row's one picture is its target, of which nothing is seen.
+  _, context = bound.read(batch, bound.features(batch) if batch.image_roles.shape[1] > 1 else None)
+  target = jnp.argmax((batch.image_roles & TARGET) > 0, axis=1, keepdims=True)
+  where = (batch.image_segments, batch.image_order, batch.image_positions)
+  place = Place(*(jnp.take_along_axis(a, target, axis=1) for a in where))
   given = bound.conditioning(context, place)
   if sampling.guide == "null" and sampling.guidance != 1.0:
     if isinstance(given, tuple):

@@ -107,11 +107,12 @@ class ClipFlow:
     seed: int | Sequence[int] = 0,
     best_of: int = 1,
     judge: str = "caption",
+    images: np.ndarray | None = None,
   ) -> np.ndarray:
-    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything. seed, best_of, judge: as `draw_features`."""
+    """Pictures u8[N,H,W,3] of the prompts. An empty prompt draws anything. The rest: as `draw_features`."""
     if best_of != 1:
-      return self.decode(self.draw_features(prompts, steps, guidance, seed, best_of, judge), seed)
-    return self._draw(prompts, steps, guidance, seed, pixels=True)
+      return self.decode(self.draw_features(prompts, steps, guidance, seed, best_of, judge, images), seed)
+    return self._draw(prompts, steps, guidance, seed, images, pixels=True)
 
   def draw_unconditional(
     self, n: int, steps: int | None = None, guidance: float | None = None, seed: int = 0
@@ -127,16 +128,20 @@ class ClipFlow:
     seed: int | Sequence[int] = 0,
     best_of: int = 1,
     judge: str = "caption",
+    images: np.ndarray | None = None,
   ) -> np.ndarray:
     """Standardised features f32[N,T,C] of the prompts: what `draw` decodes and what the model itself can read.
 
     seed: one for all, which then differ by their places, or one for each, which is then drawn as with it alone.
     best_of: so many candidates of each are drawn, of which one of `rerank.JUDGES` chooses.
+    images: u8[N,H,W,3], one for each prompt, which then says what shall become of it; of a model that was taught to.
     """
     if best_of != 1:
+      if images is not None:
+        raise UserError("best_of judges whether a drawing is as its prompt says, which of an edit no prompt does")
       how = dict(steps=steps, guidance=guidance, seed=seed)
       return rerank.draw(self, prompts, best_of, judge=judge, **how).best
-    return self._draw(prompts, steps, guidance, seed, pixels=False)
+    return self._draw(prompts, steps, guidance, seed, images, pixels=False)
 
   def _draw(
     self,
@@ -144,11 +149,12 @@ class ClipFlow:
     steps: int | None,
     guidance: float | None,
     seed: int | Sequence[int],
+    images: np.ndarray | None,
     *,
     pixels: bool,
   ) -> np.ndarray:
     """Features of the prompts, or their pictures: of one program, from words to pixels."""
-    sampling, rows, empty = self.to_draw(prompts, steps, guidance)
+    sampling, rows, empty = self.to_draw(prompts, steps, guidance, images)
     if pixels:
       self._need("pixel decoder", "decode")
 
@@ -160,8 +166,13 @@ class ClipFlow:
 
     return self.batched(("draw", sampling, pixels), run, (rows, seeds_of(len(prompts), seed)), empty)
 
-  def to_draw(self, prompts: Sequence[str], steps: int | None, guidance: float | None) -> tuple[Sampling, Batch, Batch]:
-    """How to draw, the prompts as N rows, and one row of no prompt. Raises UserError for what cannot be drawn."""
+  def to_draw(
+    self, prompts: Sequence[str], steps: int | None, guidance: float | None, images: np.ndarray | None = None
+  ) -> tuple[Sampling, Batch, Batch]:
+    """How to draw, the prompts as N rows, and one row of no prompt. Raises UserError for what cannot be drawn.
+
+    images: as in `draw_features`.
+    """
     self._need("flow expert", "draw")
     if "sampling" not in self.config:
       raise UserError("this checkpoint was imported without a config; import it again with --config=configs/blip3o.py")
@@ -172,15 +183,31 @@ class ClipFlow:
       self._need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
     if not prompts:
       raise UserError("nothing to draw: there are no prompts")
-    both = self.prompt_rows((*prompts, ""))  # together, so that they are of one length
+    asked = [*self._to_draw(prompts, images), sequence.drawn("", self._blank())]
+    both = self.rows(asked)  # together, so that they are of one length
     return sampling, jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
 
   def prompt_rows(self, prompts: Sequence[str]) -> Batch:
     """The prompts as rows that end in a picture to draw, worded as the run's data words them."""
+    return self.rows(self._to_draw(prompts, None))
+
+  def _to_draw(self, prompts: Sequence[str], images: np.ndarray | None) -> list[Conversation]:
+    """The prompts, and the pictures that they are of, as the run's data words them."""
     blank = self._blank()
-    # What is drawn of no text was asked for by none.
-    texts = [self.wording.draw.replace(mixture.CAPTION, prompt) if prompt else "" for prompt in prompts]
-    return self.rows([sequence.drawn(text, blank) for text in texts])
+    if images is None:
+      # What is drawn of no text was asked for by none.
+      texts = [self.wording.draw.replace(sequence.CAPTION, prompt) if prompt else "" for prompt in prompts]
+      return [sequence.drawn(text, blank) for text in texts]
+    self.check_edits()
+    if len(images) != len(prompts):
+      raise UserError(f"{len(images)} pictures for {len(prompts)} prompts: give one for each")
+    pairs = zip(self._images(images), prompts, strict=True)
+    return [sequence.edited(picture, prompt, blank, self.wording.edit) for picture, prompt in pairs]
+
+  def check_edits(self) -> None:
+    """UserError for a model that was not taught to change pictures."""
+    if not self.wording.edit:
+      raise UserError("this model was not taught to change pictures; train it further by configs/edit.py")
 
   def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -46,6 +47,14 @@ class AllBad(Pictures):
 
   def __getitem__(self, i: int) -> Example:
     raise BadRecord(str(i), "broken")
+
+
+class Edits(Pictures):
+  """Each of another picture."""
+
+  def __getitem__(self, i: int) -> Example:
+    example = super().__getitem__(i)
+    return dataclasses.replace(example, before=example.image)
 
 
 GOOD = [Pictures()[i] for i in range(PICTURES) if i != 5]
@@ -163,6 +172,7 @@ def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
       dict(source=AllBad(), max_bad_fraction=1.0),
       r"data.source: none of its pictures could be read, see data_errors in",
     ),
+    (dict(source=Edits()), r"edits have two pictures, of which features are not cached"),
     (dict(source=Pictures(side=24)), r"pictures of 24 pixels are not the 16 of the tower: set data.source.size"),
   ]
   for i, (fields, says) in enumerate(said):

@@ -140,12 +140,20 @@ def test_one_source_is_a_part_and_a_mixture_is_several_by_name():
 
 
 def test_a_model_is_asked_in_the_first_words_that_it_was_taught_in():
-  assert mixture.wording({}) == mixture.wording(SHAPES) == ("{picture}{question}", "{caption}")
+  assert mixture.wording({}) == mixture.wording(SHAPES) == ("{picture}{question}", "{caption}", "")
   words = dict(ask=("{question}{picture}", "{picture}{question}"), draw=("draw {caption}",))
-  assert mixture.wording(dict(SHAPES, **words)) == ("{question}{picture}", "draw {caption}")
+  assert mixture.wording(dict(SHAPES, **words)) == ("{question}{picture}", "draw {caption}", "")
   drawn, read = dict(SHAPES, role="generate", draw=("{caption}!",)), dict(SHAPES, role="understand", ask=words["ask"])
   for settings_ in (dict(kind="mixture", a=drawn, b=read), ConfigDict(dict(kind="mixture", a=read, b=drawn))):
-    assert mixture.wording(settings_) == ("{question}{picture}", "{caption}!")
+    assert mixture.wording(settings_) == ("{question}{picture}", "{caption}!", "")
+
+
+def test_only_a_model_that_was_taught_edits_has_words_for_them():
+  edits = dict(SHAPES, kind="shapes_edits", role="edit")
+  assert mixture.wording(edits).edit == "{picture}{caption}"
+  both = dict(kind="mixture", a=dict(SHAPES), b=dict(edits, edit=("{caption}{picture}",)))
+  assert mixture.wording(both).edit == "{caption}{picture}"
+  assert mixture.wording(dict(SHAPES, edit=("{caption}: {picture}",))).edit == "{caption}: {picture}"  # handed on
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_a_model_is_asked_in_the_first_words_that_it_was_taught_in():
     (dict(kind="mixture", a=dict(kind="paint")), "data.source.a: data.kind is 'paint'"),
     (dict(kind="mixture", a=dict(SHAPES, colour=3)), "data.source.a: data.colour is no setting"),
     (dict(SHAPES, weight=0.0), "data.source: weight is 0.0: give a number above 0"),
-    (dict(SHAPES, role="paint"), "role is 'paint': choose one of both, understand, generate, text"),
+    (dict(SHAPES, role="paint"), "role is 'paint': choose one of both, understand, generate, edit, text"),
     (dict(SHAPES, epochs=1.5), "epochs is 1.5: give a whole number"),
     (dict(SHAPES, describe="what?"), "describe is 'what?': give a list of phrasings"),
     (dict(SHAPES, describe=()), "describe is ()"),
@@ -294,7 +302,7 @@ def test_a_source_speaks_by_its_own_phrasings():
     ("generate", dict(tasks={"converse": 1.0}), r"data.source: its role generate is for caption, draw, of which"),
     ("text", dict(row=("draw",), tasks={}), r"its role text is for talk, of which data.tasks and data.row want none"),
     ("both", dict(row=("draw", "talk"), tasks={}), r"data.row wants talk, for which no source has a role"),
-    ("both", dict(tasks={"paint": 1.0}), r"name, some of caption, draw, converse, ask, talk, and no other"),
+    ("both", dict(tasks={"paint": 1.0}), r"name, some of caption, draw, converse, ask, talk, edit, no other"),
   ],
 )
 def test_roles_that_the_stage_has_no_use_for_are_refused(role, fields, says):

@@ -19,6 +19,7 @@ from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.mixture import DESCRIBE, Part
 from clipflow_jax.data.pipeline import TASKS, Pipeline
 from clipflow_jax.data.sequence import Layout
+from clipflow_jax.data.shapes_edits import ShapesEditsSource
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.sources import FolderSource
 from clipflow_jax.data.text import IMAGE, Chat
@@ -189,6 +190,35 @@ def test_one_question_is_asked_in_the_words_of_its_source_or_the_description_whe
   expected = {"how?": "so", "what?": "that", DESCRIBE: "all"}
   assert found.keys() == {(("user", asked + IMAGE), ("assistant", told)) for asked, told in expected.items()}
   assert min(found.values()) == pytest.approx(30, abs=15)
+
+
+def test_an_edit_is_read_and_drawn_in_one_example_and_loses_words_and_picture_together(chat):
+  example = dataclasses.replace(Constant()[7], before=np.full((24, 24, 3), 9, np.uint8))
+  part = Part(Constant(), role="edit", edit=("{caption}: {picture}",))
+  made = [TASKS["edit"](example, part, np.random.default_rng(i), 0.25) for i in range(400)]
+  whole, bare = ([one for one in made if len(one.roles) == n] for n in (2, 1))
+  assert {one.turns for one in whole} == {(("user", f"{c}: {IMAGE}"), ("assistant", IMAGE)) for c in ("one", "two")}
+  assert {one.roles for one in whole} == {(INPUT, TARGET)}
+  assert [int(image[0, 0, 0]) for image in whole[0].images] == [9, 7]
+  assert {(one.turns, one.roles) for one in bare} == {((("user", ""), ("assistant", IMAGE)), (TARGET,))}
+  assert len(bare) / 400 == pytest.approx(0.25, abs=0.06)
+
+
+def test_a_target_sees_the_picture_that_it_is_made_of(chat):
+  source = ShapesEditsSource(size=24, counts=(1.0,))
+  edits = dict(parts=(Part(source, role="edit"),), row=("edit",), tasks={}, drop_text=0.0)
+  batch = next(stream(make(chat, layout=PACKED, **edits)))
+  for row in range(4):
+    assert batch.image_roles[row].tolist() == [INPUT, TARGET, 0] and batch.image_segments[row].tolist() == [1, 1, 0]
+    picture = batch.image_index[row] >= 0
+    assert picture.sum() == 9 and batch.order[row, picture].max() < batch.image_order[row, 1]
+    assert not np.array_equal(batch.images[row, 0], batch.images[row, 1])
+
+
+def test_an_edit_without_the_picture_before_it_is_a_bad_record(chat):
+  pipeline = make(chat, parts=(Part(Constant(), role="edit"),), tasks={"edit": 1.0}, layout=PACKED)
+  with pytest.raises(BadRecord, match="0: no picture before it: what is to be edited needs 'before'"):
+    pipeline.example((0, 0), "edit", np.random.default_rng(0))
 
 
 def test_a_row_of_one_example_is_drawn_from_an_endless_set(chat):

@@ -80,6 +80,18 @@ def test_the_result_is_the_clean_part_of_the_input(pictures, tmp_path):
   assert errors == [f"{pictures}/damaged.png", f"{pictures}/missing.png", f"{pictures}/captions.jsonl:16"]
 
 
+def test_an_edit_keeps_the_picture_before_it(pictures, tmp_path):
+  lines = (pictures / "captions.jsonl").read_text().splitlines()
+  edit = json.loads(lines[0]) | {"before": "1.png"}
+  broken = json.loads(lines[1]) | {"before": "damaged.png"}
+  (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, (edit, broken, json.loads(lines[2])))))
+  statistics = run(pictures, tmp_path / "out", max_bad_fraction=0.5)
+  assert statistics["bad"] == {"cannot be decoded": 1}
+  edited, plain = (PreparedSource(tmp_path / "out", 16, "all")[i] for i in range(2))
+  np.testing.assert_array_equal(edited.before, FolderSource(pictures, 16, "all")[0].before)
+  assert plain.before is None
+
+
 def test_the_splits_of_the_result_are_those_of_the_input(pictures, tmp_path):
   run(pictures, tmp_path / "renamed", filters=Filters(min_caption=2))
 
@@ -448,7 +460,10 @@ def test_the_command_prepares_by_its_options(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (["--source=cloud"], "data.kind is 'cloud': choose one of shapes, folder, prepared, parquet, webdataset, tfds"),
+    (
+      ["--source=cloud"],
+      "data.kind is 'cloud': choose one of shapes, shapes_edits, folder, prepared, parquet, webdataset, tfds",
+    ),
     (["--source=shapes"], "is no setting of 'shapes' data"),
     (["--option=image"], "--option=image is not of the form KEY=VALUE"),
     (["--option=colour=red"], "data.colour is no setting of 'folder' data"),

@@ -60,6 +60,15 @@ def test_an_example_has_the_picture_and_its_texts(tmp_path):
   assert (example.image.shape, example.image.dtype) == ((8, 8, 3), np.uint8)
 
 
+def test_an_edit_has_the_picture_before_it_which_lies_in_the_folder_too(tmp_path):
+  edit = {"file": "1.png", "before": "0.png", "caption": "make it lighter"}
+  odd = [dict(edit, before=3), dict(edit, before="../0.png"), dict(edit, before="none.png")]
+  examples, errors = read(FolderSource(write_folder(tmp_path / "a", [edit, *odd]), size=8, split="all"))
+  (example,) = examples
+  assert (example.before[0, 0, 0], example.image[0, 0, 0], example.captions) == (0, 1, ("make it lighter",))
+  assert [error.kind for error in errors] == ["no file", "outside its folder", "missing file"]
+
+
 @pytest.mark.parametrize(
   ("role", "text", "human", "gpt"),
   [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")],
@@ -271,7 +280,7 @@ def test_make_builds_the_source_that_the_config_names(tmp_path):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({}, "data.kind is None: choose one of shapes, folder"),
+    ({}, "data.kind is None: choose one of shapes, shapes_edits, folder"),
     ({"kind": "cloud"}, "data.kind is 'cloud'"),
     ({"kind": "folder"}, "data.path is missing"),
     ({"kind": "folder", "path": "x", "test_fraction": "0.1"}, "data.test_fraction is '0.1': give a number"),

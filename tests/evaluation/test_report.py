@@ -30,7 +30,7 @@ class Oracle:
       asked = compositional.prompts(category, PER_CATEGORY, SEED)
       self.scenes |= {prompt.text: _scene_of(prompt) for prompt in asked}
 
-  def draw(self, prompts, steps=None, guidance=None, seed=0):
+  def draw(self, prompts, steps=None, guidance=None, seed=0, images=None):
     return np.stack([shapes.render(self.scenes[prompt], SIZE) for prompt in prompts])
 
   def encode(self, images):
@@ -58,7 +58,7 @@ class Oracle:
 class Blind:
   """Draws nothing, sees nothing, says nothing."""
 
-  def draw(self, prompts, steps=None, guidance=None, seed=0):
+  def draw(self, prompts, steps=None, guidance=None, seed=0, images=None):
     return np.full((len(prompts), SIZE, SIZE, 3), 128, np.uint8)
 
   def encode(self, images):
@@ -227,7 +227,7 @@ class Retriever(Blind):
   def __init__(self, folder):
     self.known = {example.captions[0]: example.image for example in folder}
 
-  def draw(self, prompts, steps=None, guidance=None, seed=0):
+  def draw(self, prompts, steps=None, guidance=None, seed=0, images=None):
     return np.stack([self.known[prompt] for prompt in prompts])
 
   def encode(self, images):

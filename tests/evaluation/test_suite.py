@@ -13,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from clipflow_jax.data import shapes
+from clipflow_jax.data import shapes, shapes_edits
+from clipflow_jax.data.shapes_edits import ShapesEditsSource
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import classification, compositional, geneval, inception, results, suite
 from clipflow_jax.evaluation.geneval import Detection
@@ -43,6 +44,8 @@ class Oracle(test_report.Oracle):
     single = [shapes.Object(shape, colour, "large", False, 4) for colour, shape in classification.PAIRS]
     scenes = [shapes.Scene((thing,), "white" if thing.colour != "white" else "black") for thing in single]
     self.scenes |= dict(zip(classification.NAMES, scenes, strict=True))
+    self.edits = {kind: shapes_edits.edits(kind, 2, SEED) for kind in shapes_edits.KINDS}
+    self.taught = True
     self.calls, self.stop = 0, -1
     for item in geneval.shapes_items(2, SEED):
       caption = compositional.prompts({v: k for k, v in geneval.TAGS.items()}[item.category], 2, SEED)
@@ -53,9 +56,16 @@ class Oracle(test_report.Oracle):
       raise KeyboardInterrupt
     self.calls += 1
 
-  def draw(self, prompts, steps=None, guidance=None, seed=0):
+  def draw(self, prompts, steps=None, guidance=None, seed=0, images=None):
     self._called()
-    return super().draw(prompts)
+    if images is None:
+      return super().draw(prompts)
+    found = {one.text: shapes.render(one.after, SIZE) for kind in shapes_edits.KINDS for one in self.edits[kind]}
+    return np.stack([found[prompt] for prompt in prompts])
+
+  def check_edits(self):
+    if not self.taught:
+      raise UserError("not taught")
 
   def answer(self, images, questions):
     self._called()
@@ -216,12 +226,14 @@ def test_a_seed_or_resamples_below_zero_are_told(tmp_path, key):
 
 
 def test_every_table_has_kinds_and_settings_that_are_there():
-  for table in ("shapes", "understanding", "generation"):
+  for table in ("shapes", "understanding", "generation", "edits"):
     for name, settings in evaluate.get_config(f"table={table}").tasks.to_dict().items():
       assert settings["kind"] in suite.KINDS, name
       known = suite.KINDS[settings["kind"]].__kwdefaults__ or {}
       assert settings.keys() - {"kind", "reference", "inception", "data"} <= known.keys(), name
-  with pytest.raises(UserError, match="table 'taste' is unknown; choose one of shapes, understanding, generation"):
+  with pytest.raises(
+    UserError, match="table 'taste' is unknown; choose one of shapes, understanding, generation, edits"
+  ):
     evaluate.get_config("table=taste")
 
 
@@ -262,6 +274,46 @@ def test_training_is_told_plain_numbers_and_no_file_is_left(whole, tmp_path, mon
   assert found["evaluation/questions/accuracy"] == 1
   assert found["evaluation/clip_score/clip_score"] == whole[1]["clip_score"].result["metrics"]["clip_score"]["value"]
   assert not list(tmp_path.iterdir())
+
+
+# Changing pictures.
+
+
+def test_an_edit_is_right_where_the_reader_sees_what_should_have_become_of_the_picture(tmp_path):
+  chosen = dict(shapes=dict(kind="edited", judge="shapes", n=2))
+  model = Oracle()
+  done = suite.evaluate(suite.Run(model, tmp_path, SOURCE, SEED, 0), chosen)["shapes"]
+  told = {name: found["value"] for name, found in done.result["metrics"].items()}
+  assert (told["correct"], told["l1"]) == (1.0, 0.0) and told["l1_unchanged"] > 0.005
+  assert set(done.result["by_category"]) == set(shapes_edits.KINDS)
+
+  class Copies(Oracle):
+    def draw(self, prompts, steps=None, guidance=None, seed=0, images=None):
+      return images
+
+  done = suite.evaluate(suite.Run(Copies(), tmp_path / "copies", SOURCE, SEED, 0), chosen)["shapes"]
+  told = {name: found["value"] for name, found in done.result["metrics"].items()}
+  assert told["correct"] == 0.0 and told["l1"] == told["l1_unchanged"]
+
+
+def test_edits_of_the_own_test_split_are_compared_with_its_pictures(tmp_path):
+  source = ShapesEditsSource(size=SIZE, split="test", seed=SEED)
+
+  class Repeats(Oracle):
+    def draw(self, prompts, steps=None, guidance=None, seed=0, images=None):
+      return images
+
+  own = dict(own=dict(kind="edited", n=3))
+  done = suite.evaluate(suite.Run(Repeats(), tmp_path, source, SEED, 0), own)["own"]
+  apart = [np.abs(source[i].image.astype(float) - source[i].before).mean() / 255 for i in range(3)]
+  assert done.result["metrics"]["l1"]["value"] == pytest.approx(np.mean(apart))
+  assert "correct" not in done.result["metrics"]
+  with pytest.raises(UserError, match="task own has no items"):
+    suite.evaluate(suite.Run(Repeats(), tmp_path, SOURCE, SEED, 0), own)
+  untaught = Oracle()
+  untaught.taught = False
+  with pytest.raises(UserError, match="not taught"):
+    suite.evaluate(suite.Run(untaught, tmp_path, source, SEED, 0), own)
 
 
 # Drawing.

@@ -14,6 +14,10 @@ import pytest
 from PIL import Image
 
 from clipflow_jax.data import images, mixture, sequence
+from clipflow_jax.data.example import Example
+from clipflow_jax.data.mixture import Part
+from clipflow_jax.data.pipeline import TASKS
+from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.text import IMAGE
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import text
@@ -24,6 +28,7 @@ from clipflow_jax.training import checkpoint, stages
 from tests import tiny, tiny_runs
 from tests.tiny_runs import SIZE
 
+ONE = ShapesSource(size=SIZE)
 T, C = 4, tiny.CHANNELS
 SHORT = ["red", "a star", "blue"]
 LONG = "a large outlined yellow triangle left of a small filled purple hexagon on a grey background"
@@ -124,6 +129,57 @@ def test_steps_may_be_chosen(model):
   assert np.abs(few - more).max() > 1e-3
 
 
+@pytest.fixture
+def taught(model, monkeypatch) -> ClipFlow:
+  """With words for edits; of what it was taught nothing else is asked."""
+  monkeypatch.setattr(model, "wording", model.wording._replace(edit="{caption}{picture}"))
+  return model
+
+
+def test_an_edit_depends_on_its_picture_and_its_words(taught, pictures):
+  edited = taught.draw(SHORT[:2], images=pictures, seed=5)
+  assert (edited.shape, edited.dtype) == ((2, SIZE, SIZE, 3), np.uint8)
+  features = taught.draw_features(SHORT[:2], images=pictures, seed=5)
+  assert difference(taught.decode(features), edited) <= 1
+  for other in (
+    taught.draw_features(SHORT[:2], seed=5),
+    taught.draw_features(SHORT[:2], images=pictures[::-1], seed=5),
+    taught.draw_features(SHORT[1:], images=pictures, seed=5),
+  ):
+    assert np.abs(features - other)[0].max() > 1e-3
+
+
+def test_an_edit_is_the_same_alone_and_in_any_company(taught, pictures):
+  alone = taught.draw(SHORT[:1], images=pictures[:1], seed=5)
+  assert difference(alone[0], taught.draw([SHORT[0], LONG], images=pictures, seed=5)[0]) <= 1
+
+
+def test_an_edit_is_drawn_from_what_training_shows(taught, pictures):
+  """What the target sees in training and in drawing is the same, to rounding."""
+  _, rows, empty = taught.to_draw(SHORT[:1], None, None, pictures[:1])
+  assert (rows.image_roles.tolist(), empty.image_roles.tolist()) == ([[1, 2]], [[2, 0]])
+  example = Example("a", pictures[1], (SHORT[0],), "", (), before=pictures[0])
+  told = TASKS["edit"](example, Part(ONE, edit=(taught.wording.edit,)), np.random.default_rng(0), 0.0)
+  trained = taught.rows([told])
+  seen = np.asarray(trained.image_index[0]) >= 0
+  for name in ("tokens", "order", "positions", "image_index", "segments"):
+    np.testing.assert_array_equal(getattr(rows, name), getattr(trained, name))
+  np.testing.assert_array_equal(rows.images[0, 0], trained.images[0, 0])
+  assert seen.sum() == T and rows.image_order[0, 1] == trained.image_order[0, 1]
+
+
+def test_edits_that_cannot_be_are_refused(model, pictures, monkeypatch):
+  with pytest.raises(UserError, match="not taught to change pictures; train it further by configs/edit.py"):
+    model.draw(SHORT[:2], images=pictures)
+  monkeypatch.setattr(model, "wording", model.wording._replace(edit="{caption}{picture}"))
+  with pytest.raises(UserError, match="2 pictures for 3 prompts: give one for each"):
+    model.draw(SHORT, images=pictures)
+  with pytest.raises(UserError, match=r"this model takes uint8 \[N,"):
+    model.draw(SHORT[:2], images=pictures.astype(np.float32))
+  with pytest.raises(UserError, match="best_of judges whether a drawing is as its prompt says"):
+    model.draw(SHORT[:2], images=pictures, best_of=2)
+
+
 # Reading.
 
 
@@ -157,7 +213,7 @@ def test_a_picture_stands_where_the_model_was_taught_to_find_it_in_whichever_ord
   model, pictures, monkeypatch
 ):
   parts = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "how?"}]
-  monkeypatch.setattr(model, "wording", mixture.Wording("{question}{picture}", "{caption}"))
+  monkeypatch.setattr(model, "wording", mixture.Wording("{question}{picture}", "{caption}", ""))
   for given in (parts, parts[::-1]):
     assert model._conversation([{"role": "user", "content": given}]).turns == (("user", "how?" + IMAGE),)
   between = [*parts, {"type": "text", "text": "why?"}]  # a place of its own
