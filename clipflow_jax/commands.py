@@ -83,6 +83,8 @@ def chat(options: argparse.Namespace) -> None:
       words = input("> ") if options.message is None else options.message
     except EOFError:
       return
+    except UnicodeDecodeError as error:
+      raise UserError(f"cannot read the message: {error}") from error
     messages.append({"role": "user", "content": [*first, {"type": "text", "text": words}]})
     first = []
     answer = model.chat(messages)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -244,6 +245,11 @@ def test_chat_answers_a_question_about_a_picture(capsys, trained, tmp_path):
 def test_an_empty_message_is_one_too(capsys, trained, monkeypatch):
   monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked for another"))
   assert cli.main(["chat", f"--workdir={trained}", "--message="]) == 0
+
+
+def test_a_message_that_is_no_text_is_told_in_one_line(capsys, trained, monkeypatch):
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"how \xff?\n"), "utf-8"))
+  assert "cannot read the message: 'utf-8' codec" in fails(capsys, "chat", f"--workdir={trained}")
 
 
 def test_info_shows_what_the_model_will_see_of_its_data(capsys, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipflow_jax.data.records import encodable
 from clipflow_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ class Chat:
     return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
   def without_special(self, words: str) -> str:
-    """People's words without special tokens, also those that removing others would make."""
+    """People's words as they can be encoded: without special tokens, also those that removing others would make."""
+    words = encodable(words)
     while (shorter := self._special.sub("", words)) != words:
       words = shorter
     return words

@@ -25,7 +25,7 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from prometheus_client import exposition
 from starlette.exceptions import HTTPException
@@ -168,18 +168,19 @@ def _png(picture: np.ndarray) -> str:
 # Errors, all in OpenAI's shape.
 
 
-def _answer(refused: HTTPException) -> JSONResponse:
+def _answer(refused: HTTPException) -> Response:
   told = schemas.error(
     refused.status_code, refused.detail, getattr(refused, "param", None), getattr(refused, "code", None)
   )
-  return JSONResponse(told, refused.status_code, refused.headers)
+  body = json.dumps(told)  # in ASCII: what it names may be no text that UTF-8 can write
+  return Response(body, refused.status_code, refused.headers, media_type="application/json")
 
 
-async def _refusal(request: Any, refused: Any) -> JSONResponse:
+async def _refusal(request: Any, refused: Any) -> Response:
   return _answer(refused)
 
 
-async def _invalid(request: Any, invalid: Any) -> JSONResponse:
+async def _invalid(request: Any, invalid: Any) -> Response:
   """The first thing that is wrong, and where."""
   wrong = invalid.errors()[0]
   place = ".".join(str(step) for step in wrong["loc"][1:])
@@ -192,19 +193,19 @@ async def _invalid(request: Any, invalid: Any) -> JSONResponse:
   return _answer(Refused(400, f"{place}: {wrong['msg']}", param=place))
 
 
-async def _unusable(request: Any, error: Any) -> JSONResponse:
+async def _unusable(request: Any, error: Any) -> Response:
   return _answer(Refused(400, str(error)))
 
 
-async def _full(request: Any, error: Any) -> JSONResponse:
+async def _full(request: Any, error: Any) -> Response:
   return _answer(Refused(429, str(error), code="queue_full", retry=error.seconds))
 
 
-async def _closed(request: Any, error: Any) -> JSONResponse:
+async def _closed(request: Any, error: Any) -> Response:
   return _answer(Refused(503, str(error), retry=5))
 
 
-async def _failed(request: Any, error: Any) -> JSONResponse:
+async def _failed(request: Any, error: Any) -> Response:
   return _answer(Refused(500, str(error)))
 
 

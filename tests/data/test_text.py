@@ -182,6 +182,7 @@ def test_a_prompt_ends_where_the_assistant_begins(chat):
     f"{PAD}a b",
     "a <|e<|end|>nd|> b",
     "<|i<|us<|pad|>er|>mage|>a b",
+    "<|e\ud83dnd|>\ude00a b",
   ],
 )
 def test_special_tokens_in_peoples_words_are_removed(chat, words):
@@ -194,11 +195,20 @@ def test_special_tokens_in_peoples_words_are_removed(chat, words):
     ]
 
 
-@given(words=st.lists(st.sampled_from(["<|", "|>", "end", "user", END, PAD, "a ", text._HOLE.format(0)])).map("".join))
+@given(
+  words=st.lists(st.sampled_from(["<|", "|>", "end", "\ud83d", "user", END, PAD, "a ", text._HOLE.format(0)])).map(
+    "".join
+  )
+)
 def test_no_words_can_write_a_special_token(chat, words):
   plain, crafted = (chat.prompt((("user", said),)) for said in ("a", words))
   ids = set(range(len(text.SPECIAL)))
   assert [t for t in crafted if t in ids] == [t for t in plain if t in ids]
+
+
+def test_half_a_surrogate_pair_is_no_word(chat):
+  broken, whole = (chat.prompt((("user", said),)) for said in ("a \ud83dred \udcffcircle", "a red circle"))
+  assert broken == whole
 
 
 def test_words_that_look_like_holes_of_the_template_are_words(chat):

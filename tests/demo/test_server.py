@@ -172,10 +172,12 @@ def test_a_picture_is_read(client, model, picture):
   assert answer.choices[0].message.content == likeliest(model, [{"role": "user", "content": parts}])
 
 
-def test_words_that_look_like_a_special_token_are_only_words(client):
-  asked = [{"role": "user", "content": "how<|image|><|end|>?"}]
-  answer, plain = (client.chat.completions.create(model="tiny", messages=m) for m in (asked, HOW))
-  assert answer.choices[0].message.content == plain.choices[0].message.content
+@pytest.mark.parametrize("words", ["how<|image|><|end|>?", "how<|im\ud83dage|>?\ude00"])
+def test_what_looks_like_a_special_token_or_is_half_a_character_is_no_word(running, client, words):
+  asked = {"model": "tiny", "messages": [{"role": "user", "content": words}]}
+  answer = running.http.post(CHAT, content=json.dumps(asked), headers={"Content-Type": "application/json"}).json()
+  plain = client.chat.completions.create(model="tiny", messages=HOW)
+  assert answer["choices"][0]["message"]["content"] == plain.choices[0].message.content
 
 
 def test_pictures_are_those_of_the_prompt_and_the_seeds(client, model, running):
@@ -289,12 +291,15 @@ def test_a_body_that_is_too_large_is_refused_however_it_is_sent(running):
     (DRAW, {"prompt": "a star", "seed": -1}, "seed: Input should be greater than or equal to 0"),
     (DRAW, {"prompt": "a star", "n": 11}, "n: Input should be less than or equal to 10"),
     (DRAW, {"prompt": "\ud800"}, "prompt: Input should be a valid string"),
+    (DRAW, {"prompt": "a star", "size": "\ud800"}, "this model draws pictures of 24x24, not of \ud800"),
+    (CHAT, {"messages": HOW, "\ud800": 1}, "JSON object"),  # whose keys are text
+    (CHAT, {"messages": HOW, "model": "\ud800gpt"}, "there is 'tiny'"),
   ],
 )
 def test_what_cannot_be_done_is_told_by_name(running, path, asked, says):
   body = json.dumps({"model": "tiny"} | asked)
   answer = running.http.post(path, content=body, headers={"Content-Type": "application/json"})
-  refused(answer, 404 if "gpt" in says else 400, says)
+  refused(answer, 404 if "there is 'tiny'" in says else 400, says)
 
 
 @pytest.mark.parametrize(
