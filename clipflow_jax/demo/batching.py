@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from clipflow_jax.errors import UserError
+
 log = logging.getLogger(__name__)
 
 # (settings, items of these settings) -> for each step of the computation, the next piece for each item.
@@ -80,9 +82,14 @@ class Batcher:
     return [job for job in self._jobs if not job.dropped]
 
   def submit(self, settings: Hashable, items: Sequence) -> list[Job]:
-    """A job for each item, all or none. Only items of equal settings are computed together. Raises Full or Closed."""
+    """A job for each item, all or none. Only items of equal settings are computed together.
+
+    Raises Full or Closed, and UserError for more items than may ever wait.
+    """
     if self.closed:
       raise Closed("no more is taken: the server is about to stop")
+    if len(items) > self.limit:
+      raise UserError(f"{len(items)} at once do not fit a queue of {self.limit}; ask for fewer")
     waiting = self.waiting
     if len(waiting) + len(items) > self.limit:
       raise Full(math.ceil(self._seconds * (1 + len(waiting) // self.size)))

@@ -6,7 +6,7 @@ import base64
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from clipflow_jax.data.example import BadRecord
@@ -39,6 +39,12 @@ def error(status: int, message: str, param: str | None = None, code: str | None 
 
 class _Asked(BaseModel):
   model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+  @model_validator(mode="before")
+  @classmethod
+  def _given(cls, fields: Any) -> Any:
+    """Null says that a field is not given: so clients send it, and so they send back a message that they were given."""
+    return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
 class Text(_Asked):

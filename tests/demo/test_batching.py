@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from clipflow_jax.demo.batching import Batcher, Closed, Failed, Full
+from clipflow_jax.errors import UserError
 
 
 class Doubler:
@@ -68,6 +69,15 @@ def test_more_than_the_queue_holds_is_refused_whole():
       b.submit("a", [3, 4])
     assert [job.item for job in b.waiting] == [1, 2]
     b.submit("a", [3])
+
+  run(task())
+
+
+def test_what_would_never_fit_the_queue_is_not_told_to_come_again():
+  async def task():
+    b = batcher(limit=3)
+    with pytest.raises(UserError, match="4 at once do not fit a queue of 3"):
+      b.submit("a", [1, 2, 3, 4])
 
   run(task())
 

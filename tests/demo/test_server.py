@@ -166,6 +166,18 @@ def test_words_of_two_clients_are_written_side_by_side_as_alone(running, client)
   assert found == beside and len(set(found.values())) == 4
 
 
+def test_null_says_that_something_is_not_given(client):
+  nothing: dict = dict.fromkeys(("temperature", "max_tokens", "seed", "n", "stream", "stop", "user"))
+  said = client.chat.completions.create(model="tiny", messages=HOW, max_tokens=4).choices[0].message
+  for message in (said, said.model_dump(), {"role": "assistant", "content": said.content}):
+    talk = [*HOW, message, *HOW]
+    following = client.chat.completions.create(model="tiny", messages=talk, **nothing)
+    assert following.choices[0].message.content
+  with pytest.raises(openai.BadRequestError, match="messages.0.content: Field required"):
+    client.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": None}])
+  client.images.generate(prompt="a star", n=None, quality=None, response_format=None)
+
+
 def test_a_picture_is_read(client, model, picture):
   answer = client.chat.completions.create(model="tiny", messages=about(encoded(picture)))
   parts = [{"type": "image", "image": picture}, {"type": "text", "text": "how?"}]
@@ -347,7 +359,7 @@ def malformed(rng: random.Random) -> bytes:
   elif way == 2:
     while not isinstance(node, dict):
       node, key = rng.choice(places)
-    node["".join(rng.choices("abcdefgh", k=8))] = rng.choice([None, 1, "x", []])
+    node["".join(rng.choices("abcdefgh", k=8))] = rng.choice([1, "x", []])
   body = json.dumps(asked).encode()
   return body[: rng.randrange(len(body))] if way == 3 else body
 
@@ -412,16 +424,17 @@ def test_a_full_queue_and_a_server_about_to_stop_say_when_to_come_again(model):
   with Running(service) as running:
     refused(running.http.get("/ready"), 503, "still compiling")
     assert running.http.get("/health").json() == {"status": "starting"}
-    asked = {"prompt": "a", "n": 3}
-    answer = running.http.post(DRAW, json=asked)
-    refused(answer, 429, "the queue is full", type="rate_limit_error", code="queue_full")
-    assert int(answer.headers["Retry-After"]) >= 1
+    refused(running.http.post(DRAW, json={"prompt": "a", "n": 3}), 400, "3 at once do not fit a queue of 2")
     answers: list[httpx.Response] = []
     ask = lambda: answers.append(httpx.post(running.url + DRAW, json={"prompt": "a"}, timeout=60))  # noqa: E731
     waiting = threading.Thread(target=ask)
     waiting.start()
     while not service.batcher.waiting:
       time.sleep(0.01)
+    asked = {"prompt": "a", "n": 2}
+    answer = running.http.post(DRAW, json=asked)
+    refused(answer, 429, "the queue is full", type="rate_limit_error", code="queue_full")
+    assert int(answer.headers["Retry-After"]) >= 1
     running.server.handle_exit(15, None)
     refused(running.http.post(DRAW, json=asked), 503, "about to stop")
     refused(running.http.get("/ready"), 503, "about to stop")
