@@ -10,6 +10,7 @@ from clipflow_jax.errors import UserError
 
 def bind(host: str, port: int) -> socket.socket:
   """A socket that does not listen yet: that the address can be had is known before a model is loaded."""
+  host = host.strip("[]")  # in which an address on the web has IPv6
   found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
   found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
@@ -18,6 +19,11 @@ def bind(host: str, port: int) -> socket.socket:
     found.close()
     raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
   return found
+
+
+def in_url(host: str) -> str:
+  """The host as an address on the web has it."""
+  return f"[{host.strip('[]')}]" if ":" in host else host
 
 
 def check_closed(host: str, remedy: str) -> None:

@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from clipflow_jax.data.example import BadRecord
-from clipflow_jax.demo.address import bind, check_closed, is_loopback
+from clipflow_jax.demo.address import bind, check_closed, in_url, is_loopback
 from clipflow_jax.demo.answers import MOST_CHARACTERS, Answers, End, enlarged, samples, suggestions
 from clipflow_jax.demo.guard import Guard
 from clipflow_jax.errors import UserError
@@ -66,11 +66,12 @@ def launch(model: ClipFlow, workdir: Path, door: Door) -> gr.Blocks:
   """The running page at `local_url`; `block_thread` waits for its end, `close` ends it."""
   guards = [Middleware(Guard, most_bytes=MOST_BYTES + (64 << 10))]  # with room for what stands around a file
   if is_loopback(door.host):  # a name that another site lets point here is not ours
-    guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"]))
+    ours = ["localhost", "127.0.0.1", "[::1]", in_url(door.host)]
+    guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=ours))
   blocks = build(model, workdir)
   blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
   blocks.launch(
-    server_name=door.host,
+    server_name=in_url(door.host),
     server_port=door.port,
     auth=door.accounts or None,
     max_file_size=MOST_BYTES,

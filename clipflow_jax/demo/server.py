@@ -32,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipflow_jax.demo import schemas
+from clipflow_jax.demo.address import in_url
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
 from clipflow_jax.demo.service import Service, Talk, finished, first, written
@@ -269,8 +270,7 @@ class Server(uvicorn.Server):
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     await super().startup(sockets)
     host, port = self.servers[0].sockets[0].getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    print(f"serving {self.service.name!r} at http://{host}:{port}/v1", flush=True)
+    print(f"serving {self.service.name!r} at http://{in_url(host)}:{port}/v1", flush=True)
 
   def handle_exit(self, sig: int, frame: Any) -> None:
     if self.service.batcher.closed:  # nothing else ends a thread in the midst of a batch

@@ -273,6 +273,16 @@ def test_requests_that_no_page_makes_are_refused(served):
     assert "default-src 'self'" in client.get("/").headers["content-security-policy"]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "[::1]"])
+def test_it_is_at_any_address_of_this_machine(model, trained, host):
+  blocks = page.launch(model, trained, page.Door.make(host, 0, None))
+  try:
+    assert httpx.get(blocks.local_url).status_code == 200
+    assert httpx.get(blocks.local_url, headers={"host": "example.org"}).status_code == 400
+  finally:
+    blocks.close()
+
+
 def test_a_picture_named_by_its_address_is_not_fetched(served):
   link = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
   with httpx.Client(base_url=served, timeout=60) as client:

@@ -527,6 +527,12 @@ def test_asked_twice_to_stop_it_ends_at_once(trained):
     assert process.wait(60) == -signal.SIGTERM
 
 
+def test_an_address_of_ipv6_may_stand_in_brackets():
+  with address.bind("[::1]", 0) as found:
+    assert found.getsockname()[0] == "::1" and address.in_url("::1") == address.in_url("[::1]") == "[::1]"
+  assert address.in_url("127.0.0.1") == "127.0.0.1"
+
+
 def test_an_address_that_cannot_be_had_is_told_in_one_line():
   with address.bind("127.0.0.1", 0) as taken:
     taken.listen()
