@@ -74,6 +74,20 @@ class FlowHead(nn.Module):
     return head(hidden[:, :, self.time_tokens :]).astype(jnp.float32)
 
 
+# (part, a size of it, what that must be a multiple of, and of how many of those: heads that turn by row and column are
+# cut into pairs for each).
+MULTIPLES = (
+  ("clip.vision", "image_size", "patch_size", 1),
+  ("clip.vision", "width", "heads", 1),
+  ("clip.text", "width", "heads", 1),
+  ("clip.captioner", "heads", "kv_heads", 1),
+  ("transformer", "heads", "kv_heads", 1),
+  ("pixel_decoder", "image_size", "patch_size", 1),
+  ("pixel_decoder", "width", "heads", 4),
+  ("drawer", "width", "heads", 4),
+)
+
+
 class ClipFlow(nn.Module):
   """The whole model. Parts that a run does not need are None.
 
@@ -123,9 +137,10 @@ class ClipFlow(nn.Module):
     if self.drawer and (self.transformer or {}).get("flow_width"):
       raise UserError("model.drawer and model.transformer.flow_width are two ways to draw; leave one out")
     if self.prediction not in ("x", "v"):
-      raise ValueError(f"prediction {self.prediction!r} is unknown; choose x or v")
+      raise UserError(f"model.prediction {self.prediction!r} is unknown; choose x or v")
     if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
       raise UserError(f"model.dtype {self.dtype!r} is unknown; choose float32 or bfloat16")
+    self._check_sizes()
     shared = dict(kernel=self.kernel, dtype=jnp.dtype(self.dtype))
     if self.clip:
       self.clip_model = Clip(**self.clip, **shared)
@@ -149,10 +164,43 @@ class ClipFlow(nn.Module):
     if self.pixel_decoder:
       self.decoder = PixelDecoder(**self.pixel_decoder, **shared)
 
+  def _check_sizes(self) -> None:
+    """UserError where one size of a part does not go into another, or a part's not with the tower's."""
+    parts = {"transformer": self.transformer, "pixel_decoder": self.pixel_decoder, "drawer": self.drawer}
+    parts |= {f"clip.{name}": self.clip.get(name) for name in ("vision", "text", "captioner")}
+    for part, whole, by, times in MULTIPLES:
+      fields = parts[part]
+      if fields and fields[whole] % (times * fields[by]):
+        unit = f"{times} x {by}" if times > 1 else by
+        raise UserError(
+          f"model.{part}.{whole} {fields[whole]} is no multiple of {unit} {fields[by]}; change one of the two"
+        )
+    vision, decoder = parts["clip.vision"], self.pixel_decoder
+    if not vision:
+      return
+    side, pool = vision["image_size"] // vision["patch_size"], vision.get("feature_pool", 1)
+    if side % pool:
+      raise UserError(f"model.clip.vision.feature_pool {pool} does not divide the {side} tokens of a side; change it")
+    chosen = vision.get("feature_layers") or ()
+    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(1, vision["layers"] + 1)):
+      raise UserError(
+        f"model.clip.vision.feature_layers {tuple(chosen)}: each must be another of layers 1 to {vision['layers']}"
+      )
+    if decoder and (patches := decoder["image_size"] // decoder["patch_size"]) != self.grid:
+      raise UserError(
+        f"model.pixel_decoder has {patches} patches a side, the tower's features {self.grid}: "
+        f"set its patch_size to image_size / {self.grid}"
+      )
+
   # Features.
 
   def see(self, images: jax.Array) -> Seen:
-    """images u8[B,H,W,3] -> what the tower makes of them, features raw."""
+    """images u8[B,H,W,3] -> what the tower makes of them, features raw. UserError for those of another size."""
+    height, width, side = *images.shape[1:3], self.clip["vision"]["image_size"]
+    if (height, width) != (side, side):
+      raise UserError(
+        f"pictures are {width} x {height}, model.clip.vision.image_size {side}: set data.source.size to it"
+      )
     return self.clip_model.see(images)
 
   def standardise(self, raw: jax.Array) -> jax.Array:

@@ -10,18 +10,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from clipflow_jax.errors import UserError
+
 
 def frequencies(half: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[jax.Array, float]:
   """(radians per position f32[half], factor on the cosines and sines).
 
   scaling: None, or how a model was stretched, in the words of its config.json: `rope_type` "linear" (Chen et al. 2023),
-  "yarn" (Peng et al. 2023) or "llama3" (Dubey et al. 2024) and that type's numbers. ValueError names an unknown type.
+  "yarn" (Peng et al. 2023) or "llama3" (Dubey et al. 2024) and that type's numbers. UserError names an unknown type.
   """
   plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is None:
     return plain, 1.0
   if scaling["rope_type"] not in STRETCHES:
-    raise ValueError(f"rope_type {scaling['rope_type']!r} is unknown; there are {', '.join(STRETCHES)}")
+    raise UserError(f"rope_type {scaling['rope_type']!r} is unknown; there are {', '.join(STRETCHES)}")
   return STRETCHES[scaling["rope_type"]](plain, theta, scaling)
 
 
@@ -59,12 +61,12 @@ def at_positions(
   """Of vectors of this dim at positions i32[B,S,3] (time, row, column), frequencies split by axis as in Qwen2-VL.
 
   sections: how many of the dim/2 frequencies turn with each axis; (): all by time. Positions equal on all three axes
-  are ordinary RoPE. scaling: as in `frequencies`. ValueError for sections that do not add up.
+  are ordinary RoPE. scaling: as in `frequencies`. UserError for sections that do not add up, or of more axes.
   """
   half = dim // 2
   sections = sections or (half,)
-  if sum(sections) != half:
-    raise ValueError(f"rotary sections {sections} must add up to half the head dim, {half}")
+  if 2 * sum(sections) != dim or len(sections) > positions.shape[-1]:
+    raise UserError(f"rope_sections {tuple(sections)} must be at most 3 that add up to half the head dim, {dim / 2:g}")
   speeds, factor = frequencies(half, theta, scaling)
   axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
   return Rotation.by(jnp.take(positions, axis, axis=-1).astype(jnp.float32) * speeds, factor)

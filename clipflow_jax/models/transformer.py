@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.attention import Attention, sight, visible
 from clipflow_jax.models.layers import RMSNorm, SwiGLU
 from clipflow_jax.models.remat import scan
@@ -153,7 +154,7 @@ class Transformer(nn.Module):
 
   def setup(self):
     if not 0 <= self.early_layer < self.layers:
-      raise ValueError(f"early_layer {self.early_layer} must lie before the last of {self.layers} layers (0: none)")
+      raise UserError(f"early_layer {self.early_layer} must lie before the last of {self.layers} layers (0: none)")
     shared = dict(
       heads=self.heads,
       kv_heads=self.kv_heads,

@@ -14,6 +14,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives import contrastive, flow, language, pixels
 
 NAMES = ("contrastive", "caption", "readout", "language", "flow", "pixels")
+PAIRED = {"contrastive", "caption", "readout"}  # of one picture and its caption a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Objective:
     unknown = set(self.weights) - set(NAMES) - set(self.own)
     if unknown or not any(self.weights.values()):
       known = ", ".join((*NAMES, *self.own))
-      raise ValueError(f"objective weights {dict(self.weights)} must name at least one of {known}, and no other")
+      raise UserError(f"objective.weights {dict(self.weights)} must name at least one of {known}, and no other")
     for name in self.own:
       if name in NAMES or "_" in name:
         raise UserError(f"objective.own.{name}: choose a name without underscore that is none of {', '.join(NAMES)}")
@@ -59,13 +60,41 @@ class Objective:
     counts |= dict.fromkeys(self.own, rows)
     return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in counts.items()}
 
-  def sums(self, model: ClipFlow, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-    """Each objective's sum over the batch, and its metrics' (objective_metric). model: bound; keys key[B]."""
+  def check(self, model: ClipFlow, batch: Batch) -> None:
+    """UserError where the model, or a batch of these shapes, has not what an objective with a weight is made of."""
     on = {name for name, weight in self.weights.items() if weight}
     if batch.images is None and (blind := sorted(on - {"language", "flow", *self.own})):
       raise UserError(f"objective.weights: {', '.join(blind)} need pictures, and data.features has none; unset one")
+    text, captioner = model.clip.get("text"), ("model.clip.captioner", model.clip.get("captioner"))
+    made_of = {
+      "contrastive": ("model.clip.text, which an import brings only with its tokenizer", text),
+      "caption": captioner,
+      "readout": captioner,
+      "language": ("model.transformer", model.transformer),
+      "flow": ("model.transformer.flow_width or model.drawer", model.draws),
+      "pixels": ("model.pixel_decoder", model.pixel_decoder),
+    }
+    for name, (part, there) in made_of.items():
+      if name in on and not there:
+        raise UserError(f"objective.weights: {name} needs {part}; unset the weight, or give the model that part")
+    pictures, words = batch.image_roles.shape[1], batch.tokens.shape[1]
+    if on & PAIRED and pictures != 1:
+      raise UserError(
+        f"objective.weights: for {', '.join(sorted(on & PAIRED))} a row is one picture and its caption; "
+        f"set data.images_per_row to 1, not {pictures}"
+      )
+    if "contrastive" in on and words > text["length"]:
+      raise UserError(
+        f"data.length {words} is more than the {text['length']} words that model.clip.text reads; "
+        f"lower it to {text['length']}, or raise model.clip.text.length"
+      )
+
+  def sums(self, model: ClipFlow, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
+    """Each objective's sum over the batch, and its metrics' (objective_metric). model: bound; keys key[B]."""
+    self.check(model, batch)
+    on = {name for name, weight in self.weights.items() if weight}
     sums: dict[str, jax.Array] = {}
-    if on & {"contrastive", "caption", "readout"}:
+    if on & PAIRED:
       sums |= contrastive.losses(
         model, batch, self.weights, chunk=self.contrastive_chunk, vocabulary_chunk=self.vocabulary_chunk
       )

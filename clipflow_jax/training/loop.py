@@ -107,6 +107,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   # The objective and its optimizer.
   objective = Objective(**config.objective)
+  objective.check(model, example)
   seed = config.seed
   init = jax.jit(lambda: _init(model, example, seed))  # jitted to be traced once, not wherever it is called
   abstract = jax.eval_shape(init)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.attention import looks, visible
 from clipflow_jax.models.kernels import attend, attend_beside
 from clipflow_jax.models.rotary import at_positions, turn
@@ -161,5 +162,6 @@ def test_products_depend_on_the_difference_of_positions_alone(one, other, move):
 
 
 def test_sections_that_do_not_fill_the_head_are_an_error():
-  with pytest.raises(ValueError, match=r"\(4, 2\) must add up to half the head dim, 8"):
-    rotate(vectors(0, 2), jnp.zeros((1, 2, 3), jnp.int32), 100.0, (4, 2))
+  for sections in ((4, 2), (2, 2, 2, 2)):
+    with pytest.raises(UserError, match=r"must be at most 3 that add up to half the head dim, 8"):
+      rotate(vectors(0, 2), jnp.zeros((1, 2, 3), jnp.int32), 100.0, sections)

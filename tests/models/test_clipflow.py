@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from tests import tiny
@@ -69,8 +71,41 @@ def test_other_models_have_no_early_head(params):
 
 
 def test_an_unknown_prediction_is_an_error(params):
-  with pytest.raises(ValueError, match="'eps' is unknown; choose x or v"):
+  with pytest.raises(UserError, match="model.prediction 'eps' is unknown; choose x or v"):
     jax.eval_shape(lambda: predict(params, tiny.model(prediction="eps")))
+
+
+def changed(part: str, **fields: Any) -> dict[str, Any]:
+  """The fields of the tiny model with some of a part's in place of its own."""
+  if part.startswith("clip."):
+    name = part.removeprefix("clip.")
+    return dict(clip=tiny.FIELDS["clip"] | {name: tiny.FIELDS["clip"][name] | fields})
+  return {part: tiny.FIELDS[part] | fields}
+
+
+@pytest.mark.parametrize(
+  ("fields", "told"),
+  [
+    (changed("clip.vision", patch_size=7), "clip.vision.image_size 16 is no multiple of patch_size 7"),
+    (changed("clip.vision", heads=3), "clip.vision.width 32 is no multiple of heads 3"),
+    (changed("clip.text", heads=3), "clip.text.width 16 is no multiple of heads 3"),
+    (changed("clip.vision", feature_pool=3), "feature_pool 3 does not divide the 2 tokens of a side"),
+    (changed("clip.vision", feature_layers=(1, 3)), r"feature_layers \(1, 3\): each must be another of layers 1 to 2"),
+    (changed("clip.vision", feature_layers=(1, 1)), r"feature_layers \(1, 1\): each must be another"),
+    (changed("clip.vision", feature_layers=(0,)), r"feature_layers \(0,\): each must be another"),
+    (changed("transformer", heads=4, kv_heads=3), "transformer.heads 4 is no multiple of kv_heads 3"),
+    (changed("transformer", head_dim=15, rope_sections=()), r"rope_sections \(7,\) must .* half the head dim, 7.5"),
+    (changed("pixel_decoder", patch_size=4), "pixel_decoder has 4 patches a side, the tower's features 2"),
+    (changed("pixel_decoder", width=20), "pixel_decoder.width 20 is no multiple of 4 x heads 2"),
+    (changed("clip.vision", image_size=32), "pixel_decoder has 2 patches a side, the tower's features 4"),
+    (dict(pixel_decoder=None) | changed("clip.vision", image_size=32), "pictures are 16 x 16, .*image_size 32"),
+  ],
+)
+def test_sizes_that_do_not_go_into_each_other_are_told_in_one_line(fields: dict[str, Any], told: str):
+  init = functools.partial(tiny.model(**fields).init, method="everything")
+  with pytest.raises(UserError, match=told) as error:
+    jax.eval_shape(init, jax.random.key(0), BATCH)
+  assert "\n" not in str(error.value)
 
 
 def test_the_dimension_law_and_its_scale_give_the_time_shift():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.batch import TARGET
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.remat import POLICIES
 from clipflow_jax.models.transformer import Context, Transformer
 from tests import tiny
@@ -224,5 +225,5 @@ def test_tied_logits_are_products_with_the_embedding(params):
 
 def test_an_early_head_needs_a_layer_after_it():
   model = Transformer(**FIELDS | dict(layers=2, early_layer=2))
-  with pytest.raises(ValueError, match="early_layer 2 must lie before the last of 2 layers"):
+  with pytest.raises(UserError, match="early_layer 2 must lie before the last of 2 layers"):
     model.init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)), method="logits")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.objectives import joint
 from clipflow_jax.objectives.joint import Objective
 from tests import tiny
@@ -22,8 +23,36 @@ def params() -> Any:
 
 @pytest.mark.parametrize("weights", [{}, {"flow": 0.0}, {"flow": 1.0, "flwo": 1.0}])
 def test_weights_must_name_an_objective_and_no_other(weights: dict[str, float]):
-  with pytest.raises(ValueError, match="must name at least one of contrastive, .*, and no other"):
+  with pytest.raises(UserError, match="must name at least one of contrastive, .*, and no other"):
     Objective(weights)
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "told"),
+  [
+    ("contrastive", dict(clip=dict(tiny.FIELDS["clip"], text=None)), "contrastive needs model.clip.text"),
+    ("readout", dict(clip=dict(tiny.FIELDS["clip"], captioner=None)), "readout needs model.clip.captioner"),
+    ("language", dict(transformer=None), "language needs model.transformer"),
+    ("flow", dict(transformer=dict(tiny.FIELDS["transformer"], flow_width=0)), "flow needs .*flow_width or"),
+    ("pixels", dict(pixel_decoder=None), "pixels needs model.pixel_decoder"),
+  ],
+)
+def test_what_an_objective_is_made_of_is_asked_for(name: str, fields: dict[str, Any], told: str):
+  with pytest.raises(UserError, match=told):
+    Objective({name: 1.0}).check(tiny.model(**fields), tiny.pack([[], []], pictures=1))
+
+
+@pytest.mark.parametrize("name", ["contrastive", "caption", "readout"])
+def test_pairs_are_of_one_picture_a_row(name: str):
+  with pytest.raises(UserError, match=f"for {name} a row is one picture and its caption; set data.images_per_row to 1"):
+    Objective({name: 1.0}).check(tiny.model(), BATCH)
+
+
+def test_captions_are_no_longer_than_the_text_tower_reads():
+  batch = tiny.pack([[], []], length=tiny.LENGTH + 1, pictures=1)
+  Objective({"caption": 1.0}).check(tiny.model(), batch)
+  with pytest.raises(UserError, match=r"data.length 25 is more than the 24 words that model.clip.text reads"):
+    Objective({"contrastive": 1.0}).check(tiny.model(), batch)
 
 
 def test_counts_are_of_what_the_sums_add_up():

@@ -17,7 +17,7 @@ VISION = dict(tiny.FIELDS["clip"]["vision"], mlp=MARK)
 def left_behind(weights: dict[str, float], **trains: float) -> list[tuple[int, ...]]:
   """Shapes of all arrays that the backward pass of a loss is given."""
   model = tiny.model(clip=dict(tiny.FIELDS["clip"], vision=VISION))
-  batch, keys = tiny.batch(), jax.random.split(jax.random.key(0), 2)
+  batch, keys = tiny.pack([[], []], pictures=1), jax.random.split(jax.random.key(0), 2)
   objective = Objective(weights)
   params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, method="everything")["params"])
   trained, frozen = state.split(params, state.multipliers(params, presets.trains(**trains)))
