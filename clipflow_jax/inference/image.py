@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -21,7 +22,10 @@ DECODER_STEPS = 10  # of a flow decoder: given the features little is left to de
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How to draw. guide: away from what. "text": the empty prompt, two passes a step; "null": a separate drawer's
-  condition all zeros, two passes; "early": the early head, one pass."""
+  condition all zeros, two passes; "early": the early head, one pass. guidance: how far, 0 or more (1: not at all).
+  eta: fresh noise at each step, from none at 0 to all at 1. interval: the times, of 0 to 1, that are guided.
+  UserError for a value that makes no sense.
+  """
 
   steps: int = 40
   guidance: float = 1.5
@@ -38,6 +42,12 @@ class Sampling:
       raise UserError(f"sampling method {self.method!r} is unknown; choose one of {', '.join(solvers.METHODS)}")
     if self.guide not in ("text", "null", "early"):
       raise UserError(f"sampling guide {self.guide!r} is unknown; choose text, null or early")
+    if not 0 <= self.guidance < math.inf:
+      raise UserError(f"sampling guidance {self.guidance}: give a number from 0, or 1 for none")
+    if not 0 <= self.eta <= 1:
+      raise UserError(f"sampling eta {self.eta}: give a number from 0, no fresh noise, to 1")
+    if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+      raise UserError(f"sampling interval {self.interval}: give two times from 0 to 1, the lower first")
 
 
 class Drawing(flax.struct.PyTreeNode):

@@ -392,6 +392,9 @@ def test_a_part_that_is_not_there_is_named(model, pictures):
     (dict(steps=0), "at least 1"),
     (dict(method="leap"), "'leap' is unknown"),
     (dict(guide="hope"), "'hope' is unknown"),
+    *((dict(guidance=scale), "guidance .*: give a number from 0") for scale in (-1.0, float("nan"), float("inf"))),
+    *((dict(eta=eta), "eta .*: give a number from 0") for eta in (-0.1, 1.5, float("nan"))),
+    *((dict(interval=x), "interval .*: give two times") for x in ((0.8, 0.2), (-1, 1), (0, 2), (0.5,))),
   ],
 )
 def test_sampling_that_cannot_be_is_refused(wrong, what):
