@@ -53,10 +53,15 @@ class Clip(nn.Module):
     return self.text_tower(tokens, mask)
 
   def temperature(self) -> jax.Array:
-    """The learned factor of the similarities, capped at 100 as CLIP does (SigLIP does not)."""
-    if self.pairwise:
-      return jnp.exp(self.logit_scale)
-    return jnp.exp(jnp.minimum(self.logit_scale, math.log(100.0)))
+    """The learned factor of the similarities, capped at 100 as CLIP does (SigLIP does not).
+
+    Its gradient is not capped: what has gone beyond can come back.
+    """
+    scale = self.logit_scale
+    if not self.pairwise:
+      capped = jnp.minimum(scale, math.log(100.0))
+      scale = jax.lax.stop_gradient(capped) + (scale - jax.lax.stop_gradient(scale))
+    return jnp.exp(scale)
 
   def caption(self, tokens: jax.Array, seen_tokens: jax.Array, segments: jax.Array) -> jax.Array:
     """The caption model's hidden f[B,S,D] at words i32[B,S] after the picture's tokens f[B,T,C] as a prefix."""

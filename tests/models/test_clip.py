@@ -72,13 +72,14 @@ def test_a_caption_is_predicted_from_the_picture_and_the_words_before(params, ar
   np.testing.assert_array_equal(other[0], after[0])
 
 
-def test_the_temperature_is_learned_and_capped_at_a_hundred(params):
-  def at(logit_scale: float) -> float:
-    changed = params | {"logit_scale": jnp.float32(logit_scale)}
-    return float(MODEL.apply({"params": changed}, method="temperature"))
+def test_the_temperature_is_learned_and_capped_at_a_hundred_from_where_it_can_come_back(params):
+  @jax.value_and_grad
+  def at(logit_scale: jax.Array) -> jax.Array:
+    return MODEL.apply({"params": params | {"logit_scale": logit_scale}}, method="temperature")
 
-  assert at(np.log(10.0)) == pytest.approx(10.0, rel=1e-5)
-  assert at(50.0) == pytest.approx(100.0, rel=1e-5)
+  for logit_scale, wanted in ((np.log(10.0), 10.0), (np.log(99.0), 99.0), (4.65, 100.0), (50.0, 100.0)):
+    value, gradient = at(jnp.float32(logit_scale))
+    assert value == gradient == pytest.approx(wanted, rel=1e-5)
 
 
 def test_without_a_captioner_there_is_neither_it_nor_the_read_out():
