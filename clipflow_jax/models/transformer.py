@@ -9,6 +9,7 @@ language model it was.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -22,6 +23,9 @@ from clipflow_jax.models.layers import RMSNorm, SwiGLU
 from clipflow_jax.models.remat import scan
 from clipflow_jax.models.rotary import at_positions
 from clipflow_jax.parallel.sharding import shard
+
+# As the loss has them: rounded to bfloat16 the likeliest words come to be equal.
+_exact = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):
@@ -175,7 +179,7 @@ class Transformer(nn.Module):
     self.text = Stack(self.layers, dict(shared, mlp=self.mlp, axes=self.axes), self.remat, self.unroll, **rope)
     self.text_norm = RMSNorm(self.norm_eps, self.dtype)
     if not self.tie_embeddings:
-      self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)
+      self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype, dot_general=_exact)
     if self.flow_width:
       flow = dict(shared, mlp=self.flow_mlp, axes=("rows", None))
       if self.early_layer:
@@ -246,7 +250,7 @@ class Transformer(nn.Module):
     rows = hidden.reshape(-1, hidden.shape[-1])
     if self.tie_embeddings:  # on the left as it lies in memory: turned for each word it costs more than the product
       matrix = self.embed.embedding.astype(rows.dtype)
-      out = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ()))).T
+      out = _exact(matrix, rows, (((1,), (1,)), ((), ()))).T
     else:
       out = self.head(rows)
-    return out.reshape(*hidden.shape[:-1], self.vocabulary).astype(jnp.float32)
+    return out.reshape(*hidden.shape[:-1], self.vocabulary)

@@ -223,6 +223,21 @@ def test_tied_logits_are_products_with_the_embedding(params):
   np.testing.assert_allclose(logits, hidden @ np.asarray(params["embed"]["embedding"]).T, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_a_model_in_bfloat16_are_not_rounded_to_it(tied: bool):
+  model = Transformer(**FIELDS | dict(tie_embeddings=tied, dtype=jnp.bfloat16))
+  hidden = np.random.default_rng(0).normal(size=(2, 3, WIDTH)).astype(jnp.bfloat16)
+
+  def run(bound: Transformer):
+    bound.embed(jnp.zeros((1, 1), jnp.int32))
+    return bound.logits(hidden), bound.unembedding()
+
+  logits, matrix = model.init_with_output(jax.random.key(0), method=run)[0]
+  exact = hidden.astype(np.float64) @ np.asarray(matrix.astype(jnp.bfloat16), np.float64)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_an_early_head_needs_a_layer_after_it():
   model = Transformer(**FIELDS | dict(layers=2, early_layer=2))
   with pytest.raises(UserError, match="early_layer 2 must lie before the last of 2 layers"):
