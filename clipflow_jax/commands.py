@@ -42,34 +42,33 @@ def train(options: argparse.Namespace) -> None:
 
 def draw(options: argparse.Namespace) -> None:
   import numpy as np
-  from PIL import Image
 
-  from clipflow_jax.inference import show
+  from clipflow_jax.inference import batching, image, rerank, show
 
   prompts = list(options.prompt)
   if options.prompts:
     prompts += [line for line in _read_text(options.prompts).splitlines() if line.strip()]
+    if not prompts:
+      raise UserError(f"{options.prompts} has no prompts; write one a line")
   if options.image and not prompts:
     raise UserError("--image wants a --prompt that says what shall become of it")
+  if options.count < 1:
+    raise UserError(f"--count={options.count} draws nothing; choose 1 or more")
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
+  # What can be known to be wrong before a model is loaded.
+  show.check(options.output)
+  sampling = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
+  image.Sampling(**sampling)
+  batching.seeds_of(1, options.seed)
+  rerank.check(options.best_of, options.judge)
   model = _load(options.workdir, options.weights)
-  how = dict(steps=options.steps, guidance=options.guidance, seed=options.seed)
+  how = dict(sampling, seed=options.seed, best_of=options.best_of, judge=options.judge)
   if options.image:
     how["images"] = np.stack([_picture(options.image, model.image_size)] * len(prompts))
-  how |= dict(best_of=options.best_of, judge=options.judge)
-  try:
-    if options.output.suffix == ".npy":  # all that can be had where there is no pixel decoder
-      pictures = model.draw_features(prompts, **how)
-      np.save(options.output, pictures)
-    else:
-      pictures = model.draw(prompts, **how)
-      if len(pictures) == 1:  # as it is: it may be shown to the model again
-        Image.fromarray(pictures[0]).save(options.output)
-      else:
-        show.grid(pictures, min(8, len(pictures)), [p or "(no prompt)" for p in prompts]).save(options.output)
-  except (OSError, ValueError) as error:  # a folder that is not there; an ending that is no picture's
-    raise UserError(f"cannot write {options.output}: {error}") from error
-  print(f"drew {len(pictures)} picture(s) into {options.output}")
+  # Features are all that can be had where there is no pixel decoder.
+  drawn = (model.draw_features if options.output.suffix == show.ARRAY else model.draw)(prompts, **how)
+  show.save(options.output, drawn, [prompt or "(no prompt)" for prompt in prompts])
+  print(f"drew {len(drawn)} picture(s) into {options.output}")
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -396,7 +395,7 @@ def _picture(path: Path, size: int) -> np.ndarray:
 
 def _read_text(path: Path) -> str:
   try:
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"cannot read {path}: {error}") from error
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from clipflow_jax import cli, commands
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference.pipeline import ClipFlow
 from configs import quickstart
 from tests import tiny_runs
 
@@ -210,6 +212,27 @@ def test_a_prompt_that_is_too_long_is_told_in_one_line(capsys, trained):
   assert "does not fit" in fails(capsys, "chat", f"--workdir={trained}", f"--message={'how? ' * 1000}")
 
 
+@pytest.mark.parametrize(
+  ("option", "says"),
+  [
+    ("--output=no/folder.png", "cannot write no/folder.png: there is no folder no"),
+    ("--output=drawn.txt", "no picture ends in '.txt'; choose .png, or .npy for features"),
+    ("--output=drawn", "no picture ends in ''"),
+    ("--seed=-1", "-1 is no seed; choose one of 0 to 4294967295"),
+    (f"--seed={2**32}", "4294967296 is no seed"),
+    ("--steps=0", "at least 1 is needed"),
+    ("--best-of=0", "the best of 0 candidates is none"),
+    ("--judge=me", "judge 'me' is unknown"),
+    ("--count=0", "--count=0 draws nothing"),
+    ("--prompts=empty.txt", "empty.txt has no prompts"),
+  ],
+)
+def test_what_cannot_be_drawn_is_told_before_a_model_is_loaded(capsys, tmp_path, monkeypatch, option, says):
+  monkeypatch.chdir(tmp_path)
+  Path("empty.txt").write_text("\n \n")
+  assert says in fails(capsys, "draw", "--workdir=nowhere", option)
+
+
 # Commands that do something.
 
 
@@ -233,7 +256,15 @@ def test_draw_writes_a_picture(capsys, trained, tmp_path):
   assert cli.main(argv) == 0
   assert f"drew 2 picture(s) into {output}" in capsys.readouterr().out
   assert Image.open(output).size[0] > 2 * 24
-  assert "cannot write" in fails(capsys, *argv[:-1], f"--output={tmp_path / 'no' / 'folder.png'}")
+
+
+def test_draw_reads_prompts_from_a_file(trained, tmp_path):
+  (tmp_path / "prompts.txt").write_text("a star\n\na red circle\n", encoding="utf-8-sig")
+  output = tmp_path / "drawn.npy"
+  argv = ["draw", f"--workdir={trained}", f"--prompts={tmp_path / 'prompts.txt'}", "--guidance=1", f"--output={output}"]
+  assert cli.main(argv) == 0
+  expected = ClipFlow.from_checkpoint(trained).draw_features(["a star", "a red circle"], guidance=1)
+  np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
 
 
 def test_chat_answers_a_question_about_a_picture(capsys, trained, tmp_path):

@@ -68,10 +68,17 @@ def padded(n: int) -> np.ndarray:
 
 
 def seeds_of(n: int, seed: int | Sequence[int]) -> np.ndarray:
-  """The seed and the place that are the noise of each of n items, u32[n,2]. seed: one for all, or one for each."""
-  seeds, places = ([seed] * n, range(n)) if isinstance(seed, int) else (seed, [0] * n)
+  """The seed and the place that are the noise of each of n items, u32[n,2]. UserError for what are no n seeds.
+
+  seed: one for all, which then have their own places; one for each; or u32[n,2] itself.
+  """
+  seeds, places = ([seed] * n, range(n)) if isinstance(seed, int | np.integer) else (seed, [0] * n)
   if len(seeds) != n:
     raise UserError(f"{len(seeds)} seeds for {n} items; give one for all, or one for each")
+  if np.ndim(seeds) == 2:
+    return np.asarray(seeds)
+  if wrong := [one for one in seeds if not 0 <= one < 2**32]:
+    raise UserError(f"{wrong[0]} is no seed; choose one of 0 to {2**32 - 1}")
   return np.stack([np.asarray(seeds, np.int64), np.asarray(places)], axis=1).astype(np.uint32)
 
 

@@ -139,7 +139,7 @@ class ClipFlow:
     if best_of != 1:
       if images is not None:
         raise UserError("best_of judges whether a drawing is as its prompt says, which of an edit no prompt does")
-      how = dict(steps=steps, guidance=guidance, seed=seed)
+      how: dict[str, Any] = dict(steps=steps, guidance=guidance, seed=seed)
       return rerank.draw(self, prompts, best_of, judge=judge, **how).best
     return self._draw(prompts, steps, guidance, seed, images, pixels=False)
 

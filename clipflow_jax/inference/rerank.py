@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference.batching import seeds_of
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.models.layers import Linear
 from clipflow_jax.models.vision import AttentionPool, raw_features, unit
@@ -40,16 +41,36 @@ class Candidates:
     return self.features[np.arange(len(self.scores)), self.scores.argmax(axis=1)]
 
 
-def draw(model: ClipFlow, prompts: Sequence[str], n: int, *, judge: str = "caption", **sampling: Any) -> Candidates:
-  """Draws n candidates of every prompt and has them judged by one of JUDGES. sampling: as `ClipFlow.draw_features`."""
+def draw(
+  model: ClipFlow,
+  prompts: Sequence[str],
+  n: int,
+  *,
+  judge: str = "caption",
+  seed: int | Sequence[int] = 0,
+  **sampling: Any,
+) -> Candidates:
+  """Draws n candidates of every prompt and has them judged by one of JUDGES.
+
+  seed, sampling: as `ClipFlow.draw_features`; of one seed for each prompt its candidates are drawn as with it alone.
+  """
+  check(n, judge)
+  repeated = [prompt for prompt in prompts for _ in range(n)]
+  seeds: Any = seed
+  if not isinstance(seed, int | np.integer):
+    seeds = np.repeat(seeds_of(len(prompts), seed), n, axis=0)
+    seeds[:, 1] = np.tile(np.arange(n), len(prompts))
+  features = model.draw_features(repeated, seed=seeds, **sampling)
+  scores = JUDGES[judge](model, features, repeated)
+  return Candidates(features.reshape(len(prompts), n, *features.shape[1:]), scores.reshape(len(prompts), n))
+
+
+def check(n: int, judge: str) -> None:
+  """UserError where one of JUDGES cannot choose the best of n."""
   if n < 1:
     raise UserError(f"the best of {n} candidates is none; choose 1 or more")
   if judge not in JUDGES:
     raise UserError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
-  repeated = [prompt for prompt in prompts for _ in range(n)]
-  features = model.draw_features(repeated, **sampling)
-  scores = JUDGES[judge](model, features, repeated)
-  return Candidates(features.reshape(len(prompts), n, *features.shape[1:]), scores.reshape(len(prompts), n))
 
 
 def by_caption(model: ClipFlow, features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

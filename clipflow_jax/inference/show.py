@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from clipflow_jax.errors import UserError
+
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
+
+ARRAY = ".npy"  # what a file of features ends in
 
 _GAP = 6
 _FONT_SIZE = 11
@@ -47,6 +52,27 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     sheet.paste(enlarged(image, scale), (x, y))
     _write(draw, lines, x, y + height)
   return sheet
+
+
+def check(path: Path) -> None:
+  """UserError where `save` cannot write: no folder, or an ending that is neither a picture's nor that of arrays."""
+  if not path.parent.is_dir():
+    raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+  if path.suffix != ARRAY and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    raise UserError(f"cannot write {path}: no picture ends in {path.suffix!r}; choose .png, or {ARRAY} for features")
+
+
+def save(path: Path, drawn: np.ndarray, captions: Sequence[str]) -> None:
+  """Writes a picture u8[1,H,W,3] as it is, so that it may be shown to the model again; several as a contact sheet with
+  their captions; to ARRAY whatever they are. UserError."""
+  try:
+    if path.suffix == ARRAY:
+      np.save(path, drawn)
+    else:
+      sheet = Image.fromarray(drawn[0]) if len(drawn) == 1 else grid(drawn, min(8, len(drawn)), captions)
+      sheet.save(path)
+  except (OSError, ValueError) as error:  # a disk that is full; more pictures than the format takes
+    raise UserError(f"cannot write {path}: {error}") from error
 
 
 def enlarged(image: np.ndarray, scale: int) -> Image.Image:

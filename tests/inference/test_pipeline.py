@@ -20,7 +20,7 @@ from clipflow_jax.data.pipeline import TASKS
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.data.text import IMAGE
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference import text
+from clipflow_jax.inference import batching, text
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.models.clipflow import ClipFlow as Model
@@ -109,6 +109,15 @@ def test_pictures_depend_on_the_prompt_the_seed_and_their_place(model):
   assert np.abs(features[0] - model.draw_features(["blue", "a star", "red"], seed=5)[0]).max() > 1e-3
   twice = model.draw_features(["red"] * 3, seed=5)
   assert np.abs(twice[0] - twice[1]).max() > 0.1
+
+
+def test_seeds_are_whole_numbers_of_any_kind_that_a_key_can_hold(model):
+  for given, plain in ((np.int64(5), 5), (np.uint32(5), 5), (np.arange(2), [0, 1]), (2**32 - 1, 2**32 - 1)):
+    np.testing.assert_array_equal(batching.seeds_of(2, given), batching.seeds_of(2, plain))
+  assert batching.seeds_of(2, 2**32 - 1).tolist() == [[2**32 - 1, 0], [2**32 - 1, 1]]
+  for wrong in (-1, 2**32, 2**70, [0, -1]):
+    with pytest.raises(UserError, match="is no seed; choose one of 0 to 4294967295"):
+      model.draw(SHORT[:2], seed=wrong)
 
 
 def test_guidance_pushes_and_1_does_not(model):

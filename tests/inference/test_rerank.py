@@ -113,3 +113,14 @@ def test_the_pipeline_decodes_the_best_of_its_candidates(trained):
   drawn = model.draw(["a red circle", "a star"], best_of=2, **how)
   np.testing.assert_array_equal(drawn, model.decode(found.best, seed=3))
   assert np.ptp(found.scores, axis=1).min() > 0
+
+
+def test_of_one_seed_for_each_prompt_the_candidates_are_those_of_it_alone(trained):
+  model = ClipFlow.from_checkpoint(trained)
+  how = dict(steps=1, guidance=1.0)
+  both = rerank.draw(model, ["a red circle", "a star"], 2, seed=[4, 3], **how)
+  alone = rerank.draw(model, ["a star"], 2, seed=3, **how)
+  np.testing.assert_allclose(both.features[1], alone.features[0], atol=1e-5)
+  assert np.abs(both.features[1, 0] - both.features[1, 1]).max() > 0.1
+  with pytest.raises(UserError, match="1 seeds for 2 items"):
+    model.draw(["a red circle", "a star"], seed=[3], best_of=2)
