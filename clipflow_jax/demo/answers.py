@@ -5,6 +5,7 @@ Nothing here knows of the page; everything that is wrong with what a visitor sen
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipflow_jax.data import mixture
+from clipflow_jax.data import images, mixture
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.demo import uploads
 from clipflow_jax.errors import UserError
@@ -116,11 +117,16 @@ def suggestions(model: ClipFlow, most: int) -> tuple[list[str], list[str]]:
 
 
 def samples(workdir: Path, most: int) -> list[tuple[Image.Image, str]]:
-  """The newest pictures that a run has left behind, each with where it is from. Plots are not among them."""
+  """The newest pictures that a run has left behind, each with where it is from. Plots are not among them, nor what
+  cannot be read, as one that is being written."""
   places = ("samples/*.png", "*/samples/*.png", "report/samples.png", "report/reconstructions.png")
   found = [file for place in places for file in workdir.glob(place)]
   newest = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)[:most]
-  return [(Image.open(file), str(file.relative_to(workdir))) for file in newest]
+  shown = []
+  for file in newest:
+    with contextlib.suppress(BadRecord), images.opened(file, file.name) as picture:
+      shown.append((picture.copy(), str(file.relative_to(workdir))))
+  return shown
 
 
 def _checked(words: str) -> str:

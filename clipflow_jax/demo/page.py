@@ -131,10 +131,10 @@ def _draw(answers: Answers, prompts: list[str]) -> gr.State:
   if prompts:
     gr.Examples([[words] for words in prompts], [prompt], label="Prompts like those it has learned")
 
-  def run(prompt: str, steps: int, guidance: float, seed: int, best_of: int, drawn: list) -> Iterator[tuple]:
+  def run(prompt: str, steps: int, guidance: float, seed: int | None, best_of: int, drawn: list) -> Iterator[tuple]:
     yield gr.Image(None, label=BEGINS), drawn
-    how: dict[str, Any] = dict(steps=int(steps), guidance=guidance, seed=int(seed), best_of=int(best_of))
-    caption = f"{prompt or 'anything'}, seed {seed:.0f}"
+    how: dict[str, Any] = dict(steps=int(steps), guidance=guidance, seed=seed or 0, best_of=int(best_of))
+    caption = f"{prompt or 'anything'}, seed {how['seed']}"
     try:
       for now in answers.draw(prompt, **how):
         if now.step < now.steps:
@@ -206,11 +206,11 @@ def _interpolate(answers: Answers) -> None:
   label = "From the one to the other"
   row = gr.Image(label=label, **_PIXELS, **_SHOWN)
 
-  def run(first: dict[str, Any], second: dict[str, Any], stops: int, seed: int) -> Iterator[gr.Image]:
+  def run(first: dict[str, Any], second: dict[str, Any], stops: int, seed: int | None) -> Iterator[gr.Image]:
     yield gr.Image(None, label=BEGINS)
     a, b = (End(end["text"], Path(end["files"][0]) if end["files"] else None) for end in (first, second))
     try:
-      yield gr.Image(answers.walk(a, b, seed=int(seed), stops=int(stops)), label=label)
+      yield gr.Image(answers.walk(a, b, seed=seed or 0, stops=int(stops)), label=label)
     except REFUSED as error:
       _tell(error)
       yield gr.Image(None, label=label)
@@ -237,6 +237,7 @@ _ATTACHING: dict[str, Any] = dict(sources=["upload"], file_types=["image"], file
 
 
 def _seed() -> gr.Number:
+  """Gives an int, or None where it is empty: then the seed is 0."""
   return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
 
 

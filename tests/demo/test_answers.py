@@ -40,3 +40,5 @@ def test_samples_are_the_newest_pictures_of_a_run_and_no_plots(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / place)
     os.utime(tmp_path / place, (i, i))
   assert [name for _, name in answers.samples(tmp_path, 2)] == ["report/samples.png", "joint/samples/2.png"]
+  (tmp_path / "report" / "samples.png").write_bytes(b"")  # that is being written
+  assert [name for _, name in answers.samples(tmp_path, 2)] == ["joint/samples/2.png"]

@@ -283,21 +283,29 @@ def test_it_is_at_any_address_of_this_machine(model, trained, host):
     blocks.close()
 
 
-def test_a_picture_named_by_its_address_is_not_fetched(served):
-  link = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
+def answered(served: str, data: list) -> dict:
+  """What the page makes of the values of a tab's controls, which are as many as no other tab's."""
   with httpx.Client(base_url=served, timeout=60) as client:
-    (chat,) = [
-      call["id"]
-      for call in client.get("/config").json()["dependencies"]
-      if call["targets"][0][1] == "submit" and len(call["inputs"]) == 3
-    ]
-    data = [{"text": "what is it?", "files": [link]}, None, None]
-    call = {"data": data, "fn_index": chat, "session_hash": "visitor"}
-    assert client.post("/gradio_api/queue/join", json=call).status_code == 200
+    (call, *_) = [call for call in client.get("/config").json()["dependencies"] if len(call["inputs"]) == len(data)]
+    asked = {"data": data, "fn_index": call["id"], "trigger_id": call["targets"][0][0], "session_hash": "visitor"}
+    assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "visitor"}) as events:
       said = [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")]
   (end,) = [event for event in said if event["msg"] == "process_completed"]
+  return end
+
+
+def test_a_picture_named_by_its_address_is_not_fetched(served):
+  link = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
+  end = answered(served, [{"text": "what is it?", "files": [link]}, None, None])
   assert not end["success"] and "only uploaded pictures" in end["output"]["error"]
+
+
+def test_an_empty_seed_is_0(served):
+  end = answered(served, ["a star", 2, 1.5, None, 1, None])
+  assert end["success"] and end["output"]["data"][0]["label"] == "a star, seed 0"
+  words = [{"text": text, "files": []} for text in ("a star", "a circle")]
+  assert answered(served, [*words, 3, None])["success"]
 
 
 def test_who_has_no_account_does_not_come_in(model, trained, tmp_path):
