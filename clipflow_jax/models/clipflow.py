@@ -78,7 +78,6 @@ class FlowHead(nn.Module):
 # cut into pairs for each).
 MULTIPLES = (
   ("clip.vision", "image_size", "patch_size", 1),
-  ("clip.vision", "width", "heads", 1),
   ("clip.text", "width", "heads", 1),
   ("clip.captioner", "heads", "kv_heads", 1),
   ("transformer", "heads", "kv_heads", 1),

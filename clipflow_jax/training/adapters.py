@@ -29,7 +29,7 @@ A, B, CODES, SCALE = "_lora_a", "_lora_b", "/codes", "/scale"
 BASES: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}  # as qwix calls them
 # What walks through the transformer and the drawers: qwix takes no other method's products.
 METHODS = ("read", "conditioning", "predict")
-ADAPTABLE = r"(language_model/(?!head/)|image_connector/|flow_head/|separate_drawer/).*"  # whose products those are
+ADAPTABLE = r"(?!(clip_model|decoder|statistics)/|(language_model/)?head/).*"  # whose products those are
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,7 +155,7 @@ def test_an_imported_text_tower_comes_only_with_its_own_tokenizer(imported, towe
   if "language model" in stage:
     warm.start(config, str(imported))
   warm.tower(config, str(tower if "without" in stage else reader))
-  chat = loop.make_pipeline(config, loop.beginnings(config)).chat
+  chat = loop.make_pipeline(config, [start.meta for start in loop.beginnings(config)]).chat
   if stage == "captions":
     assert config.model.clip.text.pooling == "last" and config.data.length == config.model.clip.text.length
     assert chat.begin is chat.image is None

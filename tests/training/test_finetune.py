@@ -149,7 +149,7 @@ def test_data_is_known_by_what_lies_there(trained: Path, tmp_path: Path):
     ("mode=half", "choose one of full, lora, qlora, queries_only"),
     ("mode=lora,rank=0", "rank=0: give 1 or more"),
     ("batch=0", "batch=0: give 1 or more"),
-    ("task=sing", "choose one of converse, draw, both, talk"),
+    ("task=sing", "choose one of converse, draw, both, edit, talk"),
     ("mode=queries_only,task=both", "take task=draw"),
     ("from=nowhere", "no readable checkpoint in nowhere"),
   ],
