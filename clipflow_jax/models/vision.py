@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.encoder import ACTIVATIONS, CrossAttention, Encoder
 from clipflow_jax.models.layers import Linear, to_patches, to_unit
 from clipflow_jax.models.rotary import Rotation, grid_angles
@@ -99,6 +100,10 @@ class VisionTower(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, with_features: bool = True) -> Seen:
+    if self.width % self.heads:  # not before: of an imported drawer's features the tower may be a size alone
+      raise UserError(
+        f"model.clip.vision.width {self.width} is no multiple of heads {self.heads}; change one of the two"
+      )
     patches = to_patches(self._normalise(images), self.patch_size)
     x = Linear(self.width, self.patch_bias, dtype=self.dtype, name="patches")(patches)
     init = nn.initializers.normal(0.1)
