@@ -1,8 +1,9 @@
-"""The one error for bad input, and what raises it for the user's own code that a setting names."""
+"""The one error for bad input, and what raises it for user's code and folders that a setting names."""
 
 from __future__ import annotations
 
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +22,11 @@ def resolve(setting: str, place: str) -> Any:
     raise UserError(
       f"{setting} is {place!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
     ) from error
+
+
+def make_folder(folder: Path) -> None:
+  """Makes the folder, where it is not there already. UserError where it can be none."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot write into {folder}: {error}") from error

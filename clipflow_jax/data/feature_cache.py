@@ -30,7 +30,7 @@ from clipflow_jax.data import feature_statistics
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Example, said
 from clipflow_jax.data.feature_statistics import Statistics, Sums
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, make_folder
 from clipflow_jax.models.vision import Standardise, VisionTower
 from clipflow_jax.parallel import distributed
 
@@ -249,10 +249,7 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         what = "does not say of which data its features are, an earlier release wrote it"
       raise UserError(f"{folder} {what}: give another --output, or remove it")
     return
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot write into {folder}: {error}") from error
+  make_folder(folder)
   if any(folder.iterdir()):
     raise UserError(f"{folder} is not empty and was not written by clipflow cache-features: give another --output")
   _replace(file, json.dumps(request, indent=1))

@@ -16,7 +16,7 @@ from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.data.text import Chat
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import make_folder
 from clipflow_jax.webpage import document, inlined
 
 ROLES = {INPUT: "read", TARGET: "drawn", BOTH: "read and drawn"}
@@ -61,10 +61,7 @@ def write(pipeline: Pipeline, output: Path, name: str, batches: int = 8) -> Pack
 
   Reads no more than these batches; UserError where the data is bad beyond measure, or `output` can be no folder.
   """
-  try:
-    output.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot write into {output}: {error}") from error
+  make_folder(output)
   found = list(itertools.islice(pipeline.batches(BadRecords(None, 0.5)), batches))
   state = packing(found)
   (output / f"{name}.html").write_text(

@@ -27,7 +27,7 @@ from clipflow_jax.data.prepared import INDEX, MANIFEST, PreparedSource, read_man
 from clipflow_jax.data.shard import FORMATS, PARTS, Filters, Job
 from clipflow_jax.data.sources import Source
 from clipflow_jax.data.stored import StoredSource
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, make_folder
 
 STATISTICS, REQUEST, ERRORS = "statistics.json", "request.json", "data_errors.jsonl"
 
@@ -229,10 +229,8 @@ def _begin(partial: Path, request: dict[str, Any]) -> Path:
     return partial
   if partial.exists() and (not partial.is_dir() or {path.name for path in partial.iterdir()} - {PARTS}):
     raise UserError(f"{partial} is in the way and was not written by prepare: move it")
-  try:
-    (partial / PARTS).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot write into {partial}: {error}") from error
+  make_folder(partial)
+  make_folder(partial / PARTS)
   new = file.with_suffix(".partial")
   new.write_text(json.dumps(request), encoding="utf-8")
   os.replace(new, file)

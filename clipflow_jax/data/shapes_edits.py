@@ -117,7 +117,7 @@ def _add(before: Scene, rng: np.random.Generator) -> tuple[str, Scene] | None:
     return None
   (new,) = scene(rng, objects=1).objects
   new = dataclasses.replace(new, place=_free(before, rng))
-  text = f"add {article(f'{new.size} {_look(new)}')}{where(new.place)}"
+  text = f"add {article(f'{new.size} {look(new)}')}{where(new.place)}"
   return text, _with(before, None, new)
 
 
@@ -140,17 +140,13 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, Scene] | None
 
 def _named(before: Scene, rng: np.random.Generator) -> Object | None:
   """One of the things that differ from all others in what is said of them."""
-  counts = Counter(map(_look, before.objects))
-  things = [thing for thing in before.objects if counts[_look(thing)] == 1]
+  counts = Counter(map(look, before.objects))
+  things = [thing for thing in before.objects if counts[look(thing)] == 1]
   return pick(rng, things) if things else None
 
 
-def _look(thing: Object) -> str:
-  return look(thing.shape, thing.colour, thing.outlined)
-
-
 def _the(thing: Object) -> str:
-  return f"the {_look(thing)}"
+  return f"the {look(thing)}"
 
 
 def _free(before: Scene, rng: np.random.Generator) -> int:

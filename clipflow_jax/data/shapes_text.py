@@ -103,13 +103,12 @@ def _write(mentions: Sequence[Mention], relation: str | None = None, background:
 
 
 def _look_words(mention: Mention) -> str:
-  words = look(mention.shape, mention.colour, mention.outlined)
-  return f"{mention.size} {words}" if mention.size else words
+  return f"{mention.size} {look(mention)}" if mention.size else look(mention)
 
 
-def look(shape: str, colour: str, outlined: bool) -> str:
+def look(thing: Object | Mention) -> str:
   """What every text says of an object: "outlined red circle"."""
-  return f"outlined {colour} {shape}" if outlined else f"{colour} {shape}"
+  return f"{'outlined ' if thing.outlined else ''}{thing.colour} {thing.shape}"
 
 
 def where(place: int | None) -> str:

@@ -268,12 +268,8 @@ def drawn(
     for item in each:
       generation.Questioned.check(item)
   asked = [dataclasses.replace(item, id=f"{item.id}#{i}", group=item.id) for item in each for i in range(times)]
-  sampling: dict[str, Any] = dict(guidance=guidance, steps=steps) | (
-    dict(best_of=best_of, judge=best_by) if best_of > 1 else {}
-  )
-  drawer = generation.Drawer(
-    run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
-  )
+  sampling = dict(guidance=guidance, steps=steps) | (dict(best_of=best_of, judge=best_by) if best_of > 1 else {})
+  drawer = _drawer(run, name, asked, sampling, size)
 
   def scorer() -> Scorer:
     if found is not None:
@@ -306,9 +302,8 @@ def edited(
     found = {one.id: (one, "") for one in _examples(run, n) if one.before is not None}
   asked = [Item(id, one.before, one.captions[0], category=kind) for id, (one, kind) in found.items()]
   truths = {id: one.image for id, (one, _) in found.items()}
-  sampling: dict[str, Any] = dict(guidance=guidance, steps=steps)
-  folder = _drawn_folder(run, name, asked, sampling, 0)
-  drawer = generation.Drawer(run.model, folder, seed=run.seed, edits=True, **sampling)
+  sampling = dict(guidance=guidance, steps=steps)
+  drawer = _drawer(run, name, asked, sampling, edits=True)
   return _ask(
     run, name, asked, lambda: generation.Edited(drawer, asked, truths, judge == "shapes"), drawer.kept, judge=judge,
     sampling=_whole(run, sampling),
@@ -330,10 +325,8 @@ def distance(
   count = n or len(texts)
   asked = [dataclasses.replace(texts[i % len(texts)], id=str(i)) for i in range(count)]
   using = folders.extractors(metrics, inception_weights=inception, resize=resize, dinov2_weights=dinov2)
-  sampling: dict[str, Any] = dict(guidance=guidance, steps=steps)
-  drawer = generation.Drawer(
-    run.model, _drawn_folder(run, name, asked, sampling, size), size=size, seed=run.seed, **sampling
-  )
+  sampling = dict(guidance=guidance, steps=steps)
+  drawer = _drawer(run, name, asked, sampling, size)
 
   def start() -> Done:
     found = generation.distances(drawer, asked, Path(reference), metrics, using, chunk=CHUNK)
@@ -372,9 +365,13 @@ def _whole(run: Run, sampling: Mapping[str, Any]) -> dict[str, Any]:
   return own | {name: value for name, value in sampling.items() if value is not None}
 
 
-def _drawn_folder(run: Run, name: str, asked: Sequence[Item], sampling: Mapping[str, Any], size: int) -> Path:
+def _drawer(
+  run: Run, name: str, asked: Sequence[Item], sampling: Mapping[str, Any], size: int = 0, edits: bool = False
+) -> generation.Drawer:
+  """What draws these items, into a folder that holds nothing drawn otherwise."""
   key = tasks.key_of(checkpoint(run.model), items.fingerprint(asked), dict(sampling), size, run.seed, report.software())
-  return run.directory / "drawn" / f"{name}-{key}"
+  folder = run.directory / "drawn" / f"{name}-{key}"
+  return generation.Drawer(run.model, folder, size=size, seed=run.seed, edits=edits, **sampling)
 
 
 KINDS: dict[str, Callable[..., Callable[[], Done]]] = {

@@ -125,9 +125,7 @@ def _given(bound: ClipFlow, prompts: Batch, empty: Batch, sampling: Sampling) ->
   # A row's one picture is its target, of which nothing is seen.
   _, context = bound.read(batch, bound.features(batch) if batch.image_roles.shape[1] > 1 else None)
   target = jnp.argmax((batch.image_roles & TARGET) > 0, axis=1, keepdims=True)
-  where = (batch.image_segments, batch.image_order, batch.image_positions)
-  place = Place(*(jnp.take_along_axis(a, target, axis=1) for a in where))
-  given = bound.conditioning(context, place)
+  given = bound.conditioning(context, Place.of(batch, target))
   if sampling.guide == "null" and sampling.guidance != 1.0:
     if isinstance(given, tuple):
       raise UserError('sampling guide "null" is of a separate drawer, which this model has not; choose text or early')

@@ -183,15 +183,15 @@ class ClipFlow:
       self._need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
     if not prompts:
       raise UserError("nothing to draw: there are no prompts")
-    asked = [*self._to_draw(prompts, images), sequence.drawn("", self._blank())]
+    asked = [*self._worded(prompts, images), sequence.drawn("", self._blank())]
     both = self.rows(asked)  # together, so that they are of one length
     return sampling, jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
 
   def prompt_rows(self, prompts: Sequence[str]) -> Batch:
     """The prompts as rows that end in a picture to draw, worded as the run's data words them."""
-    return self.rows(self._to_draw(prompts, None))
+    return self.rows(self._worded(prompts, None))
 
-  def _to_draw(self, prompts: Sequence[str], images: np.ndarray | None) -> list[Conversation]:
+  def _worded(self, prompts: Sequence[str], images: np.ndarray | None) -> list[Conversation]:
     """The prompts, and the pictures that they are of, as the run's data words them."""
     blank = self._blank()
     if images is None:

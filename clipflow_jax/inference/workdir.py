@@ -31,9 +31,7 @@ class Stage:
   path: Path
   progress: str = "no checkpoint yet"
   file: str = ""  # of the config, with its arguments
-  changes: list[Change] | None = (
-    None  # from what the file says (there) to the run (here); None where the file could not be compared
-  )
+  changes: list[Change] | None = None  # from the file (there) to the run (here); None where they were not compared
   parameters: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # part -> (trained, all)
   metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
   data: list[str] = dataclasses.field(default_factory=list)

@@ -35,6 +35,12 @@ class Place:
   order: jax.Array  # i32[B,M]
   positions: jax.Array  # i32[B,M] rotary time
 
+  @classmethod
+  def of(cls, batch: Batch, pictures: jax.Array) -> Place:
+    """Where those pictures of each row, i32[B,M], are drawn."""
+    where = (batch.image_segments, batch.image_order, batch.image_positions)
+    return cls(*(jnp.take_along_axis(a, pictures, axis=1) for a in where))
+
 
 # What a drawer is given of the stream: the flow expert its keys and values, the separate drawer f[B,M,Q,D].
 Conditioning = tuple[Context, Place] | jax.Array

@@ -45,8 +45,7 @@ def losses(
   noise_keys, time_keys = jnp.unstack(jax.vmap(lambda key: jax.random.split(key, 2))(keys), axis=1)
   noise = jax.vmap(lambda key: jax.random.normal(key, (m, tokens, channels)))(noise_keys)
   t = jax.vmap(lambda key: path.sample_times(key, (m,), model.alpha))(time_keys)
-  where = (batch.image_segments, batch.image_order, batch.image_positions)
-  place = Place(*(jnp.take_along_axis(a, chosen, axis=1) for a in where))
+  place = Place.of(batch, chosen)
   is_target = jnp.repeat(is_target, levels, axis=1)
   given = model.conditioning(context, place, levels)
   if drop:
