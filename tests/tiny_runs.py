@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from clipflow_jax.data import sequence
 from clipflow_jax.inference.pipeline import ClipFlow
 from configs import presets
 from tests import tiny
@@ -52,6 +53,12 @@ def decoder_stage(**fields: Any) -> ConfigDict:
   config.sampling.update(steps=3)
   config.update(fields)
   return config
+
+
+def taught_edits(loaded: ClipFlow) -> ClipFlow:
+  """Itself, as if a source of edits had been among its data."""
+  loaded.wording = loaded.wording._replace(edit=sequence.EDIT)
+  return loaded
 
 
 def lively(loaded: ClipFlow) -> ClipFlow:

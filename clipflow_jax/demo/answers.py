@@ -31,6 +31,7 @@ class Drawn:
   """A drawing in the making (step < steps) or the finished one; all candidates while they are made, then the best."""
 
   sheet: Image.Image
+  picture: np.ndarray  # u8[H,W,3], the first or the best, as the model sees it
   step: int
   steps: int
 
@@ -50,19 +51,32 @@ class Answers:
     self.model = model
     self._forming = Forming(model)
 
-  def draw(self, prompt: str, *, steps: int, guidance: float, seed: int, best_of: int) -> Iterator[Drawn]:
-    """The same picture as `clipflow draw` with these options, and how it comes about."""
+  def draw(
+    self,
+    prompt: str,
+    picture: np.ndarray | None = None,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    best_of: int = 1,
+  ) -> Iterator[Drawn]:
+    """The same picture as `clipflow draw` with these options, and how it comes about.
+
+    picture: u8[H,W,3], of which the prompt says what shall become; best_of is 1 then.
+    """
     model = self.model
     prompts = [_checked(prompt)] * best_of
     scale = max(1, SIDE // (model.image_size * min(best_of, 4)))
-    for look in self._forming.draw(prompts, steps, guidance, seed):
+    images = None if picture is None else picture[None]
+    for look in self._forming.draw(prompts, steps, guidance, seed, images=images):
       pictures = model.decode(look.features, seed)
       if look.step < steps:
-        yield Drawn(show.grid(pictures, 4, scale=scale), look.step, steps)
+        yield Drawn(show.grid(pictures, 4, scale=scale), pictures[0], look.step, steps)
     if best_of > 1:
       best = int(np.argmax(rerank.JUDGES["caption"](model, look.features, prompts)))
       pictures = model.decode(look.features[best : best + 1], seed)
-    yield Drawn(enlarged(pictures[0]), steps, steps)
+    yield Drawn(enlarged(pictures[0]), pictures[0], steps, steps)
 
   def chat(self, talk: list[Message]) -> Iterator[str]:
     """The same words as `clipflow chat` says, as far as they have come."""

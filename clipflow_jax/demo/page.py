@@ -1,4 +1,4 @@
-"""The web page of `clipflow demo`: draw, chat about a picture, walk between two, and a gallery.
+"""The web page of `clipflow demo`: draw, change a picture, chat about one, walk between two, and a gallery.
 
 One model serves all visitors, one request at a time, from a queue that has an end. Nothing leaves this machine: no
 telemetry, no fonts or scripts from elsewhere, no tunnel.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -101,6 +102,9 @@ def build(model: ClipFlow, workdir: Path) -> gr.Blocks:
     gr.Markdown(f"# CLIP-Flow\nOne model that understands and draws images: {workdir.name}, step {model.step}.")
     with gr.Tab("Draw"):
       drawn = _draw(answers, prompts)
+    if model.wording.edit:
+      with gr.Tab("Edit"):
+        _edit(answers, drawn)
     with gr.Tab("Chat"):
       _chat(answers, questions)
     with gr.Tab("Interpolate"):
@@ -115,14 +119,11 @@ def build(model: ClipFlow, workdir: Path) -> gr.Blocks:
 
 def _draw(answers: Answers, prompts: list[str]) -> gr.State:
   """Returns what the visitor has drawn: [(picture, caption)], the newest first."""
-  sampling = Sampling(**answers.model.config.get("sampling", {}))
   drawn = gr.State([], time_to_live=AN_HOUR)
   with gr.Row():
     with gr.Column():
       prompt = gr.Textbox(label="Prompt", info="Nothing written: anything drawn", max_length=MOST_CHARACTERS)
-      with gr.Row():
-        steps = gr.Slider(1, MOST_STEPS, min(sampling.steps, MOST_STEPS), step=1, label="Steps")
-        guidance = gr.Slider(1, 10, sampling.guidance, step=0.1, label="Guidance", info="1 is none")
+      steps, guidance = _sampling(answers)
       with gr.Row():
         seed = _seed()
         best_of = gr.Slider(1, 8, 1, step=1, label="Best of", info="the model judges")
@@ -148,6 +149,40 @@ def _draw(answers: Answers, prompts: list[str]) -> gr.State:
   controls = [prompt, steps, guidance, seed, best_of, drawn]
   gr.on([button.click, prompt.submit], run, controls, [picture, drawn], **_EVENT)
   return drawn
+
+
+def _edit(answers: Answers, drawn: gr.State) -> None:
+  last = gr.State(None, time_to_live=AN_HOUR)  # what the last edit made, as the model sees it
+  gr.Markdown(
+    "Attach a picture and say what shall become of it. What comes out is changed further where none is attached."
+  )
+  said = gr.MultimodalTextbox(label="Edit", placeholder="Attach a picture and say what to change", **_ATTACHING)
+  _uploads_only(said)
+  with gr.Row():
+    steps, guidance = _sampling(answers)
+    seed = _seed()
+  with gr.Row():
+    before = gr.Image(label="Before", height=400, **_PIXELS, **_SHOWN)
+    after = gr.Image(label="After", height=400, **_PIXELS, **_SHOWN)
+
+  def run(
+    said: dict[str, Any], steps: int, guidance: float, seed: int | None, last: np.ndarray | None, drawn: list
+  ) -> Iterator[tuple]:
+    try:
+      picture = answers.see(Path(said["files"][0])) if said["files"] else last
+      if picture is None:
+        raise UserError("nothing is to be changed: attach a picture")
+      shown = enlarged(picture)
+      yield None, shown, gr.Image(None, label=BEGINS), last, drawn
+      for now in answers.draw(said["text"], picture, steps=int(steps), guidance=guidance, seed=seed or 0):
+        label = f"step {now.step} of {now.steps}" if now.step < now.steps else said["text"]
+        yield None, shown, gr.Image(now.sheet, label=label), last, drawn
+      yield None, shown, gr.Image(now.sheet, label=label), now.picture, [(now.sheet, label), *drawn][:KEPT]
+    except REFUSED as error:
+      _tell(error)
+      yield {"text": said["text"], "files": []}, None, gr.Image(None, label="After"), last, drawn
+
+  said.submit(run, [said, steps, guidance, seed, last, drawn], [said, before, after, last, drawn], **_EVENT)
 
 
 def _chat(answers: Answers, questions: list[str]) -> None:
@@ -234,6 +269,15 @@ _SHOWN: dict[str, Any] = dict(
   interactive=False, buttons=["download", "fullscreen"], format="png"
 )  # not WebP: it smears
 _ATTACHING: dict[str, Any] = dict(sources=["upload"], file_types=["image"], file_count="single")
+
+
+def _sampling(answers: Answers) -> tuple[gr.Slider, gr.Slider]:
+  """Steps and guidance, first as the model's config has them."""
+  usual = Sampling(**answers.model.config.get("sampling", {}))
+  with gr.Row():
+    steps = gr.Slider(1, MOST_STEPS, min(usual.steps, MOST_STEPS), step=1, label="Steps")
+    guidance = gr.Slider(1, 10, usual.guidance, step=0.1, label="Guidance", info="1 is none")
+  return steps, guidance
 
 
 def _seed() -> gr.Number:

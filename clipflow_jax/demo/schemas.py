@@ -6,6 +6,7 @@ import base64
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
@@ -97,8 +98,8 @@ class ChatRequest(_Asked):
   user: str | None = None
 
 
-class ImageRequest(_Asked):
-  """POST /v1/images/generations. A prompt and a seed give one picture, ever the same; of n, each has the next seed."""
+class _Drawing(_Asked):
+  """A prompt and a seed give one picture, ever the same; of n, each has the next seed."""
 
   prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)]
   model: str | None = None
@@ -111,11 +112,22 @@ class ImageRequest(_Asked):
   user: str | None = None
 
 
+class ImageRequest(_Drawing):
+  """POST /v1/images/generations."""
+
+
+class EditRequest(_Drawing):
+  """POST /v1/images/edits, as a form: the prompt says what shall become of the picture."""
+
+  model_config = ConfigDict(strict=False)  # a form's numbers are words
+  image: UploadFile
+
+
 def picture(url: str, size: int) -> np.ndarray:
   """The picture of a data: URL as u8[size,size,3], read as in training. Raises Refused."""
 
   def refused(message: str) -> Refused:
-    return Refused(400, message, param="messages", code="invalid_image")
+    return _no_picture(message, "messages")
 
   head, comma, body = url.partition(",")
   if not head.startswith("data:"):
@@ -126,7 +138,16 @@ def picture(url: str, size: int) -> np.ndarray:
     data = base64.b64decode(body, validate=True)
   except ValueError as wrong:
     raise refused(f"a picture's data: URL is not base64: {wrong}") from wrong
+  return unpacked(data, size, "messages")
+
+
+def unpacked(data: bytes, size: int, param: str) -> np.ndarray:
+  """The picture of a file's bytes as u8[size,size,3], read as in training. Raises Refused."""
   try:
     return uploads.see(data, size, "a picture")
   except BadRecord as wrong:
-    raise refused(str(wrong)) from wrong
+    raise _no_picture(str(wrong), param) from wrong
+
+
+def _no_picture(message: str, param: str) -> Refused:
+  return Refused(400, message, param=param, code="invalid_image")

@@ -18,12 +18,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jinja2
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
@@ -34,8 +34,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clipflow_jax.demo import schemas
 from clipflow_jax.demo.address import in_url
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
-from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
-from clipflow_jax.demo.service import Service, Talk, finished, first, written
+from clipflow_jax.demo.schemas import ChatRequest, EditRequest, ImageRequest, Refused
+from clipflow_jax.demo.service import Draw, Drawn, Service, Talk, finished, first, written
 from clipflow_jax.errors import UserError
 
 T = TypeVar("T")
@@ -88,7 +88,14 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
   @app.post("/v1/images/generations")
   async def generations(asked: ImageRequest, request: Request) -> dict:
     service.named(asked.model)
-    items, settings = service.drawing(asked)
+    return await drawn(request, *service.drawing(asked))
+
+  @app.post("/v1/images/edits", dependencies=[Depends(_check_form)])
+  async def edits(asked: Annotated[EditRequest, Form()], request: Request) -> dict:
+    service.named(asked.model)
+    return await drawn(request, *await service.editing(asked))
+
+  async def drawn(request: Request, items: list[Drawn], settings: Draw) -> dict:
     pictures = await _unless_gone(request, first(service.batcher.submit(settings, items)))
     data = [{"b64_json": _png(picture), "seed": item.seed} for picture, item in zip(pictures, items)]
     return {"created": int(time.time()), "data": data}
@@ -108,6 +115,11 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prompt, answer.tokens)}
 
   return Gate(app, service, api_key)
+
+
+def _check_form(request: Request) -> None:
+  if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    raise Refused(400, "the body has to be a form with the picture's file: Content-Type: multipart/form-data")
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -215,7 +227,10 @@ class Gate:
 
   def __init__(self, app: FastAPI, service: Service, api_key: str | None):
     self.app, self.service, self.api_key = app, service, api_key
-    self.routes = {"/health", "/ready", "/metrics", "/v1/models", "/v1/images/generations", "/v1/chat/completions"}
+    self.routes = {
+      *("/health", "/ready", "/metrics", "/v1/models", "/v1/chat/completions"),
+      *("/v1/images/generations", "/v1/images/edits"),
+    }
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from clipflow_jax.data.text import Chat
 from clipflow_jax.demo import schemas
 from clipflow_jax.demo.batching import Batcher, Job
-from clipflow_jax.demo.schemas import ChatRequest, ImageRequest, Refused
+from clipflow_jax.demo.schemas import ChatRequest, EditRequest, ImageRequest, Refused
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.forming import Forming
 from clipflow_jax.inference.pipeline import ClipFlow, Written
@@ -35,6 +35,7 @@ class Draw:
 
   steps: int
   guidance: float
+  edits: bool  # of pictures, which makes the rows others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Talk:
   """Answers share nothing: any go into one batch."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
   prompt: str
   seed: int
+  before: np.ndarray | None = None  # u8[H,W,3], of an edit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Service:
   def _run(self, settings: Draw | Talk, items: list) -> Iterator[Sequence]:
     if isinstance(settings, Draw):
       prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
-      (drawn,) = self.forming.draw(prompts, settings.steps, settings.guidance, seeds, looks=1)
+      images = np.stack([item.before for item in items]) if settings.edits else None
+      (drawn,) = self.forming.draw(prompts, settings.steps, settings.guidance, seeds, looks=1, images=images)
       yield list(self.model.decode(drawn.features, seeds))
     else:
       new, heat, seeds = ([getattr(item, name) for item in items] for name in ("new", "temperature", "seed"))
@@ -134,8 +137,11 @@ class Service:
         next(self.batcher.compute(settings, [item] * size))
 
   def _usual(self) -> Iterator[tuple[Draw | Talk, Drawn | Asked]]:
-    with contextlib.suppress(UserError):  # a model that cannot draw
+    with contextlib.suppress(UserError):  # a model that cannot draw, or only without pictures
       (drawn,), settings = self.drawing(ImageRequest(prompt="a", seed=0))
+      yield settings, drawn
+      side = self.model.image_size
+      (drawn,), settings = self.drawing(ImageRequest(prompt="a", seed=0), np.zeros((side, side, 3), np.uint8))
       yield settings, drawn
     with contextlib.suppress(UserError):  # or cannot talk, or only without pictures
       words = {"type": "text", "text": "a"}
@@ -152,19 +158,26 @@ class Service:
       message = f"the model {model!r} is not here; there is {self.name!r}"
       raise Refused(404, message, param="model", code="model_not_found")
 
-  def drawing(self, asked: ImageRequest) -> tuple[list[Drawn], Draw]:
-    self.model.slots(asked.prompt)
+  def drawing(self, asked: ImageRequest | EditRequest, before: np.ndarray | None = None) -> tuple[list[Drawn], Draw]:
+    """before: u8[H,W,3], of an edit."""
+    prompt = self.model.tokenizer.without_special(asked.prompt)
+    self.model.slots(prompt, before)
     side = f"{self.model.image_size}x{self.model.image_size}"
     if asked.size not in (None, "auto", side):
       raise Refused(400, f"this model draws pictures of {side}, not of {asked.size}", param="size")
     usual = self.model.config.sampling
-    settings = Draw(asked.steps or usual.steps, usual.guidance if asked.guidance is None else asked.guidance)
+    guidance = usual.guidance if asked.guidance is None else asked.guidance
+    settings = Draw(asked.steps or usual.steps, guidance, before is not None)
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-    return [Drawn(asked.prompt, (seed + i) % 2**31) for i in range(asked.n)], settings
+    return [Drawn(prompt, (seed + i) % 2**31, before) for i in range(asked.n)], settings
+
+  async def editing(self, asked: EditRequest) -> tuple[list[Drawn], Draw]:
+    self.model.check_edits()
+    before = await self._unpack(schemas.unpacked, await asked.image.read(), "image")
+    return self.drawing(asked, before)
 
   async def talk(self, asked: ChatRequest) -> tuple[Asked, int]:
     """And how many slots the prompt takes."""
-    in_thread = asyncio.get_running_loop().run_in_executor
     parts = [part for message in asked.messages for part in message.content]
     characters = sum(len(part.text) for part in parts if part.type == "text")
     pictures = sum(part.type == "image_url" for part in parts)
@@ -180,12 +193,16 @@ class Service:
         if part.type == "text":  # a special token in it would be taken for the template's
           content.append({"type": "text", "text": self.model.tokenizer.without_special(part.text)})
         else:
-          pixels = await in_thread(self._unpacking, schemas.picture, part.image_url.url, self.model.image_size)
+          pixels = await self._unpack(schemas.picture, part.image_url.url)
           content.append({"type": "image", "image": pixels})
       messages.append({"role": message.role, "content": content})
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     new = asked.max_completion_tokens or asked.max_tokens or NEW
     return Asked(messages, new, asked.temperature, seed), self.model.slots(messages)
+
+  async def _unpack(self, how: Callable[..., np.ndarray], data: bytes | str, *param: str) -> np.ndarray:
+    in_thread = asyncio.get_running_loop().run_in_executor
+    return await in_thread(self._unpacking, how, data, self.model.image_size, *param)
 
 
 async def first(jobs: list[Job]) -> list[Any]:

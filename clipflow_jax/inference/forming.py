@@ -40,10 +40,11 @@ class Forming:
     guidance: float | None = None,
     seed: int | Sequence[int] = 0,
     looks: int = 8,
+    images: np.ndarray | None = None,
   ) -> Iterator[Look]:
     """Draws the prompts in one batch and looks so often, evenly over the steps. Arguments as `draw_features`."""
     model = self._model
-    sampling, rows, empty = model.to_draw(prompts, steps, guidance)
+    sampling, rows, empty = model.to_draw(prompts, steps, guidance, images)
     n = len(prompts)
     part = padded(n)
     rows, seeds = jax.tree.map(lambda x: x[part], (rows, seeds_of(n, seed)))

@@ -294,11 +294,15 @@ class ClipFlow:
     words = self.tokenizer.decode(ids[:tokens])
     return Written(words if finish else words.rstrip("\N{REPLACEMENT CHARACTER}"), tokens, finish)
 
-  def slots(self, asked: list[Message] | str) -> int:
-    """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done."""
+  def slots(self, asked: list[Message] | str, before: np.ndarray | None = None) -> int:
+    """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done.
+
+    before: u8[H,W,3], of which the prompt then says what shall become.
+    """
     if isinstance(asked, str):
       self._need("pixel decoder", "decode")
-      return int(self.to_draw([asked], None, None)[1].segments.sum())
+      images = None if before is None else before[None]
+      return int(self.to_draw([asked], None, None, images)[1].segments.sum())
     self._need("transformer", "chat")
     return int(self.rows([self._conversation(asked)], prompt=True).segments.sum())
 

@@ -33,12 +33,11 @@ playwright = pytest.importorskip("playwright.sync_api", reason="it needs a drive
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 60_000  # milliseconds, on a machine that compiles other things too
-CHAT, FROM, TO = range(3)  # the page's file inputs
 
 
 @pytest.fixture(scope="module")
 def model(trained) -> ClipFlow:
-  return tiny_runs.lively(ClipFlow.from_checkpoint(trained))
+  return tiny_runs.taught_edits(tiny_runs.lively(ClipFlow.from_checkpoint(trained)))
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +148,9 @@ def open_tab(visit, name: str) -> None:
   visit.get_by_role("tab", name=name).click()
 
 
-def attach(visit, place: int, file: Path, *, arrives: bool = True) -> None:
-  entry = visit.locator("input[type=file]").nth(place)
+def attach(visit, file: Path, *, place: int = 0, arrives: bool = True) -> None:
+  """place: which of the entries of the open tab."""
+  entry = visit.locator("[role=tabpanel]:visible input[type=file]").nth(place)
   if not arrives:
     entry.set_input_files(file)
     return
@@ -162,7 +162,7 @@ def attach(visit, place: int, file: Path, *, arrives: bool = True) -> None:
 
 def ask(visit, words: str) -> None:
   visit.get_by_placeholder("Attach a picture and ask").fill(words)
-  visit.locator("button.submit-button").first.click()
+  visit.locator("button.submit-button:visible").click()
 
 
 def shown(visit, locator) -> np.ndarray:
@@ -190,7 +190,7 @@ def test_a_drawing_forms_and_is_the_one_that_the_command_draws(visit, model):
 
 def test_the_answer_about_a_picture_streams_and_is_what_chat_says(visit, model, red):
   open_tab(visit, "Chat")
-  attach(visit, CHAT, red)
+  attach(visit, red)
   watch(visit, "[data-testid=bot]")
   ask(visit, "what colour is it?")
   parts = [
@@ -203,6 +203,27 @@ def test_the_answer_about_a_picture_streams_and_is_what_chat_says(visit, model, 
   partly = visit.evaluate("noted")
   assert len(partly) > 2 and len(set(map(len, partly))) > 2, partly
   assert visit.locator("[data-testid=user] img").count() == 1
+
+
+def test_a_picture_is_changed_and_what_comes_out_changed_further(visit, model, red):
+  open_tab(visit, "Edit")
+  before = images.decode(red, model.image_size)
+  attach(visit, red)
+  for words in ("make it blue", "make it green"):
+    visit.get_by_placeholder("Attach a picture and say").fill(words)
+    visit.locator("button.submit-button:visible").click()
+    visit.locator("label:visible", has_text=words).wait_for()
+    wait_until_it_is_done(visit)
+    left, right = (shown(visit, visit.locator(".pixels img:visible").nth(i)) for i in range(2))
+    np.testing.assert_array_equal(left, page.enlarged(before))
+    after = model.draw([words], images=before[None])[0]
+    np.testing.assert_allclose(right, np.asarray(page.enlarged(after)).astype(float), atol=1)  # drawn by two programs
+    before = right[:: len(right) // model.image_size, :: len(right) // model.image_size]
+
+
+def test_an_edit_of_nothing_is_refused_in_words(served):
+  end = answered(served, "Edit", [{"text": "make it red", "files": []}, 2, 1.5, 0, None, None])
+  assert end["success"] and end["output"]["data"][0]["text"] == "make it red"
 
 
 def test_a_new_conversation_ends_the_answer_that_is_being_written(visit):
@@ -218,7 +239,7 @@ def test_a_new_conversation_ends_the_answer_that_is_being_written(visit):
 def test_a_walk_leads_from_a_prompt_to_a_picture(visit, model, red):
   open_tab(visit, "Interpolate")
   visit.get_by_placeholder("A prompt, or attach").first.fill("a star")
-  attach(visit, TO, red)
+  attach(visit, red, place=1)
   visit.get_by_label("number input for Pictures").fill("3")
   visit.get_by_role("button", name="Interpolate", exact=True).click()
   row = visit.get_by_test_id("image").or_(visit.locator(".pixels img")).last
@@ -242,9 +263,9 @@ def test_a_hostile_file_is_refused_in_words_and_the_page_goes_on(visit, hostile,
   wait_until_it_listens(visit)
   open_tab(visit, "Chat")
   attached = visit.locator(".thumbnail-item").count()
-  attach(visit, CHAT, file, arrives=name != "huge.png")
+  attach(visit, file, arrives=name != "huge.png")
   if name != "huge.png":
-    visit.locator("button.submit-button").first.click()
+    visit.locator("button.submit-button:visible").click()
   visit.get_by_test_id("toast-body").filter(has_text=says).wait_for()
   visit.wait_for_function("n => document.querySelectorAll('.thumbnail-item').length == n", arg=attached)
   wait_until_it_is_done(visit)
@@ -283,10 +304,13 @@ def test_it_is_at_any_address_of_this_machine(model, trained, host):
     blocks.close()
 
 
-def answered(served: str, data: list) -> dict:
-  """What the page makes of the values of a tab's controls, which are as many as no other tab's."""
+def answered(served: str, label: str, data: list) -> dict:
+  """What the page makes of the values of a tab's controls, of which the first has the label."""
   with httpx.Client(base_url=served, timeout=60) as client:
-    (call, *_) = [call for call in client.get("/config").json()["dependencies"] if len(call["inputs"]) == len(data)]
+    config = client.get("/config").json()
+    labels = {component["id"]: component["props"].get("label") for component in config["components"]}
+    calls = (call for call in config["dependencies"] if len(call["inputs"]) == len(data))
+    call = next(call for call in calls if labels[call["inputs"][0]] == label)
     asked = {"data": data, "fn_index": call["id"], "trigger_id": call["targets"][0][0], "session_hash": "visitor"}
     assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "visitor"}) as events:
@@ -295,17 +319,18 @@ def answered(served: str, data: list) -> dict:
   return end
 
 
-def test_a_picture_named_by_its_address_is_not_fetched(served):
+@pytest.mark.parametrize(("label", "others"), [("Message", [None, None]), ("Edit", [2, 1.5, 0, None, None])])
+def test_a_picture_named_by_its_address_is_not_fetched(served, label, others):
   link = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
-  end = answered(served, [{"text": "what is it?", "files": [link]}, None, None])
+  end = answered(served, label, [{"text": "what is it?", "files": [link]}, *others])
   assert not end["success"] and "only uploaded pictures" in end["output"]["error"]
 
 
 def test_an_empty_seed_is_0(served):
-  end = answered(served, ["a star", 2, 1.5, None, 1, None])
+  end = answered(served, "Prompt", ["a star", 2, 1.5, None, 1, None])
   assert end["success"] and end["output"]["data"][0]["label"] == "a star, seed 0"
   words = [{"text": text, "files": []} for text in ("a star", "a circle")]
-  assert answered(served, [*words, 3, None])["success"]
+  assert answered(served, "From", [*words, 3, None])["success"]
 
 
 def test_who_has_no_account_does_not_come_in(model, trained, tmp_path):

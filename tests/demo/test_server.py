@@ -33,7 +33,7 @@ from tests import tiny_runs
 from tests.benchmarks import serve_load
 
 HOW = [{"role": "user", "content": "how?"}]
-CHAT, DRAW = "/v1/chat/completions", "/v1/images/generations"
+CHAT, DRAW, EDIT = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
 
 
 class Running:
@@ -61,7 +61,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def model(trained) -> ClipFlow:
-  return tiny_runs.lively(ClipFlow.from_checkpoint(trained))
+  return tiny_runs.taught_edits(tiny_runs.lively(ClipFlow.from_checkpoint(trained)))
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,14 @@ def picture() -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
 
 
-def encoded(picture: np.ndarray | Image.Image) -> str:
+def png(picture: np.ndarray | Image.Image) -> bytes:
   file = io.BytesIO()
   (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, "PNG")
-  return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+  return file.getvalue()
+
+
+def encoded(picture: np.ndarray | Image.Image) -> str:
+  return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
 
 
 def about(url: str) -> list[dict]:
@@ -206,10 +210,25 @@ def test_pictures_are_those_of_the_prompt_and_the_seeds(client, model, running):
   assert 0 <= anyhow.data[0].seed < 2**31
 
 
+def test_a_picture_is_changed_as_the_prompt_says(client, model, running, picture):
+  asked = dict(image=("before.png", png(picture)), prompt="make it red <|image|>", response_format="b64_json")
+  changed = client.images.edit(**asked, n=2, extra_body={"seed": 6, "steps": 3, "guidance": 1.5})
+  drawn = [decoded(item.b64_json).astype(int) for item in changed.data]
+  assert [item.seed for item in changed.data] == [6, 7]
+  how = dict(steps=3, guidance=1.5, seed=[6, 7], looks=1)
+  (look,) = running.service.forming.draw(["make it red "] * 2, **how, images=np.stack([picture] * 2))
+  assert np.abs(drawn - model.decode(look.features, seed=[6, 7]).astype(int)).max() <= 1
+  asked["image"] = ("before.png", png(255 - picture))
+  other = client.images.edit(**asked, extra_body={"seed": 6, "steps": 3, "guidance": 1.5})
+  assert np.abs(drawn[0] - decoded(other.data[0].b64_json)).max() > 1
+  assert metric(running, f'clipflow_requests_total{{route="{EDIT}",status="200"}}') == 2
+
+
 def test_of_what_is_usual_nothing_is_compiled_once_it_is_ready(running, client, picture, programs):
   before = len(programs)
   for n in (1, 2):
     client.images.generate(prompt="a blue star", n=n, extra_body={"seed": 1, "guidance": 1.7})
+    client.images.edit(image=png(picture), prompt="make it blue", n=n)
   for asked, new in ((HOW, 3), (about(encoded(picture)), 40)):
     with futures.ThreadPoolExecutor(3) as threads:  # of which two are answered together
       ask = dict(model="tiny", messages=asked, max_tokens=new)
@@ -312,6 +331,39 @@ def test_what_cannot_be_done_is_told_by_name(running, path, asked, says):
   body = json.dumps({"model": "tiny"} | asked)
   answer = running.http.post(path, content=body, headers={"Content-Type": "application/json"})
   refused(answer, 404 if "there is 'tiny'" in says else 400, says)
+
+
+@pytest.mark.parametrize(
+  ("file", "asked", "says"),
+  [
+    (b"no picture", {"prompt": "make it red"}, "a picture: not a picture"),
+    (None, {"prompt": "make it red"}, "image: "),
+    (None, {"prompt": "make it red", "image": "data:image/png;base64,aaaa"}, "image: "),
+    (png(Image.new("1", (2**14, 2**11))), {"prompt": "make it red"}, "too large: 16384 x 2048"),
+    (png(Image.new("L", (9, 9))), {}, "prompt: Field required"),
+    (png(Image.new("L", (9, 9))), {"prompt": "make it red", "mask": "x"}, "mask: there is no such field here"),
+    (png(Image.new("L", (9, 9))), {"prompt": "make it red", "n": "many"}, "n: Input should be a valid integer"),
+    (png(Image.new("L", (9, 9))), {"prompt": "make it red", "size": "9x9"}, "draws pictures of 24x24, not of 9x9"),
+    (png(Image.new("L", (9, 9))), {"prompt": "make it red " * 500}, "does not fit"),
+  ],
+)
+def test_an_edit_that_cannot_be_done_is_told_by_name(running, file, asked, says):
+  files = {"image": ("a.png", file)} if file else {"none": ("", b"")}  # either way a form with files
+  refused(running.http.post(EDIT, data=asked, files=files), 400, says)
+
+
+def test_an_edit_that_is_no_form_or_too_large_is_refused(running):
+  refused(running.http.post(EDIT, json={"prompt": "make it red"}), 400, "multipart/form-data")
+  headers = {"Content-Type": "multipart/form-data"}
+  refused(running.http.post(EDIT, content=b"--", headers=headers), 400, "boundary")
+  big = {"image": ("a.png", bytes(schemas.MAX_BODY))}
+  refused(running.http.post(EDIT, data={"prompt": "a"}, files=big), 413, "larger than", code="request_too_large")
+
+
+def test_a_model_that_was_not_taught_to_change_pictures_says_so(trained):
+  with Running(Service(ClipFlow.from_checkpoint(trained), "tiny", size=1)) as running:
+    answer = running.http.post(EDIT, data={"prompt": "a"}, files={"image": ("a.png", png(Image.new("L", (9, 9))))})
+    refused(answer, 400, "was not taught to change pictures")
 
 
 @pytest.mark.parametrize(
