@@ -6,16 +6,15 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipflow_jax import config_file
 from clipflow_jax.errors import UserError
 
 if TYPE_CHECKING:
   import numpy as np
-  from ml_collections import ConfigDict
 
 START = time.time()
 
@@ -24,14 +23,14 @@ def quickstart(options: argparse.Namespace) -> None:
   from clipflow_jax.evaluation import sampler
   from clipflow_jax.training import stages
 
-  config = load_config(options.config, options.overrides)
+  config = config_file.load(options.config, options.overrides)
   stages.train(config, options.workdir, sampler.make())
   _report(options.workdir, **config.evaluation)
 
 
 def train(options: argparse.Namespace) -> None:
-  config = load_config(options.config, options.overrides)
-  _set_environment(config)
+  config = config_file.load(options.config, options.overrides)
+  config_file.set_environment(config)
   from clipflow_jax.evaluation import sampler
   from clipflow_jax.parallel import distributed
   from clipflow_jax.training import stages
@@ -171,7 +170,7 @@ def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
   from clipflow_jax.data import mixture
   from clipflow_jax.evaluation import results, suite
 
-  config = load_config(options.config, options.overrides)
+  config = config_file.load(options.config, options.overrides)
   known = config.to_dict().get("tasks")
   if not known:
     raise UserError(f"{options.config} has no tasks: give a config that has some, such as configs/evaluate.py")
@@ -211,10 +210,10 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def cache_features(options: argparse.Namespace) -> None:
-  config = load_config(options.config, options.overrides)
+  config = config_file.load(options.config, options.overrides)
   if "model" not in config:
     raise UserError("clipflow cache-features takes the config of one stage, such as configs/joint.py")
-  _set_environment(config)
+  config_file.set_environment(config)
   from clipflow_jax.parallel import distributed
   from clipflow_jax.training import features
 
@@ -237,7 +236,7 @@ def import_(options: argparse.Namespace) -> None:
     count = exchange.bring_in_adapters(Path(options.source), options.base, options.output)
     print(f"imported {count} matrices of {options.source} beside {options.base} into {options.output}")
     return
-  config = load_config(options.config, options.overrides) if options.config else None
+  config = config_file.load(options.config, options.overrides) if options.config else None
   module, params = exchange.bring_in(options.source, options.output, options.dtype, config)
   leaves = jax.tree.leaves(params)
   count = sum(leaf.size for leaf in leaves)
@@ -267,13 +266,13 @@ def info(options: argparse.Namespace) -> None:
   from clipflow_jax.inference import info, workdir, workdir_page
 
   if options.workdir:
-    run = workdir.look(options.workdir, lambda file: load_config(file, []))
+    run = workdir.look(options.workdir, lambda file: config_file.load(file, []))
     print(workdir.describe(run))
     if options.output:
       _write_text(options.output, workdir_page.page(run))
       print(f"page: {options.output}")
   else:
-    print(info.describe_config(load_config(options.config, options.overrides)))
+    print(info.describe_config(config_file.load(options.config, options.overrides)))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -281,7 +280,7 @@ def _inspect(options: argparse.Namespace) -> None:
   from clipflow_jax.training import loop
 
   output = options.output or Path("inspected")
-  for stage in _stages(load_config(options.config, options.overrides)):
+  for stage in config_file.stages(config_file.load(options.config, options.overrides)):
     if "model" not in stage:
       raise UserError("clipflow info --data takes the config of a stage or of a run, such as configs/joint.py")
     pipeline = loop.make_pipeline(stage, [start.meta for start in loop.beginnings(stage)])
@@ -292,7 +291,8 @@ def _inspect(options: argparse.Namespace) -> None:
 def bench(options: argparse.Namespace) -> None:
   from clipflow_jax.bench import frame, report
 
-  config = load_config(options.config or f"configs/bench.py:{options.subject},size={options.size}", options.overrides)
+  named = options.config or f"configs/bench.py:{options.subject},size={options.size}"
+  config = config_file.load(named, options.overrides)
   ways = json.loads(config.to_json_best_effort())
   machine = report.machine()
   how = dict(peer=options.peer, rounds=options.rounds, apart=options.apart)
@@ -306,10 +306,10 @@ def bench(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
   separator = "," if ":" in options.config else ":"
   named = f"{separator}hardware={options.hardware}" if options.hardware else ""
-  config = load_config(options.config + named, options.overrides)
+  config = config_file.load(options.config + named, options.overrides)
   if "hardware" not in config:
     raise UserError("clipflow plan takes the config of one stage, such as configs/joint.py")
-  _set_environment(config)
+  config_file.set_environment(config)
   from clipflow_jax.training import plan_report
 
   report = plan_report.make(config, search=options.search, images=options.images, quick=options.quick)
@@ -318,59 +318,6 @@ def plan(options: argparse.Namespace) -> None:
 
 
 # What commands share.
-
-
-def load_config(path: str, overrides: list[str]) -> ConfigDict:
-  """The config of "file.py[:arg]" with "--config.a.b=value" overrides. Files are sought here, then beside the package.
-
-  Raises UserError for a missing file, an unknown key or a value of another type.
-  """
-  from absl import flags
-  from ml_collections import ConfigDict, config_flags
-
-  sys.path[:0] = [str(Path(__file__).parent.parent)]  # configs import each other as `configs.x`
-  name, _, argument = path.partition(":")
-  places = [Path(name), Path(__file__).parent.parent / name]
-  found = next((place for place in places if place.is_file()), None)
-  if not found:
-    raise UserError(f"config file {name!r} does not exist (looked here and in {places[1].parent})")
-  values = flags.FlagValues()
-  argv = ["clipflow", f"--config={found}{f':{argument}' if argument else ''}", *overrides]
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-    config = values["config"].value
-  except UserError:
-    raise
-  except Exception as error:  # whatever running the file raises
-    raise UserError(f"config {path}: {_why(error)}") from error
-  if not isinstance(config, ConfigDict):
-    raise UserError(f"config {path}: get_config returns {config!r}, which is no ConfigDict")
-  for stage in _stages(config):
-    if "file" in stage:
-      stage.file = path
-  return config
-
-
-def _stages(config: ConfigDict) -> list[ConfigDict]:
-  return [config.stages[name] for name in config.order] if "order" in config else [config]
-
-
-def _set_environment(config: ConfigDict) -> None:
-  """Sets the variables of config.environment, before JAX starts. What the user has set wins; flags come together."""
-  for name, value in config.get("environment", {}).items():
-    given = os.environ.get(name, "")
-    os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
-
-
-def _why(error: Exception) -> str:
-  """One line of an error of ml_collections."""
-  text = str(error)
-  if isinstance(error, KeyError | AttributeError):  # an unknown key: quoted, and quoted again
-    return "unknown key " + text.replace("\\n", "; ").translate(str.maketrans("", "", "\"'\\"))
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  # A config file that fails comes with its traceback, of which the last line tells.
-  return lines[-1] if "Traceback" in text else " ".join(lines)
 
 
 def _load(workdir: Path, weights: str):

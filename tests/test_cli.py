@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipflow_jax import cli, commands
+from clipflow_jax import cli, commands, config_file
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.pipeline import ClipFlow
 from configs import quickstart
@@ -82,26 +82,26 @@ def test_no_command_shows_the_help(capsys):
 
 def test_any_key_of_a_config_can_be_overridden():
   overrides = ["--config.steps=7", "--config.data.source.size=32", "--config.optimizer.name=adamw"]
-  config = commands.load_config("configs/contrastive.py", overrides)
+  config = config_file.load("configs/contrastive.py", overrides)
   assert (config.steps, config.data.source.size, config.optimizer.name) == (7, 32, "adamw")
-  nested = commands.load_config("configs/quickstart.py", ["--config.stages.decoder.steps=3"])
+  nested = config_file.load("configs/quickstart.py", ["--config.stages.decoder.steps=3"])
   assert nested.stages.decoder.steps == 3
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
 def test_a_config_takes_arguments_behind_a_colon(value):
-  config = commands.load_config(f"configs/quickstart.py:fast={value},seed=9", [])
+  config = config_file.load(f"configs/quickstart.py:fast={value},seed=9", [])
   assert {stage.seed for stage in config.stages.values()} == {9}
-  slow = commands.load_config("configs/quickstart.py", [])
+  slow = config_file.load("configs/quickstart.py", [])
   assert all(config.stages[name].steps < slow.stages[name].steps for name in slow.order)
 
 
 def test_a_config_may_lie_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  config = commands.load_config("configs/contrastive.py:model=small", [])  # beside the package
+  config = config_file.load("configs/contrastive.py:model=small", [])  # beside the package
   assert (config.name, config.file) == ("contrastive", "configs/contrastive.py:model=small")
   Path("mine.py").write_text("from configs import contrastive\nget_config = contrastive.get_config\n")
-  assert commands.load_config("mine.py", ["--config.steps=3"]).steps == 3
+  assert config_file.load("mine.py", ["--config.steps=3"]).steps == 3
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_the_program_says_one_line_too(tmp_path):
 
 def test_a_user_error_is_one_line():
   with pytest.raises(UserError) as error:
-    commands.load_config("configs/nowhere.py", [])
+    config_file.load("configs/nowhere.py", [])
   assert "\n" not in str(error.value)
 
 

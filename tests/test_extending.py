@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipflow_jax import commands
+from clipflow_jax import config_file
 from clipflow_jax.data import sources
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.errors import UserError
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_dataset_and_an_objective_of_ones_own_train(folder, tmp_path):
-  config = commands.load_config(str(folder / "my_config.py"), [])
+  config = config_file.load(str(folder / "my_config.py"), [])
   with config.unlocked():
     config.objective.own = dict(flatness="my_objective:flatness")
     config.objective.weights = dict(contrastive=1.0, flatness=0.1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipflow_jax import cli, commands
+from clipflow_jax import cli, config_file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def test_a_command_parses_and_its_config_loads(line):
   if "from=" in (getattr(options, "config", None) or ""):
     return  # a workdir that is made by an earlier line: tests/training/test_finetune.py
   if getattr(options, "config", None):
-    commands.load_config(options.config, rest)
+    config_file.load(options.config, rest)
   else:
     assert not rest
 

@@ -17,7 +17,7 @@ from clipflow_jax.data import images, mixture
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.demo import uploads
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference import rerank, show
+from clipflow_jax.inference import rerank, show, writing
 from clipflow_jax.inference.forming import Forming
 from clipflow_jax.inference.pipeline import ClipFlow, Message
 
@@ -80,7 +80,7 @@ class Answers:
 
   def chat(self, talk: list[Message]) -> Iterator[str]:
     """The same words as `clipflow chat` says, as far as they have come."""
-    for (written,) in self.model.stream([talk], new=[MOST_WORDS], temperature=[0.0], seeds=[0]):
+    for (written,) in writing.stream(self.model, [talk], new=[MOST_WORDS], temperature=[0.0], seeds=[0]):
       yield written.text
 
   def walk(self, first: End, second: End, *, seed: int, stops: int) -> Image.Image:

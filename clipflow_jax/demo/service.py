@@ -20,8 +20,10 @@ from clipflow_jax.demo import schemas
 from clipflow_jax.demo.batching import Batcher, Job
 from clipflow_jax.demo.schemas import ChatRequest, EditRequest, ImageRequest, Refused
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference import writing
 from clipflow_jax.inference.forming import Forming
-from clipflow_jax.inference.pipeline import ClipFlow, Written
+from clipflow_jax.inference.pipeline import ClipFlow
+from clipflow_jax.inference.writing import Written
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class Service:
     else:
       new, heat, seeds = ([getattr(item, name) for item in items] for name in ("new", "temperature", "seed"))
       talks, room = [item.messages for item in items], schemas.MAX_TOKENS
-      yield from self.model.stream(talks, new=new, temperature=heat, seeds=seeds, room=room)
+      yield from writing.stream(self.model, talks, new=new, temperature=heat, seeds=seeds, room=room)
 
   @contextlib.asynccontextmanager
   async def running(self) -> AsyncIterator[None]:

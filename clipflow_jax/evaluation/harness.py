@@ -20,6 +20,7 @@ import numpy as np
 from clipflow_jax.data import sequence
 from clipflow_jax.data.images import square
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference import writing
 
 if TYPE_CHECKING:
   from clipflow_jax.inference.pipeline import ClipFlow, Message
@@ -158,7 +159,8 @@ def _write(model: ClipFlow, talks: Sequence[list[Message]], settings: Sequence[d
   answers: list[str] = []
   for start in range(0, len(talks), model.batch_size):
     asked = settings[start : start + model.batch_size]
-    *_, written = model.stream(
+    *_, written = writing.stream(
+      model,
       talks[start : start + model.batch_size],
       new=[int(one.get("max_gen_toks") or one.get("max_new_tokens") or _NEW) for one in asked],
       temperature=[float(one.get("temperature") or 0) if one.get("do_sample") else 0.0 for one in asked],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, likelihood, rerank, text
-from clipflow_jax.inference.batching import Programs, bucket, keys_of, padded, seeds_of
+from clipflow_jax.inference.batching import Programs, bucket, keys_of, seeds_of
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.inference.weights import int8
@@ -32,15 +32,6 @@ from clipflow_jax.training.state import Params
 
 # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
 Message = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-  """What has been written so far. finish: "stop", the model ended it; "length", it may be no longer; "", it goes on."""
-
-  text: str
-  tokens: int
-  finish: str
 
 
 class ClipFlow:
@@ -55,7 +46,7 @@ class ClipFlow:
     self.batch_size = batch_size
     self.shortest = 16  # slots of the shortest rows that programs are compiled for
     self.wording = mixture.wording(config.data.source if "data" in config else {})
-    self._programs = Programs()
+    self.programs = Programs()
 
   @classmethod
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64, weights: str = "") -> ClipFlow:
@@ -86,7 +77,7 @@ class ClipFlow:
   @property
   def image_size(self) -> int:
     """Pixels of a picture's side. UserError where there is no tower that sees any."""
-    self._need("vision tower", "see or show pictures")
+    self.need("vision tower", "see or show pictures")
     return self.model.clip["vision"]["image_size"]
 
   def spread(self) -> ClipFlow:
@@ -156,7 +147,7 @@ class ClipFlow:
     """Features of the prompts, or their pictures: of one program, from words to pixels."""
     sampling, rows, empty = self.to_draw(prompts, steps, guidance, images)
     if pixels:
-      self._need("pixel decoder", "decode")
+      self.need("pixel decoder", "decode")
 
     def run(params, rows, seeds, empty):
       empty = jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (len(seeds), *x.shape[1:])), empty)
@@ -173,14 +164,14 @@ class ClipFlow:
 
     images: as in `draw_features`.
     """
-    self._need("flow expert", "draw")
+    self.need("flow expert", "draw")
     if "sampling" not in self.config:
       raise UserError("this checkpoint was imported without a config; import it again with --config=configs/blip3o.py")
     given = {"steps": steps, "guidance": guidance}
     settings = self.config.sampling.to_dict() | {k: v for k, v in given.items() if v is not None}
     sampling = Sampling(**settings)
     if sampling.guidance != 1.0 and sampling.guide != "text":
-      self._need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
+      self.need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
     if not prompts:
       raise UserError("nothing to draw: there are no prompts")
     asked = [*self._worded(prompts, images), sequence.drawn("", self._blank())]
@@ -211,7 +202,7 @@ class ClipFlow:
 
   def decode(self, features: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Pictures u8[N,H,W,3] of standardised features f32[N,T,C]."""
-    self._need("pixel decoder", "decode")
+    self.need("pixel decoder", "decode")
 
     def run(params, features, seeds):
       return image.decode(self.model, params, features, keys_of(seeds))
@@ -242,57 +233,8 @@ class ClipFlow:
 
     new: tokens at most.
     """
-    self._need("transformer", "chat")
-    return self._write([self._conversation(messages)], new)[0]
-
-  def stream(
-    self,
-    talks: Sequence[list[Message]],
-    *,
-    new: Sequence[int],
-    temperature: Sequence[float],
-    seeds: Sequence[int],
-    every: int = 8,
-    room: int = 0,
-  ) -> Iterator[list[Written]]:
-    """Goes on with conversations side by side: yields what is written in each, every few words, until all are finished.
-
-    talks: each as in `chat`. new: words at most; temperature: 0 for the likeliest words; seeds: of each. What is
-    written is a function of these alone, whatever is beside it. A character of which a part is missing is held back.
-    room: words to make room for at least; the same for all calls, it spares compiling for each.
-    """
-    self._need("transformer", "chat")
-    n = len(talks)
-    part = padded(n)
-    rows = self.rows([self._conversation(talks[i]) for i in part], prompt=True)
-    heat, noise = np.asarray(temperature, np.float32)[part], seeds_of(n, seeds)[part]
-    room = bucket(max(room, *new), every)
-    end = self.tokenizer.end
-
-    def begin(params, rows, heat, noise):
-      features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
-      return text.begin(self.model, params, rows, features, room=room, choose=text.sampled(heat, keys_of(noise)))
-
-    def go_on(params, writing, heat, noise):
-      return text.go_on(self.model, params, writing, new=every, end=end, choose=text.sampled(heat, keys_of(noise)))
-
-    begin = self._programs.jitted(("begin", room), begin)
-    go_on = self._programs.jitted(("go_on", every), go_on, donate_argnums=1)
-    writing = begin(self.params, rows, heat, noise)
-    words = np.zeros((len(part), 0), np.int32)
-    written: list[Written] = []
-    while not written or not all(one.finish for one in written):
-      writing, more = go_on(self.params, writing, heat, noise)
-      words = np.concatenate([words, more], axis=1)
-      written = [self._written(ids.tolist(), limit) for ids, limit in zip(words, new)]
-      yield written
-
-  def _written(self, ids: list[int], limit: int) -> Written:
-    end = self.tokenizer.end
-    tokens = min(ids.index(end) if end in ids else len(ids), limit)
-    finish = "length" if tokens == limit else "stop" if end in ids else ""
-    words = self.tokenizer.decode(ids[:tokens])
-    return Written(words if finish else words.rstrip("\N{REPLACEMENT CHARACTER}"), tokens, finish)
+    self.need("transformer", "chat")
+    return self._write([self.conversation(messages)], new)[0]
 
   def slots(self, asked: list[Message] | str, before: np.ndarray | None = None) -> int:
     """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done.
@@ -300,13 +242,14 @@ class ClipFlow:
     before: u8[H,W,3], of which the prompt then says what shall become.
     """
     if isinstance(asked, str):
-      self._need("pixel decoder", "decode")
+      self.need("pixel decoder", "decode")
       images = None if before is None else before[None]
       return int(self.to_draw([asked], None, None, images)[1].segments.sum())
-    self._need("transformer", "chat")
-    return int(self.rows([self._conversation(asked)], prompt=True).segments.sum())
+    self.need("transformer", "chat")
+    return int(self.rows([self.conversation(asked)], prompt=True).segments.sum())
 
-  def _conversation(self, messages: list[Message]) -> Conversation:
+  def conversation(self, messages: list[Message]) -> Conversation:
+    """Messages as `chat` takes them, worded as the run's data words questions."""
     turns, pictures = [], []
     for message in messages:
       content = message["content"]
@@ -334,7 +277,7 @@ class ClipFlow:
 
     With neither it is about words alone. end: the end of the answer counts as one more of its tokens.
     """
-    self._need("transformer", "tell how likely words are")
+    self.need("transformer", "tell how likely words are")
     if not questions:
       raise UserError("nothing to compare: there are no questions")
     looked = [self._blank()] * len(questions) if images is None else self._images(images)
@@ -369,7 +312,7 @@ class ClipFlow:
     """CLIP embeddings f32[N,E] at unit norm."""
     if not texts:
       raise UserError("nothing to embed: there are no texts")
-    self._need("text tower", "embed texts")
+    self.need("text tower", "embed texts")
     blank = self._blank()
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid, self.tokenizer.pad)
     rows = sequence.stack(
@@ -398,7 +341,7 @@ class ClipFlow:
     return sequence.stack([sequence.pack([example], layout) for example in examples])
 
   def _write(self, conversations: Sequence[Conversation], new: int) -> list[str]:
-    self._need("transformer", "write")
+    self.need("transformer", "write")
     if not conversations:
       raise UserError("nothing to read: there are no pictures")
     if new < 1:
@@ -431,7 +374,8 @@ class ClipFlow:
       picture = Image.fromarray(np.asarray(picture))
     return square(picture, self.image_size)
 
-  def _need(self, part: str, verb: str) -> None:
+  def need(self, part: str, verb: str) -> None:
+    """UserError for a model without the part, which therefore cannot do what the verb says."""
     transformer = self.model.transformer or {}
     parts = {
       "transformer": transformer,
@@ -447,4 +391,4 @@ class ClipFlow:
 
   def batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
     """run(params, *items, *constant) over items' first axis, as `Programs.over`. name: of what `run` computes."""
-    return self._programs.over(name, run, self.params, items, *constant, size=self.batch_size)
+    return self.programs.over(name, run, self.params, items, *constant, size=self.batch_size)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from clipflow_jax import config_file
 from clipflow_jax.batch import TARGET, Batch
-from clipflow_jax.commands import load_config
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
@@ -54,7 +54,7 @@ def batches(config: ConfigDict, model: ClipFlow) -> tuple[Batch, Batch]:
 
 
 def main(path: str, steps: int) -> dict[str, Any]:
-  config = load_config(path, [])
+  config = config_file.load(path, [])
   model = ClipFlow(**with_vocabulary(config.model.to_dict(), VOCABULARY))
   ways = dict(zip(("pictures", "features"), batches(config, model), strict=True))
   init = functools.partial(model.init, method="everything")

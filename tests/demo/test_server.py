@@ -28,6 +28,7 @@ from clipflow_jax import cli
 from clipflow_jax.demo import address, schemas, server, uploads
 from clipflow_jax.demo.service import Service
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference import writing
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests import tiny_runs
 from tests.benchmarks import serve_load
@@ -130,7 +131,7 @@ def refused(answer: httpx.Response, status: int, says: str, **fields: str | None
 def likeliest(model: ClipFlow, talk: list[dict]) -> str:
   """What `chat` writes, too, by programs that the service has compiled."""
   how = dict(new=[64], temperature=[0], seeds=[0], room=schemas.MAX_TOKENS)
-  return list(model.stream([talk], **how))[-1][0].text
+  return list(writing.stream(model, [talk], **how))[-1][0].text
 
 
 def test_the_openai_client_gets_the_words_that_chat_writes(client, model):
@@ -556,6 +557,7 @@ def test_the_command_ends_with_0_when_what_it_was_asked_for_is_answered(trained)
 IN_A_LONG_BATCH = """
 import sys, time
 from clipflow_jax.demo import address, server, service
+from clipflow_jax.inference import writing
 from clipflow_jax.inference.pipeline import ClipFlow
 def compute(settings, items):
   print("it computes", flush=True)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import harness
+from clipflow_jax.inference import writing
 from clipflow_jax.inference.pipeline import ClipFlow
 
 
@@ -56,6 +57,7 @@ class Base:
 
 @pytest.fixture
 def harnesses(monkeypatch):
+  monkeypatch.setattr(writing, "stream", Model.stream)
   for package, name in (("lm_eval", "LM"), ("lmms_eval", "lmms")):
     module = types.ModuleType(f"{package}.api.model")
     setattr(module, name, Base)

@@ -224,9 +224,9 @@ def test_a_picture_stands_where_the_model_was_taught_to_find_it_in_whichever_ord
   parts = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "how?"}]
   monkeypatch.setattr(model, "wording", mixture.Wording("{question}{picture}", "{caption}", ""))
   for given in (parts, parts[::-1]):
-    assert model._conversation([{"role": "user", "content": given}]).turns == (("user", "how?" + IMAGE),)
+    assert model.conversation([{"role": "user", "content": given}]).turns == (("user", "how?" + IMAGE),)
   between = [*parts, {"type": "text", "text": "why?"}]  # a place of its own
-  assert model._conversation([{"role": "user", "content": between}]).turns == (("user", IMAGE + "how?why?"),)
+  assert model.conversation([{"role": "user", "content": between}]).turns == (("user", IMAGE + "how?why?"),)
   (answer,) = model.answer(pictures[:1], ["how?"])
   assert model.chat([{"role": "user", "content": parts}]) == answer
 

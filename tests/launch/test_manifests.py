@@ -13,7 +13,7 @@ import pytest
 import setuptools
 import yaml
 
-from clipflow_jax import cli, commands
+from clipflow_jax import cli, config_file
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = sorted((ROOT / "launch").rglob("*.yaml"))
@@ -113,7 +113,7 @@ def test_a_manifest_starts_a_command_that_exists_in_a_folder_that_all_see(path):
   program, *command = [*container["command"], *container["args"]]
   assert program == "clipflow"
   options, rest = cli._parser().parse_known_args(command)
-  config = commands.load_config(options.config, rest)
+  config = config_file.load(options.config, rest)
   (bucket,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "bucket")
   assert str(options.workdir).startswith(bucket) and config.compilation_cache.startswith(bucket)
   assert config.hang_ends and config.hang_timeout > 0
@@ -130,7 +130,7 @@ def test_hosts_are_as_many_as_their_chips_and_data_shards_say(path):
   if topology:
     assert math.prod(map(int, topology.split("x"))) == job["parallelism"] * per_host
   options, rest = cli._parser().parse_known_args([*container["command"][1:], *container["args"]])
-  assert commands.load_config(options.config, rest).data.shards % (slices * job["parallelism"]) == 0
+  assert config_file.load(options.config, rest).data.shards % (slices * job["parallelism"]) == 0
 
 
 def test_gpu_hosts_meet_at_the_first_pod():

@@ -16,6 +16,7 @@ from PIL import Image
 from clipflow_jax import cli
 from clipflow_jax.data import text
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference import writing
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.interop import huggingface
 from clipflow_jax.models.clip import Clip
@@ -231,7 +232,7 @@ def test_a_tokenizer_without_a_picture_word_gets_one(folder, tmp_path):
 def test_a_language_model_alone_talks_and_says_of_pictures_that_it_has_no_tower(imported, tmp_path, capsys):
   model = ClipFlow.from_checkpoint(imported)
   talk = [{"role": "user", "content": "a red circle"}]
-  *_, (written,) = model.stream([talk], new=[8], temperature=[0], seeds=[0])
+  *_, (written,) = writing.stream(model, [talk], new=[8], temperature=[0], seeds=[0])
   assert model.chat(talk, new=8) == written.text
   found = model.likelihood(["a red circle"] * 2, ["beside", "a blue square"])
   assert np.isfinite(found.log_p).all() and (found.tokens > 0).all()

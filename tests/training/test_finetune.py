@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from clipflow_jax import commands
+from clipflow_jax import config_file
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.training import adapters, checkpoint, exchange, loop, state
@@ -156,7 +156,7 @@ def test_data_is_known_by_what_lies_there(trained: Path, tmp_path: Path):
 )
 def test_what_cannot_be_done_is_one_line(arg: str, said: str):
   with pytest.raises(UserError, match=said):
-    commands.load_config(f"configs/finetune.py:{arg}", [])
+    config_file.load(f"configs/finetune.py:{arg}", [])
 
 
 def test_offloading_to_nowhere_is_refused():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipflow_jax import cli, commands
+from clipflow_jax import cli, config_file
 from clipflow_jax.errors import UserError
 from clipflow_jax.training import hardware, memory, plan, plan_report
 
@@ -87,7 +87,7 @@ def test_a_tpu_that_is_not_there_is_planned_for(tmp_path: Path):
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  config = commands.load_config("configs/generation.py", [])
+  config = config_file.load("configs/generation.py", [])
   config.hardware = dict(chip="v5p", topology=(2, 2, 1), slices=1)
   with pytest.raises(UserError, match=r"pip install 'clipflow_jax\[tpu\]'"):
     plan.prepare(config)
@@ -95,7 +95,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_config_without_hardware_is_told_of_the_option():
   with pytest.raises(UserError, match="--hardware=v5p-512"):
-    plan.prepare(commands.load_config("configs/generation.py", []))
+    plan.prepare(config_file.load("configs/generation.py", []))
 
 
 def test_a_run_of_several_stages_is_no_plan(capsys: pytest.CaptureFixture):
@@ -186,7 +186,7 @@ def test_a_search_for_gpus_that_are_not_here_estimates(monkeypatch: pytest.Monke
     return told | unknown | fits | dict(hardware_flops_per_step=rows)
 
   monkeypatch.setattr(memory, "estimate", estimate)
-  config = commands.load_config("configs/joint.py:model=small,hardware=h100x1", ["--config.data.batch_size=8"])
+  config = config_file.load("configs/joint.py:model=small,hardware=h100x1", ["--config.data.batch_size=8"])
   found = plan_report.make(config, search=True, images=1e6, quick=False)
   assert found["batch_size"] == 16 and len(found["tried"]) == 9
   assert "does not fit by 40.00 GiB" in capsys.readouterr().out
@@ -197,6 +197,6 @@ def test_a_search_of_which_nothing_can_be_planned_says_why(monkeypatch: pytest.M
     raise UserError("data.features: nowhere is none")
 
   monkeypatch.setattr(memory, "estimate", refuse)
-  config = commands.load_config("configs/joint.py:model=small,hardware=h100x1", [])
+  config = config_file.load("configs/joint.py:model=small,hardware=h100x1", [])
   with pytest.raises(UserError, match="nowhere is none"):
     plan_report.make(config, search=True, images=1e6, quick=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference import writing
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests import tiny_runs
 
@@ -20,7 +21,8 @@ def model(trained) -> ClipFlow:
 
 def written(model: ClipFlow, *talks, new=64, temperature=0.0, seed=0, every=8) -> list[list]:
   n = len(talks)
-  found = list(model.stream(talks, new=[new] * n, temperature=[temperature] * n, seeds=[seed] * n, every=every))
+  how = dict(new=[new] * n, temperature=[temperature] * n, seeds=[seed] * n, every=every)
+  found = list(writing.stream(model, talks, **how))
   return [[step[i] for step in found] for i in range(n)]
 
 
@@ -43,20 +45,23 @@ def test_words_are_the_same_alone_and_in_any_company_at_any_heat(model):
 
 def test_each_writes_as_much_as_it_may_and_stops_where_the_model_does(model):
   how = dict(temperature=[0.0] * 2, seeds=[0] * 2)
-  short, long = list(model.stream([WHERE, WHERE], new=[3, 64], **how))[-1]
+  short, long = list(writing.stream(model, [WHERE, WHERE], new=[3, 64], **how))[-1]
   assert (short.tokens, short.finish) == (3, "length") and long.text.startswith(short.text)
-  assert model._written([5, 6, model.tokenizer.end, 7], 16) == model._written([5, 6, model.tokenizer.end], 4)
-  assert model._written([5, 6, model.tokenizer.end], 4).finish == "stop"
-  assert model._written([5, 6], 4).finish == ""
+  chat = model.tokenizer
+  assert writing.written_of(chat, [5, 6, chat.end, 7], 16) == writing.written_of(chat, [5, 6, chat.end], 4)
+  assert writing.written_of(chat, [5, 6, chat.end], 4).finish == "stop"
+  assert writing.written_of(chat, [5, 6], 4).finish == ""
 
 
 def test_a_character_is_not_told_before_it_is_whole(model):
-  ids = list(model.tokenizer.encode("caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}"))
-  texts = [model._written(ids[:i], 99).text for i in range(len(ids) + 1)]
+  chat = model.tokenizer
+  ids = list(chat.encode("caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}"))
+  texts = [writing.written_of(chat, ids[:i], 99).text for i in range(len(ids) + 1)]
   assert texts[-1] == "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}"
   assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
   assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
-  assert model._written(ids[:-1], len(ids) - 1).text.endswith("\N{REPLACEMENT CHARACTER}")  # nothing more will come
+  cut = writing.written_of(chat, ids[:-1], len(ids) - 1)
+  assert cut.text.endswith("\N{REPLACEMENT CHARACTER}")  # nothing more will come
 
 
 def test_a_picture_of_a_seed_is_the_same_beside_those_of_others(model):

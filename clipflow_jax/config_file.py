@@ -1,0 +1,67 @@
+"""Configs from Python files and the command line, and what of them JAX has to know before it starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipflow_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+
+def load(path: str, overrides: list[str]) -> ConfigDict:
+  """The config of "file.py[:arg]" with "--config.a.b=value" overrides. Files are sought here, then beside the package.
+
+  Raises UserError for a missing file, an unknown key or a value of another type.
+  """
+  from absl import flags
+  from ml_collections import ConfigDict, config_flags
+
+  sys.path[:0] = [str(Path(__file__).parent.parent)]  # configs import each other as `configs.x`
+  name, _, argument = path.partition(":")
+  places = [Path(name), Path(__file__).parent.parent / name]
+  found = next((place for place in places if place.is_file()), None)
+  if not found:
+    raise UserError(f"config file {name!r} does not exist (looked here and in {places[1].parent})")
+  values = flags.FlagValues()
+  argv = ["clipflow", f"--config={found}{f':{argument}' if argument else ''}", *overrides]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+    config = values["config"].value
+  except UserError:
+    raise
+  except Exception as error:  # whatever running the file raises
+    raise UserError(f"config {path}: {_why(error)}") from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"config {path}: get_config returns {config!r}, which is no ConfigDict")
+  for stage in stages(config):
+    if "file" in stage:
+      stage.file = path
+  return config
+
+
+def stages(config: ConfigDict) -> list[ConfigDict]:
+  """Those of a run in their order, or the one that the config is of."""
+  return [config.stages[name] for name in config.order] if "order" in config else [config]
+
+
+def set_environment(config: ConfigDict) -> None:
+  """Sets the variables of config.environment, before JAX starts. What the user has set wins; flags come together."""
+  for name, value in config.get("environment", {}).items():
+    given = os.environ.get(name, "")
+    os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
+
+
+def _why(error: Exception) -> str:
+  """One line of an error of ml_collections."""
+  text = str(error)
+  if isinstance(error, KeyError | AttributeError):  # an unknown key: quoted, and quoted again
+    return "unknown key " + text.replace("\\n", "; ").translate(str.maketrans("", "", "\"'\\"))
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  # A config file that fails comes with its traceback, of which the last line tells.
+  return lines[-1] if "Traceback" in text else " ".join(lines)
