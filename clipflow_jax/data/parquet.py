@@ -26,12 +26,15 @@ _LOCK = threading.Lock()
 class ParquetSource(StoredSource):
   """Parquet files with columns `image` (bytes, or a struct with `bytes`) and those that `records.texts` reads.
 
-  Covers BLIP3o's image + txt and LLaVA's image + conversations. Ids are `file name/row`, or those of a column `id`.
-  Needs pyarrow, the [parquet] extra. Parquet has no access to one row: its whole row group is decoded, so train on what
-  `clipflow prepare`, which reads in order, makes of it.
+  Covers BLIP3o's image + txt, LLaVA's image + conversations, and pairs of pictures with what was done to the first, as
+  MagicBrush's: image="target_img", before="source_img", caption="instruction". Ids are `file name/row`, or those of a
+  column `id`. Needs pyarrow, the [parquet] extra. Parquet has no access to one row: its whole row group is decoded, so
+  train on what `clipflow prepare`, which reads in order, makes of it.
   """
 
   image: str = "image"  # the column of pictures
+  before: str = ""  # of edits, the column of the pictures before them
+  caption: str = ""  # the column of a caption or a list of them, where it has a name of its own: no other is then read
   # i64[G,4]: file, group in it, first row of all, first row of the file
   _groups: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -40,7 +43,7 @@ class ParquetSource(StoredSource):
     groups, first = [], 0
     for number, file in enumerate(files):
       parquet, start = _parquet(file), first
-      _check_columns(parquet.schema_arrow.names, self.image, file)
+      self._check(parquet.schema_arrow.names, file)
       for group in range(parquet.num_row_groups):
         groups.append((number, group, first, start))
         first += parquet.metadata.row_group(group).num_rows
@@ -67,7 +70,7 @@ class ParquetSource(StoredSource):
     where = f"{file}:{row - start}"
     try:
       with _LOCK:  # not one row group by every thread
-        group_of_rows = _read_group(file, index, self.image)
+        group_of_rows = _read_group(file, index, (*self._own, "id", *self._texts))
       if row - first >= len(group_of_rows):
         raise BadRecord(where, "cut short: the file has become shorter")
       fields = group_of_rows.slice(row - first, 1).to_pylist()[0]
@@ -77,9 +80,29 @@ class ParquetSource(StoredSource):
       raise BadRecord(where, f"not UTF-8: {error}") from error
     except Exception as error:  # pyarrow has its own kinds for damage
       raise BadRecord(where, f"cannot be read: {error}") from error
-    captions, questions = records.texts(fields, where)
+    named = fields.get(self.caption)
+    texts = {"captions" if isinstance(named, list) else "caption": named} if self.caption else fields
+    captions, questions = records.texts({"conversations": fields.get("conversations")} | texts, where)
     id = records.clean(str(fields["id"])) if "id" in fields else f"{file.stem}/{row - start}"
-    return Record(id, captions, questions, _picture(fields[self.image], where), where)
+    pictures = [_picture(fields[column], where) for column in (self.image, self.before) if column]
+    return Record(id, captions, questions, pictures[0], where, *pictures[1:])
+
+  @property
+  def _own(self) -> dict[str, str]:
+    """{column: the setting that names it} of those that have to be there."""
+    return {getattr(self, name): name for name in ("image", "before", "caption") if getattr(self, name)}
+
+  @property
+  def _texts(self) -> tuple[str, ...]:
+    return ("conversations",) if self.caption else TEXTS
+
+  def _check(self, names: Sequence[str], file: Path) -> None:
+    for column, setting in self._own.items():
+      if column not in names:
+        raise UserError(f"{file} has no column {column!r}: set data.{setting} to one of {', '.join(names)}")
+    if not self.caption and not set(names) & set(TEXTS):
+      told = f"set data.caption to one of {', '.join(names)}"
+      raise UserError(f"{file} has no column of texts ({', '.join(TEXTS)}): {told}")
 
 
 def _picture(value: Any, where: str) -> bytes:
@@ -88,13 +111,6 @@ def _picture(value: Any, where: str) -> bytes:
   if not isinstance(value, bytes):
     raise BadRecord(where, "no file: the picture's bytes are not in the row")
   return value
-
-
-def _check_columns(names: Sequence[str], image: str, file: Path) -> None:
-  if image not in names:
-    raise UserError(f"{file} has no column {image!r}: set data.image to one of {', '.join(names)}")
-  if not set(names) & set(TEXTS):
-    raise UserError(f"{file} has no column of texts ({', '.join(TEXTS)}); there are {', '.join(names)}")
 
 
 def _parquet(file: Path) -> Any:
@@ -109,8 +125,8 @@ def _parquet(file: Path) -> Any:
 
 
 @functools.lru_cache(maxsize=GROUPS)
-def _read_group(file: Path, group: int, image: str) -> Any:
-  """A row group as a table of the columns that are asked for."""
+def _read_group(file: Path, group: int, wanted: tuple[str, ...]) -> Any:
+  """A row group as a table of those of the wanted columns that are there."""
   parquet = _parquet(file)
-  columns = [name for name in parquet.schema_arrow.names if name in (image, "id", *TEXTS)]
+  columns = [name for name in parquet.schema_arrow.names if name in wanted]
   return parquet.read_row_group(group, columns=columns)

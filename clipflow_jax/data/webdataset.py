@@ -20,8 +20,13 @@ from clipflow_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-TEXTS = ("txt", "json")
-
+# ending of a member: its place in a sample
+PLACES = {
+  **dict.fromkeys(PICTURES, 0),
+  "txt": 1,
+  "json": 2,
+  **{f"before.{ending}": 3 for ending in PICTURES},
+}
 NONE = (-1, 0)
 
 
@@ -29,6 +34,7 @@ NONE = (-1, 0)
 class WebDatasetSource(StoredSource):
   """Tar files of NAME.jpg (.jpeg, .png, .webp) beside NAME.txt, a caption, or NAME.json, fields for `records.texts`.
 
+  Of an edit NAME.before.jpg is the picture before it, and the caption tells what shall become of that.
   Nothing is unpacked: the headers are walked through once per process, and a record is two reads at known offsets.
   Member names are ids, `tar name/NAME`, and never paths; links and devices are passed over. A sample whose picture or
   text is missing is a bad record. A tar that is cut short is read up to there, with a warning.
@@ -36,7 +42,7 @@ class WebDatasetSource(StoredSource):
 
   _names: list[str] = dataclasses.field(init=False, repr=False, compare=False)
   _tars: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)  # i64[M]: which of the files
-  # i64[M,3,2]: (offset, length) in bytes of picture, .txt and .json
+  # i64[M,4,2]: (offset, length) in bytes of picture, .txt, .json and the picture before
   _places: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
   def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
@@ -61,14 +67,15 @@ class WebDatasetSource(StoredSource):
   def _read(self, row: int) -> Record:
     file = self._files[self._tars[row]]
     where = records.encodable(f"{file}/{self._names[row]}")
-    picture, caption, rest = (_bytes(file, start, length, where) for start, length in self._places[row].tolist())
+    places = self._places[row].tolist()
+    picture, caption, rest, before = (_bytes(file, start, length, where) for start, length in places)
     if picture is None:
       raise BadRecord(where, f"no file: none of .{', .'.join(PICTURES)} is beside its text")
     fields = {} if rest is None else records.parse(rest, where)
     if caption is not None:  # both may be there: then the JSON tells where the picture is from
       fields = {"caption": records.decode_text(caption, where), "conversations": fields.get("conversations")}
     captions, questions = records.texts(fields, where)
-    return Record(self._id(row), captions, questions, picture, where)
+    return Record(self._id(row), captions, questions, picture, where, before)
 
 
 def _bytes(path: Path, start: int, length: int, where: str) -> bytes | None:
@@ -95,12 +102,10 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
       for member in tar:
         folder, _, file = member.name.rpartition("/")
         name, _, ending = file.partition(".")
-        if member.isreg() and name and ending.lower() in (*PICTURES, *TEXTS):
-          places = samples.setdefault(f"{folder}/{name}" if folder else name, [NONE] * 3)
-          places[0 if ending.lower() in PICTURES else 1 + TEXTS.index(ending.lower())] = (
-            member.offset_data,
-            member.size,
-          )
+        place = PLACES.get(ending.lower())
+        if member.isreg() and name and place is not None:
+          places = samples.setdefault(f"{folder}/{name}" if folder else name, [NONE] * 4)
+          places[place] = (member.offset_data, member.size)
         tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep, all of them
       tar.fileobj.seek(tar.offset)
       behind = tar.fileobj.read(tarfile.BLOCKSIZE)
@@ -115,4 +120,4 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
       path,
       len(samples),
     )
-  return list(samples), np.array(list(samples.values()), np.int64).reshape(-1, 3, 2)
+  return list(samples), np.array(list(samples.values()), np.int64).reshape(-1, 4, 2)

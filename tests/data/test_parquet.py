@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+from clipflow_jax import cli
 from clipflow_jax.data import sources
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.parquet import ParquetSource
@@ -38,6 +39,43 @@ def test_conversations_and_ids_are_read_and_other_columns_left_alone(tmp_path):
   assert 0 < len(test) < 40 and all(test.share(i) < 0.3 for i in range(len(test)))
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_pairs_of_pictures_are_edits_whatever_their_columns_are_called(tmp_path, listed):
+  asked = ["make it dark", "darken it"] if listed else "make it dark"
+  rows = [
+    {"source": tiny_data.picture(90 + i), "target": tiny_data.picture(i), "instruction": asked, "text": "unrelated"}
+    for i in range(3)
+  ]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+  columns = dict(image="target", before="source", caption="instruction")
+  source = ParquetSource(tmp_path / "a.parquet", size=8, split="all", **columns)
+  example = source[2]
+  assert example.captions == (tuple(asked) if listed else (asked,))
+  np.testing.assert_array_equal(example.image, 2)
+  np.testing.assert_array_equal(example.before, 92)
+  for setting in columns:
+    with pytest.raises(UserError, match=f"no column 'other': set data.{setting} to one of source, target"):
+      ParquetSource(tmp_path / "a.parquet", **(columns | {setting: "other"}))
+
+
+def test_edits_of_parquet_are_prepared_by_the_command(tmp_path):
+  rows = [{"a": tiny_data.picture(90 + i), "b": tiny_data.picture(i), "what": f"darken {i}"} for i in range(3)]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+  options = [f"--option={option}" for option in ("image=b", "before=a", "caption=what")]
+  argv = [
+    "prepare",
+    "--source=parquet",
+    f"--input={tmp_path / 'a.parquet'}",
+    f"--output={tmp_path / 'out'}",
+    "--size=8",
+  ]
+  assert cli.main([*argv, *options]) == 0
+  source = sources.make({"kind": "prepared", "path": str(tmp_path / "out"), "size": 8}, "all")
+  assert sorted((int(one.before.mean()), one.captions) for one in (source[i] for i in range(3))) == [
+    (90 + i, (f"darken {i}",)) for i in range(3)
+  ]
+
+
 def test_a_path_in_the_place_of_bytes_is_never_followed(tmp_path):
   secret = tmp_path / "secret.png"
   secret.write_bytes(tiny_data.picture(99))
@@ -62,7 +100,7 @@ def test_a_file_that_was_cut_while_it_is_read_is_bad_records(tmp_path):
     (None, "is not a parquet file"),
     ([], "has no column 'image'|has no rows"),
     ([{"pixels": b"", "text": "x"}], "has no column 'image': set data.image to one of pixels, text"),
-    ([{"image": b"", "label": 3}], "has no column of texts .*there are image, label"),
+    ([{"image": b"", "label": 3}], "has no column of texts .*set data.caption to one of image, label"),
   ],
 )
 def test_what_does_not_fit_is_told_in_one_line(tmp_path, rows, message):

@@ -52,6 +52,17 @@ def test_samples_are_pictures_with_a_text_or_fields_beside_them(tmp_path):
     np.testing.assert_allclose(example.image, grey, atol=2)
 
 
+def test_a_picture_before_makes_a_sample_an_edit(tmp_path):
+  members = {"0.png": tiny_data.picture(10), "0.before.jpg": tiny_data.picture(90), "0.txt": b"make it dark"}
+  members |= {"1.before.png": tiny_data.picture(90), "1.txt": b"make it dark"}
+  members |= {"2.png": tiny_data.picture(10), "2.txt": b"dark"}
+  source = WebDatasetSource(tiny_data.tar(tmp_path / "a.tar", members), size=8, split="all")
+  assert (source[0].captions, source[2].before) == (("make it dark",), None)
+  np.testing.assert_array_equal(source[0].image, 10)
+  np.testing.assert_allclose(source[0].before, 90, atol=2)
+  assert whys(source) == {f"{tmp_path / 'a.tar'}/1": "no file"}
+
+
 def test_tars_in_a_folder_are_one_source_in_the_order_of_their_names(tmp_path):
   for name, start in (("01", 3), ("00", 0)):
     tiny_data.webdataset(tmp_path / "set" / f"{name}.tar", tiny_data.samples(6)[start : start + 3])
