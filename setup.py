@@ -37,7 +37,13 @@ PARQUET = ["pyarrow>=18,<27"]
 # importlib_resources: etils asks for it when TFDS tells the size of a download, and neither says so.
 TFDS = ["tensorflow-datasets>=4.9.9,<5", "importlib_resources>=6,<8"]
 
-SERVE = ["fastapi>=0.165,<0.200", "uvicorn>=0.54,<0.60", "prometheus-client>=0.26,<0.30"]
+# FastAPI reads forms, as of pictures to be edited, by python-multipart.
+SERVE = [
+  "fastapi>=0.165,<0.200",
+  "python-multipart>=0.0.20,<0.1",
+  "uvicorn>=0.54,<0.60",
+  "prometheus-client>=0.26,<0.30",
+]
 
 EXTRAS = {
   "gpu": ["jax[cuda12]>=0.10,<0.12"],

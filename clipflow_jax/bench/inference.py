@@ -15,7 +15,7 @@ from clipflow_jax.bench import training
 from clipflow_jax.bench.frame import Work
 from clipflow_jax.evaluation import inception
 from clipflow_jax.inference import image, text
-from clipflow_jax.inference.batching import keys_of
+from clipflow_jax.inference.batching import keys_of, options
 from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow, Place
 from clipflow_jax.models.inception import SIZE, InceptionV3
@@ -153,7 +153,7 @@ def _work(
   **facts: Any,
 ) -> Work:
   """Calls of the compiled function. The first of its arguments is the parameters."""
-  compiled, seconds = training.compiled(function, *arguments)
+  compiled, seconds = training.compiled(function, *arguments, compiler_options=options())
   count = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
   name = str(jnp.dtype(dtype))
   return Work(

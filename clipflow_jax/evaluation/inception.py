@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.inference.batching import jitted
 from clipflow_jax.interop import inception
 from clipflow_jax.interop.family import described
 from clipflow_jax.models.inception import SIZE, InceptionV3
@@ -117,7 +118,7 @@ class Sharded:
     self.batch_size = -(-batch_size // mesh.size) * mesh.size
     self._rows = NamedSharding(mesh, sharding.spec("batch"))
     self._params = jax.device_put(params, NamedSharding(mesh, sharding.spec()))
-    self._before, self._function = jax.jit(before), jax.jit(function)
+    self._before, self._function = jitted(before), jitted(function)
 
   def __call__(self, items: np.ndarray) -> tuple[np.ndarray, ...]:
     parts = []

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
-from clipflow_jax.inference.batching import keys_of, padded, seeds_of
+from clipflow_jax.inference.batching import jitted, keys_of, padded, seeds_of
 from clipflow_jax.inference.pipeline import ClipFlow
 
 ROOM = 128  # programs are compiled for so many times, or a multiple
@@ -30,8 +30,8 @@ class Forming:
 
   def __init__(self, model: ClipFlow):
     self._model = model
-    self._begin = jax.jit(self._compute_begin, static_argnames="sampling")
-    self._go_on = jax.jit(self._compute_go_on, static_argnames="sampling", donate_argnames="drawing")
+    self._begin = jitted(self._compute_begin, static_argnames="sampling")
+    self._go_on = jitted(self._compute_go_on, static_argnames="sampling", donate_argnames="drawing")
 
   def draw(
     self,

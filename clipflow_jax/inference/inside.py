@@ -19,7 +19,7 @@ from clipflow_jax.data import sequence
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.inference import image
-from clipflow_jax.inference.batching import keys_of, seeds_of
+from clipflow_jax.inference.batching import jitted, keys_of, seeds_of
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.models.clipflow import ClipFlow as Model
@@ -57,10 +57,10 @@ class Inside:
     if not model.model.draws or model.model.drawer:
       raise UserError("to look inside the flow a model needs a flow expert; train a joint or a generation stage")
     self._model = model
-    self._walk = jax.jit(functools.partial(_walk, model.model), static_argnames="sampling")
-    self._predict = jax.jit(functools.partial(_predict, model.model))
-    self._look = jax.jit(functools.partial(_look, model.model))
-    self._read = jax.jit(functools.partial(_read, model.model))
+    self._walk = jitted(functools.partial(_walk, model.model), static_argnames="sampling")
+    self._predict = jitted(functools.partial(_predict, model.model))
+    self._look = jitted(functools.partial(_look, model.model))
+    self._read = jitted(functools.partial(_read, model.model))
 
   # Drawing.
 
