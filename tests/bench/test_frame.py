@@ -49,6 +49,20 @@ def test_a_call_is_begun_before_the_one_before_it_is_waited_for():
   assert len(seconds) == 3 and min(seconds) > 0.005
 
 
+def test_the_first_call_of_a_turn_is_not_counted(monkeypatch):
+  asked: list[str] = []
+
+  def ask(self, line: str) -> dict:
+    asked.append(line)
+    return {"seconds": [float(len(asked))], "core_seconds": [0.5], "peak_bytes": 0}
+
+  monkeypatch.setattr(frame.Worker, "_ask", ask)
+  worker = frame.Worker("one", [], {})
+  worker.turn()
+  worker.turn()
+  assert len(asked) == 4 and worker.seconds == [[2.0], [4.0]] and worker.core_seconds == [0.5, 0.5]
+
+
 def test_what_fails_says_why_in_one_line():
   with pytest.raises(UserError, match="^bench way failed: no legs$"):
     frame.run("fail", {"way": {"what": "legs"}})
