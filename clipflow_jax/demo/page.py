@@ -175,9 +175,11 @@ def _edit(answers: Answers, drawn: gr.State) -> None:
       shown = enlarged(picture)
       yield None, shown, gr.Image(None, label=BEGINS), last, drawn
       for now in answers.draw(said["text"], picture, steps=int(steps), guidance=guidance, seed=seed or 0):
-        label = f"step {now.step} of {now.steps}" if now.step < now.steps else said["text"]
-        yield None, shown, gr.Image(now.sheet, label=label), last, drawn
-      yield None, shown, gr.Image(now.sheet, label=label), now.picture, [(now.sheet, label), *drawn][:KEPT]
+        if now.step < now.steps:
+          yield None, shown, gr.Image(now.sheet, label=f"step {now.step} of {now.steps}"), last, drawn
+        else:
+          kept = [(now.sheet, said["text"]), *drawn][:KEPT]
+          yield None, shown, gr.Image(now.sheet, label=said["text"]), now.picture, kept
     except REFUSED as error:
       _tell(error)
       yield {"text": said["text"], "files": []}, None, gr.Image(None, label="After"), last, drawn

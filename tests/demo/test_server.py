@@ -557,7 +557,6 @@ def test_the_command_ends_with_0_when_what_it_was_asked_for_is_answered(trained)
 IN_A_LONG_BATCH = """
 import sys, time
 from clipflow_jax.demo import address, server, service
-from clipflow_jax.inference import writing
 from clipflow_jax.inference.pipeline import ClipFlow
 def compute(settings, items):
   print("it computes", flush=True)
