@@ -65,7 +65,9 @@ def params(flow_decoder: bool = False) -> Any:
   """Parameters of `model()`, or of the one whose decoder is a flow."""
   whole = model(pixel_decoder=dict(FIELDS["pixel_decoder"], flow=flow_decoder))
   init = functools.partial(whole.init, method="everything")
-  return random_params(jax.eval_shape(init, jax.random.key(0), batch())["params"])
+  abstract = jax.eval_shape(init, jax.random.key(0), batch())["params"]
+  with jax.ensure_compile_time_eval():  # arrays, also for who asks first while something is traced
+    return random_params(abstract)
 
 
 # What an example is made of: this many words, or a picture that is read (INPUT), drawn (TARGET) or BOTH.
