@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any, ParamSpec, TypeVar
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 MIN_SEEN = 100  # a fraction of fewer records says nothing
 SHOWN = 5  # names in the error itself
+CROWDED = 0.05  # the share of examples without room in their rows that is worth a warning
 
 
 class BadRecords:
@@ -35,6 +39,7 @@ class BadRecords:
     self.max_fraction = max_fraction
     self.limit = limit
     self.seen = 0
+    self.packed = self.left_out = 0  # good ones, and those among them for which their row had no room
     self.kinds: collections.Counter[str] = collections.Counter()
     self.named = {} if path is None else _read(path)  # name -> reason
     self._lock = threading.Lock()
@@ -63,6 +68,19 @@ class BadRecords:
       return result
 
     return guarded
+
+  def leave_out(self, count: int, of: int) -> None:
+    """Counts `of` more examples, for `count` of which their row had no room. Warns once, when they are too many."""
+    with self._lock:
+      before = self._crowded
+      self.packed, self.left_out = self.packed + of, self.left_out + count
+      if self._crowded and not before:
+        share = f"{self.left_out / self.packed:.0%}"
+        log.warning("%s of the examples, the longest first, have no room in their rows: raise data.length", share)
+
+  @property
+  def _crowded(self) -> bool:
+    return self.packed >= MIN_SEEN and self.left_out > CROWDED * self.packed
 
   def summary(self) -> str:
     """One line: how many of how many were bad, of which kinds, and the first names."""

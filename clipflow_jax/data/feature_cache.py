@@ -114,9 +114,12 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_statistics(folder: Path) -> Statistics:
-  """Those that the features in `folder` were standardised by."""
-  with np.load(folder / STATISTICS, allow_pickle=False) as found:
-    return Statistics(**found)
+  """Those that the features in `folder` were standardised by. UserError without them."""
+  try:
+    with np.load(folder / STATISTICS, allow_pickle=False) as found:
+      return Statistics(**found)
+  except (OSError, ValueError, EOFError, TypeError) as error:
+    raise UserError(f"{folder / STATISTICS} cannot be read, copy the folder again: {error}") from error
 
 
 # Writing.
@@ -189,6 +192,8 @@ def write(
       log.info("%s: %d pictures", file, len(which))
   if bad.bad:
     log.warning("%s", bad.summary())
+  elif bad.named:
+    log.warning("%d records were bad and are left out; mended ones are seen in another --output", len(bad.named))
   distributed.barrier("the shards of features", 24 * 3600.0)
   if lead:
     write_manifest(folder, request, list(sources))

@@ -26,12 +26,13 @@ class FolderSource(StoredSource):
 
   A line is {"file": "a.png", ...} or {"image": "a.png", ...}, a path relative to the JSONL file's folder, with the
   texts that `records.texts` reads; of an edit {"file": "after.png", "before": "a.png", "caption": "make it red"}. Ids
-  are `folder name/file` unless the record has its own. Only byte offsets are kept in memory.
+  are `folder name/file` unless the record has its own; the split goes by the former: lines may share a picture.
+  Only byte offsets are kept in memory.
   """
 
   # i64[M,3]: which file, line number, offset in bytes
   _lines: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
-  _names: list[str] = dataclasses.field(init=False, repr=False, compare=False)  # ids, until the splits are known
+  _names: list[str] = dataclasses.field(init=False, repr=False, compare=False)  # until the splits are known
 
   def _open(self, paths: tuple[Path, ...]) -> Sequence[Path]:
     files = [_captions_file(path) for path in paths]
@@ -74,22 +75,25 @@ def _captions_file(path: Path) -> Path:
 
 
 def _scan(file: Path) -> list[tuple[int, int, str]]:
-  """(number, offset in bytes, id) of every line that is not blank; one that cannot be read is its own id."""
+  """(number, offset in bytes, name of its picture) of every line that is not blank; a bad one has a name of its own."""
   rows, offset, usable, why = [], 0, 0, "it is empty"
-  with file.open("rb") as lines:
-    for number, line in enumerate(lines, start=1):
-      if line.strip():
-        where = f"{file}:{number}"
-        try:
-          fields = records.parse(line, where)
-          _picture(fields, where)
-          records.texts(fields, where)
-          rows.append((number, offset, _id(fields, file)))
-          usable += 1
-        except BadRecord as error:
-          rows.append((number, offset, f"{file.parent.resolve().name}/{file.name}:{number}"))
-          why = f"the last line is bad, {error.why}"
-      offset += len(line)
+  folder = file.parent.resolve().name
+  try:
+    with file.open("rb") as lines:
+      for number, line in enumerate(lines, start=1):
+        if line.strip():
+          where = f"{file}:{number}"
+          try:
+            fields = records.parse(line, where)
+            records.texts(fields, where)
+            rows.append((number, offset, f"{folder}/{_picture(fields, where)}"))
+            usable += 1
+          except BadRecord as error:
+            rows.append((number, offset, f"{folder}/{file.name}:{number}"))
+            why = f"the last line is bad, {error.why}"
+        offset += len(line)
+  except OSError as error:
+    raise UserError(f"cannot read {file}: {error}") from error
   if not usable:
     raise UserError(
       f'{file} has no usable record ({why}): write for each picture a line {{"file": "a.png", "caption": "a cat"}}'

@@ -16,6 +16,16 @@ from clipflow_jax.data.example import BadRecord
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # A small file can claim any size; this much takes 256 MiB as RGBA. Below Pillow's own limit.
 MAX_PIXELS = 2**26
+# EXIF's orientations that are not upright, and what makes them so.
+TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(source: bytes | Path, size: int, *, fit: str = "crop", name: str | None = None) -> np.ndarray:
@@ -51,9 +61,17 @@ def opened(source: bytes | Path, name: str) -> Iterator[Image.Image]:
 def square(image: Image.Image, size: int, *, fit: str = "crop") -> np.ndarray:
   """An open picture as `decode` makes it, u8[size,size,3]."""
   image.load()  # of some formats the orientation comes behind the pixels
-  turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-  # Pillow would copy also what is upright, and below what is RGB: together a tenth of what a small photograph takes.
-  return np.asarray(FITS[fit](_to_rgb(ImageOps.exif_transpose(image) if turned else image), size))
+  # Not ImageOps.exif_transpose, which writes all of the EXIF anew: it copies what is upright too, and fails where any
+  # other tag is of a wrong type, as phones and editors leave them.
+  turn = _turn(image)
+  return np.asarray(FITS[fit](_to_rgb(image if turn is None else image.transpose(turn)), size))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+  try:
+    return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+  except Exception:  # damaged EXIF; the pixels are there
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

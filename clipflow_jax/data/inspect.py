@@ -33,16 +33,18 @@ class Packing:
   pictures: float  # share of the places for pictures
   examples: float  # of a row
   words: float  # slots of an example that are no picture's
+  left_out: float  # share of the examples for which a row of data.row had no room
 
   def __str__(self) -> str:
     return (
       f"{self.rows} rows: {self.examples:.1f} examples each, slots {self.slots:.1%} full, places for pictures "
       f"{self.pictures:.1%} full, {self.words:.1f} words an example"
+      + (f", {self.left_out:.1%} of the examples had no room" if self.left_out else "")
     )
 
 
-def packing(batches: Sequence[Batch]) -> Packing:
-  """The packing of some batches."""
+def packing(batches: Sequence[Batch], left_out: float = 0.0) -> Packing:
+  """The packing of some batches, beside which this share of the examples had no room."""
   slots = np.concatenate([batch.segments for batch in batches]) > 0
   pictures = np.concatenate([batch.image_roles for batch in batches]) > 0
   words = np.concatenate([batch.image_index for batch in batches]) < 0
@@ -53,6 +55,7 @@ def packing(batches: Sequence[Batch]) -> Packing:
     pictures=float(pictures.mean()),
     examples=float(examples / len(slots)),
     words=float((slots & words).sum() / examples),
+    left_out=left_out,
   )
 
 
@@ -62,8 +65,9 @@ def write(pipeline: Pipeline, output: Path, name: str, batches: int = 8) -> Pack
   Reads no more than these batches; UserError where the data is bad beyond measure, or `output` can be no folder.
   """
   make_folder(output)
-  found = list(itertools.islice(pipeline.batches(BadRecords(None, 0.5)), batches))
-  state = packing(found)
+  bad = BadRecords(None, 0.5)
+  found = list(itertools.islice(pipeline.batches(bad), batches))
+  state = packing(found, bad.left_out / max(bad.packed, 1))
   (output / f"{name}.html").write_text(
     page(found[0], pipeline.layout, pipeline.chat, f"{name}: {state}"), encoding="utf-8"
   )

@@ -6,6 +6,7 @@ import bisect
 import collections
 import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -136,10 +137,26 @@ def _part(name: str, settings: Mapping[str, Any], split: str, features: str) -> 
   own = {field.name for field in dataclasses.fields(Part)} - {"source", "name"}
   options = {key: settings.pop(key) for key in own & settings.keys()}
   try:
-    source = FeatureSource(Path(features), name) if features else sources.make(settings, split)
+    if not features:
+      return Part(sources.make(settings, split), name, **options)
+    source = FeatureSource(Path(features), name)
+    _check_cached(source, name, settings)
     return Part(source, name, **options)
   except UserError as error:
     raise error if name in str(error) or name == "data.source" else UserError(f"{name}: {error}") from error
+
+
+def _check_cached(features: FeatureSource, name: str, settings: Mapping[str, Any]) -> None:
+  """UserError where features were cached of a source that is set otherwise, but for where it lies now."""
+  own = {field.name for field in dataclasses.fields(Part)} | {"path"}
+  cached = _named(features.manifest["request"]["source"])[name]
+  here, there = ({k: v for k, v in of.items() if k not in own} for of in (json.loads(json.dumps(settings)), cached))
+  for key in sorted(here.keys() | there.keys()):
+    if here.get(key) != there.get(key):
+      raise UserError(
+        f"{name}.{key} is {here.get(key)!r}, but {features.folder} was cached with {there.get(key)!r}: set it so, or "
+        "cache the features of this config"
+      )
 
 
 def shown(settings: Mapping[str, Any]) -> Source:

@@ -28,8 +28,8 @@ class ParquetSource(StoredSource):
 
   Covers BLIP3o's image + txt, LLaVA's image + conversations, and pairs of pictures with what was done to the first, as
   MagicBrush's: image="target_img", before="source_img", caption="instruction". Ids are `file name/row`, or those of a
-  column `id`. Needs pyarrow, the [parquet] extra. Parquet has no access to one row: its whole row group is decoded, so
-  train on what `clipflow prepare`, which reads in order, makes of it.
+  column `id` where it has one. Needs pyarrow, the [parquet] extra. Parquet has no access to one row: its whole row
+  group is decoded, so train on what `clipflow prepare`, which reads in order, makes of it.
   """
 
   image: str = "image"  # the column of pictures
@@ -57,11 +57,12 @@ class ParquetSource(StoredSource):
       parquet = _parquet(file)
       if "id" in parquet.schema_arrow.names:
         try:
-          yield from (records.clean(str(id)) for id in parquet.read(columns=["id"])["id"].to_pylist())
+          own = parquet.read(columns=["id"])["id"].to_pylist()
         except (OSError, ValueError) as error:
           raise UserError(f"the column id of {file} cannot be read: {error}") from error
       else:
-        yield from (f"{file.stem}/{row}" for row in range(parquet.metadata.num_rows))
+        own = [None] * parquet.metadata.num_rows
+      yield from (_id(id, file, row) for row, id in enumerate(own))
 
   def _read(self, row: int) -> Record:
     group = int(np.searchsorted(self._groups[:, 2], row, side="right")) - 1
@@ -83,9 +84,8 @@ class ParquetSource(StoredSource):
     named = fields.get(self.caption)
     texts = {"captions" if isinstance(named, list) else "caption": named} if self.caption else fields
     captions, questions = records.texts({"conversations": fields.get("conversations")} | texts, where)
-    id = records.clean(str(fields["id"])) if "id" in fields else f"{file.stem}/{row - start}"
     pictures = [_picture(fields[column], where) for column in (self.image, self.before) if column]
-    return Record(id, captions, questions, pictures[0], where, *pictures[1:])
+    return Record(_id(fields.get("id"), file, row - start), captions, questions, pictures[0], where, *pictures[1:])
 
   @property
   def _own(self) -> dict[str, str]:
@@ -103,6 +103,10 @@ class ParquetSource(StoredSource):
     if not self.caption and not set(names) & set(TEXTS):
       told = f"set data.caption to one of {', '.join(names)}"
       raise UserError(f"{file} has no column of texts ({', '.join(TEXTS)}): {told}")
+
+
+def _id(own: Any, file: Path, row: int) -> str:
+  return f"{file.stem}/{row}" if own is None else records.clean(str(own))
 
 
 def _picture(value: Any, where: str) -> bytes:

@@ -98,9 +98,9 @@ class Pipeline:
   parts: the sources, each with its weight and role.
   tasks: name -> weight, of TASKS; each example is put to one of those that its part's role allows (words alone always
     to talk), and Grain packs them, `bins` rows at a time.
-  row: instead, names of TASKS in order: every row holds one example of each, as far as their words fit, of the parts
-    whose role allows it. Each row then has the same mixture and the same number of targets, so that no noisy block is
-    computed in vain.
+  row: instead, names of TASKS in order: every row holds one example of each, as far as their words fit (how many do
+    not is counted), of the parts whose role allows it. Each row then has the same mixture and the same number of
+    targets, so that no noisy block is computed in vain.
   shards: how many parts the stream is cut into. It is a setting of the stream, not of who reads it: every shard fills
     batch_size / shards rows. A run whose shards are a multiple of its hosts reads nothing twice.
   """
@@ -197,7 +197,11 @@ class Pipeline:
 
     def in_order(items, rng):
       found = [e for item, task in zip(items, self.row, strict=True) if (e := example(item, task, rng))]
-      return sequence.pack(found, self.layout) if found else None
+      if not found:
+        return None
+      row = sequence.pack(found, self.layout)
+      bad.leave_out(len(found) - int(row.segments.max()), len(found))
+      return row
 
     if self.row:
       stream = stream.batch(len(self.row), drop_remainder=True, batch_fn=list).random_map(in_order)

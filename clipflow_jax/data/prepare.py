@@ -77,7 +77,10 @@ def prepare(
   if _is_finished(output, request):
     _verify(output)
     shutil.rmtree(output / PARTS, ignore_errors=True)  # killed before it was gone
-    statistics = json.loads((output / STATISTICS).read_text(encoding="utf-8"))
+    try:
+      statistics = json.loads((output / STATISTICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      raise UserError(f"{output / STATISTICS} cannot be read: {error}; remove {output} and prepare it anew") from error
     bad = sum(statistics["bad"].values())
     mended = f"; {bad} records were bad: once they are mended, remove it and prepare it anew" if bad else ""
     say(f"{output} already holds these {statistics['written']} pictures, and its checksums are right{mended}")
@@ -92,7 +95,7 @@ def prepare(
   for number in range(len(job)):
     part = job.part(number) or job.write(number)
     bad.add(part["seen"], part["bad"], part["named"])
-    rows.append(_columns(part.pop("rows")))
+    rows.append(_columns(part.pop("rows"), dedup))
     parts.append(part)
     say(f"{number + 1} of {len(job)} shards, {bad.seen} of {len(source)} records read, {bad.bad} bad")
   if not any(part["shard"] for part in parts):
@@ -110,7 +113,7 @@ def _finish(
   folder: Path, parts: list[dict[str, Any]], rows: dict[str, np.ndarray], request: dict[str, Any]
 ) -> dict[str, Any]:
   """What lies beside the shards, from what is known of each and of all records. Returns the statistics."""
-  same = duplicates.find(rows["hash"], rows["mean"]) if request["dedup"] else np.zeros(0, np.int64)
+  same = duplicates.find(rows["hash"], rows["look"]) if request["dedup"] else np.zeros(0, np.int64)
   rows["share"][same] = np.nan
   kept = rows["share"] >= 0
   np.save(folder / INDEX, rows["share"])
@@ -133,13 +136,14 @@ def _finish(
   return statistics
 
 
-def _columns(rows: dict[str, list]) -> dict[str, np.ndarray]:
+def _columns(rows: dict[str, list], looks: bool) -> dict[str, np.ndarray]:
   """The rows of a part, a few bytes of each: share f64[n], hash u64[n], mean and square f32[n,3], side, captions and
-  questions i32[n], and words i32 of every caption, record by record."""
+  questions i32[n], and words i32 of every caption, record by record; look u8[n,192] only where they are wanted."""
   captions = [len(words) for words in rows["words"]]
   return {
     "share": np.array(rows["share"], np.float64),
     "hash": np.array(rows["hash"], np.uint64),
+    "look": np.frombuffer(bytes.fromhex("".join(rows["look"]) if looks else ""), np.uint8).reshape(-1, 192),
     "mean": np.array(rows["mean"], np.float32).reshape(-1, 3),
     "square": np.array(rows["square"], np.float32).reshape(-1, 3),
     "side": np.array(rows["side"], np.int32),

@@ -77,12 +77,17 @@ class Job:
     return -(-len(self.source) // self.length)
 
   def part(self, number: int) -> dict[str, Any] | None:
-    """What is known of shard `number`, or None where it is not complete, or a bad record of it was mended since."""
+    """What is known of shard `number`, or None where it is not complete, or a bad record of it was mended since.
+
+    None too for a part of an earlier release, which knows less of its records.
+    """
     file = self._part_file(number)
     if not file.exists():
       return None
     part = json.loads(file.read_text(encoding="utf-8"))
-    again = list(self._converted(part["places"])) if "places" in part else [None]  # an earlier release did not say
+    if part["rows"].keys() != {field.name for field in dataclasses.fields(Row)}:
+      return None
+    again = list(self._converted(part["places"]))
     bad = [found for found in again if isinstance(found, BadRecord) and not isinstance(found, LeftOut)]
     return part if len(bad) == len(again) else None
 
@@ -147,6 +152,7 @@ class Job:
     row = Row(
       share=self.source.share(i),
       hash=difference_hash(pixels),
+      look=look(pixels).tobytes().hex(),
       mean=mean.tolist(),
       square=square.tolist(),
       side=min(width, height),
@@ -182,6 +188,7 @@ class Row:
 
   share: float  # decides its split
   hash: int  # of 64 bits
+  look: str  # the picture made small, in hexadecimal
   mean: list[float]  # of the pixels in [0, 1], per channel
   square: list[float]  # mean of the squares
   side: int  # the shorter one, of the picture as it was
@@ -198,6 +205,11 @@ def difference_hash(pixels: np.ndarray) -> int:
   rises = grey[:, 1:] > grey[:, :-1]
   # A quarter of the bits is two columns, at an edge and in the middle: edges alone are often flat.
   return int.from_bytes(np.packbits(rises.T.reshape(2, 4, 8).swapaxes(0, 1)).tobytes(), "big")
+
+
+def look(pixels: np.ndarray) -> np.ndarray:
+  """u8[H,W,3] -> u8[192]: the mean colours of an 8 x 8 grid."""
+  return np.asarray(Image.fromarray(pixels).resize((8, 8), Image.Resampling.BOX)).ravel()
 
 
 def moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,8 +55,11 @@ def make(config: Mapping[str, Any], split: str) -> Source:
   for name, field in settings.items():
     if name not in options and field.default is dataclasses.MISSING:
       raise UserError(f"data.{name} is missing: {kind!r} data needs it")
-    if isinstance(field.default, int | float) and not isinstance(options.get(name, 0), int | float):
-      raise UserError(f"data.{name} is {options[name]!r}: give a number")
+    if isinstance(field.default, int | float) and isinstance(value := options.get(name, 0), str):
+      try:
+        options[name] = type(field.default)(value)
+      except ValueError as error:
+        raise UserError(f"data.{name} is {value!r}: give a number") from error
   return found(split=split, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from clipflow_jax.data.example import Example, said
 from clipflow_jax.data.records import Record
 from clipflow_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "test", "all")
 Paths = str | Path | Sequence[str | Path]
 
@@ -23,10 +26,10 @@ Paths = str | Path | Sequence[str | Path]
 class StoredSource:
   """Captioned pictures on disk, in any order; each format says where its records lie and reads one of them.
 
-  An example belongs to the test split when the hash of its id says so: the split depends on no order and no other
-  record, and every caption of a picture falls on the same side. A record that cannot be read keeps its place and raises
-  BadRecord when it is asked for. Pictures and texts stay on disk, and no file stays open unless it may be shared among
-  threads: a source travels to worker processes.
+  An example belongs to the test split when a hash says so, of its id or, where pictures have names, of its picture's:
+  the split depends on no order and no other record, and every caption of a picture falls on the same side. A record
+  that cannot be read keeps its place and raises BadRecord when it is asked for. Pictures and texts stay on disk,
+  and no file stays open unless it may be shared among threads: a source travels to worker processes.
   """
 
   path: Paths  # a file or folder, several with commas between, or a sequence of them
@@ -51,7 +54,8 @@ class StoredSource:
     self._set(path=tuple(map(str, paths)))
     self._set(_files=tuple(self._open(paths)))
     shares = self._find_shares()
-    wanted = {"train": shares >= self.test_fraction, "test": shares < self.test_fraction, "all": shares >= 0}
+    border = max(self.test_fraction, np.nextafter(0.0, 1.0))  # those of a data set's own test split have share 0
+    wanted = {"train": shares >= border, "test": shares < border, "all": shares >= 0}
     self._set(_shares=shares, _rows=np.flatnonzero(wanted[self.split]))
     if not len(self._rows):
       raise UserError(
@@ -94,7 +98,7 @@ class StoredSource:
     raise NotImplementedError
 
   def _ids(self) -> Iterable[str]:
-    """Of every record, in order, without reading it."""
+    """What decides the split of every record, in order, without reading it."""
     raise NotImplementedError
 
   def _read(self, row: int) -> Record:
@@ -112,7 +116,8 @@ class StoredSource:
 
 def share(id: str) -> float:
   """A number in [0, 1) that depends on the id alone."""
-  return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") / 2**64
+  # A folder's name may hold bytes that are no UTF-8.
+  return int.from_bytes(hashlib.blake2b(id.encode(errors="surrogateescape"), digest_size=8).digest(), "big") / 2**64
 
 
 def split_paths(path: Paths) -> list[Path]:
@@ -127,21 +132,32 @@ def split_paths(path: Paths) -> list[Path]:
 def find_files(paths: Iterable[Path], suffix: str) -> list[Path]:
   """The paths that are files, and the files named *`suffix` in those that are folders, sorted. UserError where none is.
 
-  A link inside a folder that leads out of it is not followed.
+  Upper case is as lower. A link inside a folder that leads out of it is not followed, with a warning.
   """
   found: list[Path] = []
   for path in paths:
-    if not path.exists():
+    try:
+      there = path.exists()
+    except OSError as error:  # a name that is too long
+      raise UserError(f"cannot read {path}: {error}") from error
+    if not there:
       raise UserError(
         f"there is no {path}: give {suffix} files or a folder of them "
         "(from the Hub: hf download OWNER/NAME --repo-type=dataset --local-dir=FOLDER)"
       )
+    if path.is_file():
+      found.append(path)
+      continue
     root = path.resolve()
-    inside = [file for file in sorted(path.rglob(f"*{suffix}")) if file.resolve().is_relative_to(root)]
-    files = [path] if path.is_file() else [file for file in inside if file.is_file()]
-    if not files:
-      raise UserError(f"the folder {path} has no {suffix} file")
-    found += files
+    named = [file for file in sorted(path.rglob("*")) if file.name.lower().endswith(suffix) and file.is_file()]
+    inside = [file for file in named if file.resolve().is_relative_to(root)]
+    outside = [file for file in named if file not in set(inside)]
+    if not inside:
+      links = f", but for {len(outside)} links that lead out of it: name their targets" if outside else ""
+      raise UserError(f"the folder {path} has no {suffix} file{links}")
+    if outside:
+      log.warning("%d links such as %s lead out of %s and are not followed", len(outside), outside[0], path)
+    found += inside
   return found
 
 

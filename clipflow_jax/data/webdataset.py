@@ -35,7 +35,7 @@ class WebDatasetSource(StoredSource):
   """Tar files of NAME.jpg (.jpeg, .png, .webp) beside NAME.txt, a caption, or NAME.json, fields for `records.texts`.
 
   Of an edit NAME.before.jpg is the picture before it, and the caption tells what shall become of that.
-  Nothing is unpacked: the headers are walked through once per process, and a record is two reads at known offsets.
+  Nothing is unpacked: the headers are walked through once per process, and a record is a few reads at known offsets.
   Member names are ids, `tar name/NAME`, and never paths; links and devices are passed over. A sample whose picture or
   text is missing is a bad record. A tar that is cut short is read up to there, with a warning.
   """
@@ -72,8 +72,9 @@ class WebDatasetSource(StoredSource):
     if picture is None:
       raise BadRecord(where, f"no file: none of .{', .'.join(PICTURES)} is beside its text")
     fields = {} if rest is None else records.parse(rest, where)
-    if caption is not None:  # both may be there: then the JSON tells where the picture is from
-      fields = {"caption": records.decode_text(caption, where), "conversations": fields.get("conversations")}
+    # Both may be there: then the JSON tells where the picture is from.
+    if caption is not None and (text := records.decode_text(caption, where)).strip():
+      fields = {"caption": text, "conversations": fields.get("conversations")}
     captions, questions = records.texts(fields, where)
     return Record(self._id(row), captions, questions, picture, where, before)
 
@@ -96,28 +97,42 @@ def _bytes(path: Path, start: int, length: int, where: str) -> bytes | None:
 def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
   """(names, places) of a tar's samples, in order; of the file as it is now: its size and time are of the key."""
   samples: dict[str, list[tuple[int, int]]] = {}
-  behind = b""  # the members: a block of zeros where the tar is whole
+  dotted: list[str] = []  # pictures and texts whose names have another dot before their ending
+  behind = b""  # the members: zeros where the tar is whole
   try:
     with tarfile.open(path, "r:") as tar:
       for member in tar:
         folder, _, file = member.name.rpartition("/")
         name, _, ending = file.partition(".")
         place = PLACES.get(ending.lower())
+        if place is None and PLACES.get(ending.lower().rpartition(".")[2]) is not None:
+          dotted.append(member.name)
         if member.isreg() and name and place is not None:
           places = samples.setdefault(f"{folder}/{name}" if folder else name, [NONE] * 4)
           places[place] = (member.offset_data, member.size)
         tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep, all of them
       tar.fileobj.seek(tar.offset)
-      behind = tar.fileobj.read(tarfile.BLOCKSIZE)
+      behind = tar.fileobj.read(2 * tarfile.RECORDSIZE)
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error}") from error
   except (tarfile.TarError, ValueError) as error:  # also numbers in its headers that are none
     if not samples:
       raise UserError(
         f"{path} is not a tar file: {error}; a compressed one cannot be read at random, gunzip it"
       ) from error
-  if behind != tarfile.NUL * tarfile.BLOCKSIZE:
+  if dotted:
+    log.warning(
+      "%s: %d members such as %s are passed over: a sample's name ends at its first dot, as WebDataset has it",
+      path,
+      len(dotted),
+      dotted[0],
+    )
+  if behind[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE:
     log.warning(
       "%s ends without tar's end mark: it may be cut short, as by a download that broke off; %d samples found",
       path,
       len(samples),
     )
+  elif behind.strip(tarfile.NUL):
+    log.warning("%s goes on behind tar's end mark, as one joined by cat does: the rest is not read", path)
   return list(samples), np.array(list(samples.values()), np.int64).reshape(-1, 4, 2)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clipflow_jax.data import duplicates
-from clipflow_jax.data.shard import difference_hash
+from clipflow_jax.data.shard import difference_hash, look
 from tests import tiny_data
 
 
@@ -17,18 +17,18 @@ def test_it_finds_what_comparing_all_pairs_finds():
   for i in range(100, 300):  # up to six bits from an earlier one
     flips = rng.choice(64, rng.integers(0, 7), replace=False)
     hashes[i] = hashes[rng.integers(100)] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64), initial=0)
-  colours = rng.choice([0.5, 0.503, 0.53], (300, 3), p=[0.6, 0.3, 0.1]).astype(np.float32)
+  looks = rng.choice(np.array([100, 115, 130], np.uint8), (300, 3), p=[0.6, 0.3, 0.1])
   kept, expected = [], []
   for i in range(300):
     near = [j for j in kept if int(hashes[i] ^ hashes[j]).bit_count() <= duplicates.BITS]
-    same = any(np.abs(colours[i] - colours[j]).max() <= duplicates.TINT for j in near)
+    same = any(np.abs(looks[i].astype(int) - looks[j]).max() <= duplicates.LOOK for j in near)
     (expected if same else kept).append(i)
   assert 10 < len(expected) < 200
-  assert duplicates.find(hashes, colours).tolist() == expected
+  assert duplicates.find(hashes, looks).tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_picture_resized_and_compressed_keeps_its_hash_and_its_colour(seed):
+def test_a_picture_resized_and_compressed_keeps_its_hash_and_its_look(seed):
   original = Image.open(io.BytesIO(tiny_data.noise(seed, (96, 96)))).convert("RGB")
   file = io.BytesIO()
   original.resize((64, 64), Image.Resampling.BICUBIC).save(file, "JPEG", quality=75)
@@ -39,5 +39,14 @@ def test_a_picture_resized_and_compressed_keeps_its_hash_and_its_colour(seed):
     np.asarray(Image.open(io.BytesIO(tiny_data.noise(99, (96, 96))))),
   ]
   hashes = np.array([difference_hash(picture) for picture in pictures], np.uint64)
-  colours = np.stack([picture.mean((0, 1)) / 255 for picture in pictures])
-  assert duplicates.find(hashes, colours).tolist() == [1]
+  looks = np.stack([look(picture) for picture in pictures])
+  assert duplicates.find(hashes, looks).tolist() == [1]
+
+
+def test_pictures_whose_hashes_and_mean_colours_agree_are_told_apart_by_their_looks():
+  pictures = np.full((2, 96, 96, 3), 255, np.uint8)
+  pictures[0, 36:44, 36:44] = (255, 0, 0)
+  pictures[1, 36:44, 36:44] = (0, 0, 255)
+  hashes = np.array([difference_hash(picture) for picture in pictures], np.uint64)
+  assert hashes[0] == hashes[1]
+  assert not len(duplicates.find(hashes, np.stack([look(picture) for picture in pictures])))

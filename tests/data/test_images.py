@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clipflow_jax.data import images
 from clipflow_jax.data.example import BadRecord
@@ -87,6 +87,19 @@ def test_exif_orientation_is_applied(orientation):
   exif[0x0112] = orientation
   stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
   np.testing.assert_array_equal(decode(encoded(stored, exif=exif), 16), upright)
+
+
+def test_a_picture_is_turned_though_another_tag_of_its_exif_is_of_a_wrong_type():
+  tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+  exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<I", 0)
+  stored = Image.fromarray(np.ascontiguousarray(STORED[6](np.asarray(quadrants()))))
+  with pytest.raises(TypeError):
+    ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(stored, exif=exif))))
+  np.testing.assert_array_equal(decode(encoded(stored, exif=exif), 16), np.asarray(quadrants()))
+
+
+def test_a_picture_whose_exif_is_none_stands_as_it_is():
+  np.testing.assert_array_equal(decode(encoded(quadrants(), exif=b"Exif\0\0garbage"), 16), np.asarray(quadrants()))
 
 
 def test_transparency_is_composited_on_white():

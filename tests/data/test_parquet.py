@@ -39,6 +39,14 @@ def test_conversations_and_ids_are_read_and_other_columns_left_alone(tmp_path):
   assert 0 < len(test) < 40 and all(test.share(i) < 0.3 for i in range(len(test)))
 
 
+def test_records_whose_id_is_null_are_told_apart_by_their_place(tmp_path):
+  rows = [{"id": None if i % 2 else f"n{i}", "image": tiny_data.picture(i), "text": "grey"} for i in range(8)]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+  source = ParquetSource(tmp_path / "a.parquet", size=8, split="all")
+  assert [source[i].id for i in range(4)] == ["n0", "a/1", "n2", "a/3"]
+  assert len({source.share(i) for i in range(8)}) == 8
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_pairs_of_pictures_are_edits_whatever_their_columns_are_called(tmp_path, listed):
   asked = ["make it dark", "darken it"] if listed else "make it dark"

@@ -388,6 +388,14 @@ def test_an_incomplete_copy_is_told_before_anything_is_read(pictures, tmp_path):
     PreparedSource(tmp_path / "out")
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda index: index.write_bytes(index.read_bytes()[:90])])
+def test_an_index_that_is_not_whole_is_told(pictures, tmp_path, damage):
+  run(pictures, tmp_path / "out")
+  damage(tmp_path / "out" / "index.npy")
+  with pytest.raises(UserError, match="an index.npy of .*out cannot be read, copy it again"):
+    PreparedSource(tmp_path / "out")
+
+
 def test_a_damaged_record_is_a_bad_record_and_the_others_are_read(pictures, tmp_path):
   run(pictures, tmp_path / "out")
   shard = tmp_path / "out" / "00000.array_record"

@@ -19,6 +19,7 @@ from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.data.records import parse, texts
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.errors import UserError
+from tests import tiny_data
 
 
 def write_folder(path: Path, lines: list, pictures: int | None = None) -> Path:
@@ -225,6 +226,14 @@ def test_the_id_of_a_record_is_kept(tmp_path):
   assert one(tmp_path / "a", {"file": "0.png", "caption": "x", "id": 17}).id == "17"
 
 
+def test_lines_that_share_a_picture_are_of_one_split_whatever_their_ids(tmp_path):
+  data = [(f"{i // 5}.png", tiny_data.picture(i // 5), {"id": i, "caption": f"line {i}"}) for i in range(100)]
+  folder = tiny_data.folder(tmp_path / "a", data)
+  train, test = (FolderSource(folder, split=split, test_fraction=0.3) for split in ("train", "test"))
+  seen = [{source.record(i).picture for i in range(len(source))} for source in (train, test)]
+  assert all(seen) and not seen[0] & seen[1]
+
+
 @pytest.mark.parametrize("join", [lambda a, b: f"{a}, {b}", lambda a, b: [str(a), b], lambda a, b: (a, b)])
 def test_several_folders_are_one_source(tmp_path, join):
   a, b = write_folder(tmp_path / "a", captioned(2)), write_folder(tmp_path / "b", captioned(1))
@@ -283,7 +292,7 @@ def test_make_builds_the_source_that_the_config_names(tmp_path):
     ({}, "data.kind is None: choose one of shapes, shapes_edits, folder"),
     ({"kind": "cloud"}, "data.kind is 'cloud'"),
     ({"kind": "folder"}, "data.path is missing"),
-    ({"kind": "folder", "path": "x", "test_fraction": "0.1"}, "data.test_fraction is '0.1': give a number"),
+    ({"kind": "folder", "path": "x", "test_fraction": "a tenth"}, "data.test_fraction is 'a tenth': give a number"),
     ({"kind": "shapes", "colour": 1}, "data.colour is no setting of 'shapes' data; there are size, seed"),
     ({"kind": "folder", "path": "x", "split": "test"}, "data.split is no setting"),
     ({"kind": "folder", "path": "x", "_lines": 0}, "data._lines is no setting"),

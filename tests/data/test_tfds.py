@@ -67,6 +67,13 @@ def test_any_other_set_is_read_by_a_map_of_its_fields(data):
     source[3]
 
 
+def test_a_set_s_own_test_split_is_never_trained_on(data):
+  for fraction in (0.0, 0.05, 0.9):
+    options = {"kind": "tfds:cifar10", "path": str(data), "size": 8, "test_fraction": fraction}
+    train = sources.make(options, "train")
+    assert all("/test/" not in train.record(i).id for i in range(len(train)))
+
+
 def test_names_of_classes_may_be_given(data, tmp_path):
   (tmp_path / "names.txt").write_text("tabby\n")
   source = TfdsSource(data, 8, "all", name="cifar10", names=str(tmp_path / "names.txt"))

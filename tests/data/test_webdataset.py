@@ -63,6 +63,40 @@ def test_a_picture_before_makes_a_sample_an_edit(tmp_path):
   assert whys(source) == {f"{tmp_path / 'a.tar'}/1": "no file"}
 
 
+def test_what_a_tar_holds_beside_its_samples_is_told(tmp_path, caplog):
+  one = tiny_data.webdataset(tmp_path / "one.tar", tiny_data.samples(2))
+  joined = tmp_path / "joined.tar"
+  joined.write_bytes(one.read_bytes() * 2)
+  assert len(WebDatasetSource(joined, size=8, split="all")) == 2
+  dotted = tiny_data.tar(
+    tmp_path / "dotted.tar",
+    {"a.png": tiny_data.picture(1), "a.txt": b"grey", "IMG_1.5m.png": tiny_data.picture(2), "a.cls": b"3"},
+  )
+  assert len(WebDatasetSource(dotted, size=8, split="all")) == 1
+  assert [record.getMessage() for record in caplog.records] == [
+    f"{joined} goes on behind tar's end mark, as one joined by cat does: the rest is not read",
+    f"{dotted}: 1 members such as IMG_1.5m.png are passed over: a sample's name ends at its first dot, as WebDataset "
+    "has it",
+  ]
+
+
+def test_an_empty_text_leaves_the_word_to_the_fields(tmp_path):
+  members = {"0.png": tiny_data.picture(1), "0.txt": b" \n", "0.json": b'{"caption": "grey"}'}
+  assert WebDatasetSource(tiny_data.tar(tmp_path / "a.tar", members), size=8, split="all")[0].captions == ("grey",)
+
+
+def test_links_out_of_a_folder_are_told_and_upper_case_is_read(tmp_path, caplog):
+  elsewhere = tiny_data.webdataset(tmp_path / "elsewhere" / "1.tar", tiny_data.samples(3))
+  (tmp_path / "set").mkdir()
+  (tmp_path / "set" / "1.tar").symlink_to(elsewhere)
+  with pytest.raises(UserError, match="has no .tar file, but for 1 links that lead out of it: name their targets"):
+    WebDatasetSource(tmp_path / "set", size=8, split="all")
+  tiny_data.webdataset(tmp_path / "set" / "0.TAR", tiny_data.samples(2))
+  assert len(WebDatasetSource(tmp_path / "set", size=8, split="all")) == 2
+  (record,) = caplog.records
+  assert "1 links such as" in record.getMessage() and "are not followed" in record.getMessage()
+
+
 def test_tars_in_a_folder_are_one_source_in_the_order_of_their_names(tmp_path):
   for name, start in (("01", 3), ("00", 0)):
     tiny_data.webdataset(tmp_path / "set" / f"{name}.tar", tiny_data.samples(6)[start : start + 3])

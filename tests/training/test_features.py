@@ -107,6 +107,15 @@ def test_a_run_on_cached_features_goes_on(ran, trained, pictures, cached, tmp_pa
   assert len(losses(ran)) == 3
 
 
+def test_features_of_data_that_is_set_otherwise_are_refused(trained, pictures, cached):
+  config = stage(trained, pictures, features=str(cached))
+  config.data.source.path = "/moved"
+  assert loop.make_pipeline(config, [checkpoint.described(trained)])
+  config.data.source.test_fraction = 0.31
+  with pytest.raises(UserError, match="test_fraction is 0.31, but .* was cached with .*: set it so, or cache"):
+    loop.make_pipeline(config, [checkpoint.described(trained)])
+
+
 def test_features_of_another_tower_or_standard_are_refused(trained, cached):
   source = features.FeatureSource(cached, "data.source")
   read = checkpoint.load(trained, ("frozen",)).state["frozen"]
