@@ -43,7 +43,7 @@ def shift_for(tokens: int, channels: int, scale: float = 1.0) -> float:
 
 def shift(t: jax.Array, alpha: float) -> jax.Array:
   """Moves times in [0,1] towards noise: alpha t / (1 + (alpha-1) t). Keeps 0 and 1; monotone."""
-  return alpha * t / (1 + (alpha - 1) * t)
+  return t / (t + (1 - t) / alpha)  # so written it ends at 1 in float32 too: what is guided up to 1 begins there
 
 
 def sample_times(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:

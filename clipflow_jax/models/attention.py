@@ -35,7 +35,11 @@ def sight(kernel: str, segments: jax.Array, order: jax.Array) -> Mask:
 
 
 def looks(
-  q: jax.Array, k: jax.Array, mask: jax.Array | None, past: tuple[jax.Array, jax.Array] | None = None
+  q: jax.Array,
+  k: jax.Array,
+  mask: jax.Array | None,
+  past: tuple[jax.Array, jax.Array] | None = None,
+  causal: bool = False,
 ) -> jax.Array:
   """How much of each key every query takes, f[B,Q,h,K], those of the past first; arguments as of `attend_beside`.
 
@@ -48,7 +52,7 @@ def looks(
     out = attend(q, k, v, mask)
   else:
     beside = jnp.broadcast_to(ways[:before, None], (*past[0].shape[:3], len(ways)))
-    out = attend_beside(q, k, v, (past[0], beside), mask)
+    out = attend_beside(q, k, v, (past[0], beside), mask, causal=causal)
   return out.reshape(*q.shape[:3], len(ways))
 
 
@@ -78,7 +82,7 @@ class Attention(nn.Module):
   out_scale: float = 1.0  # of `layers.scaled_init`
 
   @nn.compact
-  def __call__(self, x, rotation: Rotation, mask, past=None, write_at=None):
+  def __call__(self, x, rotation: Rotation, mask, past=None, write_at=None, causal=False):
     def project(name, heads):
       y = Linear(heads * self.head_dim, self.qkv_bias, dtype=self.dtype, name=name)(x)
       return shard(y.reshape(*x.shape[:2], heads, self.head_dim), *self.axes, "heads")
@@ -99,7 +103,7 @@ class Attention(nn.Module):
       all_k, all_v = gather(k, v)
       out = attend(q, all_k, all_v, mask, self.kernel, self.axes)
     elif write_at is None:
-      out = attend_beside(q, k, v, gather(*past), mask, self.kernel)
+      out = attend_beside(q, k, v, gather(*past), mask, self.kernel, causal)
     else:
       layer, slot = write_at
       kept = tuple(
@@ -109,7 +113,7 @@ class Attention(nn.Module):
       k, v = (jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False) for buffer in kept)
       out = attend(q, k, v, mask)
     if self.is_mutable_collection("intermediates"):
-      self.sow("intermediates", "looks", looks(q, k, mask, past if write_at is None else None))
+      self.sow("intermediates", "looks", looks(q, k, mask, past if write_at is None else None, causal))
     out = checkpoint_name(out, "attention")
     init = scaled_init(self.out_scale)
     return Linear(x.shape[-1], self.out_bias, init, dtype=self.dtype, name="out")(out), kept

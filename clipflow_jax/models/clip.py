@@ -21,7 +21,7 @@ class Clip(nn.Module):
   text: None leaves that tower out.
   captioner: fields of a small prefix language model on the tower's tokens (CoCa, Yu et al. 2022). With it
   comes a linear read-out of pixels, which keeps in the last layer what a decoder will need. None: neither.
-  pairwise: similarities have a bias, for a loss that looks at each pair alone (SigLIP, Zhai et al. 2023).
+  pairwise: similarities have a bias, and the contrastive loss looks at each pair alone (SigLIP, Zhai et al. 2023).
   """
 
   vision: dict[str, Any]

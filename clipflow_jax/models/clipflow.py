@@ -96,7 +96,8 @@ MULTIPLES = (
 class ClipFlow(nn.Module):
   """The whole model. Parts that a run does not need are None.
 
-  clip, transformer, pixel_decoder: fields of those modules; clip {}: no tower, for words alone.
+  clip, transformer, pixel_decoder: fields of those modules; clip {}: no tower, of a language model
+  that only talks; such a one is not trained.
   prediction: what the flow head gives, "x" or "v".
   drawer: fields of a `DiT` that draws in place of the flow expert, and `queries`, how many it has in the stream.
   shift_scale: factor on the dimension law of the time shift (`flow.path.shift_for`).

@@ -103,18 +103,25 @@ def _weights(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def attend_beside(
-  q: jax.Array, k: jax.Array, v: jax.Array, past: tuple[jax.Array, jax.Array], mask: jax.Array, kernel: str = "xla"
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  past: tuple[jax.Array, jax.Array],
+  mask: jax.Array,
+  kernel: str = "xla",
+  causal: bool = False,
 ) -> jax.Array:
   """Blocks that attend to themselves and to the row beside which they stand: one softmax over both.
 
   q f[B*M,n,h,k], k and v f[B*M,n,g,k] of M blocks a row; past keys and values f[B,P,g,k]; mask bool[B,M,P]: what of
   the past a block sees -> f[B*M,n,h*k]. The same as `attend` over the concatenation; but by "xla" a row's past is
-  neither copied for each of its blocks nor multiplied by itself in small pieces.
+  neither copied for each of its blocks nor multiplied by itself in small pieces. causal: of itself a block's slot sees
+  those up to its own; always by "xla".
   """
   b, m, length = mask.shape
   n, heads, dim = q.shape[1:]
   groups = k.shape[2]
-  if kernel != "xla":
+  if kernel != "xla" and not causal:
     k, v = (jnp.concatenate([jnp.repeat(old, m, axis=0), new], axis=1) for old, new in zip(past, (k, v), strict=True))
     sees = jnp.pad(mask.reshape(b * m, 1, length), ((0, 0), (0, 0), (0, n)), constant_values=True)
     return attend(q, k, v, sees, kernel)
@@ -131,7 +138,10 @@ def attend_beside(
     return out.reshape(b, groups, m, share, n, right.shape[-1])
 
   beside = jnp.where(mask[:, None, :, None, None], product(q, past_k), -1e30)
-  weights, total = _weights(jnp.concatenate([beside, product(q, k)], axis=-1))
+  own = product(q, k)
+  if causal:
+    own = jnp.where(jnp.tri(n, dtype=bool), own, -1e30)
+  weights, total = _weights(jnp.concatenate([beside, own], axis=-1))
   weights = weights.astype(v.dtype)
   out = (product(weights[..., :length], past_v) + product(weights[..., length:], v)) / total
   return out.astype(v.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(b * m, n, -1)

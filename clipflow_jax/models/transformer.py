@@ -50,7 +50,7 @@ class Block(nn.Module):
   out_scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x, rotation, mask, past=None, write_at=None):
+  def __call__(self, x, rotation, mask, past=None, write_at=None, causal=False):
     attention = Attention(
       self.heads,
       self.kv_heads,
@@ -65,7 +65,8 @@ class Block(nn.Module):
       self.out_scale,
       name="attention",
     )
-    y, kv = attention(RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x), rotation, mask, past, write_at)
+    normed = RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x)
+    y, kv = attention(normed, rotation, mask, past, write_at, causal)
     x = shard(x + y, *self.axes)
     x = x + SwiGLU(self.mlp, self.dtype, self.mlp_bias, out_scale=self.out_scale, name="mlp")(
       RMSNorm(self.norm_eps, self.dtype, name="mlp_norm")(x)
@@ -94,12 +95,12 @@ class Stack(nn.Module):
   rope_scaling: dict[str, Any] | None = None
 
   @nn.compact
-  def __call__(self, x, positions, mask, past=None, write_at=None):
+  def __call__(self, x, positions, mask, past=None, write_at=None, causal=False):
     rope = self.rope_theta, self.rope_sections, self.rope_scaling
     rotation = at_positions(positions, self.block["head_dim"], *rope)
 
     def body(block, x, past):
-      x, kv = block(x, rotation, mask, past)
+      x, kv = block(x, rotation, mask, past, causal=causal)
       return x, kv if self.keep_kv else None
 
     def write(block, carry, layer):  # the buffers are carried, and written in place: stacked anew they would be copied
@@ -212,15 +213,10 @@ class Transformer(nn.Module):
     none of another place: as words written there would, and the stream never sees them.
     """
     b, m, count, width = x.shape
-    stream = context.segments.shape[1]
-    seen = visible(segments, order, context.segments, context.order)  # [B,M,S]
-    place = jnp.arange(m).repeat(count)
-    own = (place[:, None] == place) & jnp.tri(m * count, dtype=bool)
-    mask = jnp.concatenate([jnp.repeat(seen, count, axis=1), jnp.broadcast_to(own, (b, *own.shape))], axis=-1)
-    room = ((0, 0), (0, 0), (0, m * count), (0, 0), (0, 0))
-    past = jnp.pad(context.keys, room), jnp.pad(context.values, room)
-    places = jnp.broadcast_to(positions.reshape(b, -1, 1), (b, m * count, 3))
-    x, _ = self.text(x.reshape(b, m * count, width), places, mask, past, stream)
+    mask = visible(segments, order, context.segments, context.order)
+    places = jnp.broadcast_to(positions.reshape(b * m, count, 1), (b * m, count, 3))
+    past = (context.keys, context.values)
+    x, _ = self.text(x.reshape(b * m, count, width), places, mask, past, causal=True)
     return self.text_norm(x).reshape(b, m, count, width)
 
   def draw(self, z: jax.Array, positions: jax.Array, segments: jax.Array, order: jax.Array, context: Context):

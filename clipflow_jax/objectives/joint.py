@@ -63,6 +63,10 @@ class Objective:
   def check(self, model: ClipFlow, batch: Batch) -> None:
     """UserError where the model, or a batch of these shapes, has not what an objective with a weight is made of."""
     on = {name for name, weight in self.weights.items() if weight}
+    if not model.clip:
+      raise UserError("model.clip is empty, which is for talking alone: give it a tower, as small as you like")
+    if "flow" in on and self.early and not (model.transformer or {}).get("early_layer"):
+      raise UserError("objective.early needs model.transformer.early_layer: set that, or early to 0")
     if batch.images is None and (blind := sorted(on - {"language", "flow", *self.own})):
       raise UserError(f"objective.weights: {', '.join(blind)} need pictures, and data.features has none; unset one")
     text, captioner = model.clip.get("text"), ("model.clip.captioner", model.clip.get("captioner"))
@@ -130,7 +134,7 @@ class Objective:
         )
     if "pixels" in on:
       flat = batch.images.reshape(-1, *batch.images.shape[2:])
-      each = jnp.repeat(keys, batch.images.shape[1])
+      each = jax.vmap(lambda key: jax.random.split(key, batch.images.shape[1]))(keys).reshape(-1)
       sums |= pixels.losses(
         model,
         flat,

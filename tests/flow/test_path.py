@@ -107,7 +107,7 @@ def test_training_times_are_a_shifted_logit_normal():
   assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
 
 
-@pytest.mark.parametrize("alpha", [1.0, 5.0])
+@pytest.mark.parametrize("alpha", [1.0, 5.0, 6**0.5])  # the last one's noise would be at 1.0000001 as it is printed
 def test_the_sampling_grid_falls_from_noise_to_data(alpha: float):
   times = np.asarray(path.grid(8, alpha))
   assert times.shape == (9,) and times[0] == 1 and times[-1] == 0

@@ -26,14 +26,25 @@ def test_the_loss_is_the_mean_cross_entropy_of_finding_each_other():
     assert found[i] == (scores[i].argmax() == i)
 
 
-def test_in_chunks_loss_and_gradients_are_the_same_and_no_square_of_the_batch_exists():
+def test_with_a_bias_each_pair_is_judged_alone():
+  rng = np.random.default_rng(0)
+  images, texts = rng.normal(size=(2, 5, 8)).astype(np.float32)
+  scores = 3.0 * images.astype(np.float64) @ texts.T - 4.0
+  loss, found = contrastive.match(images, texts, np.float32(3.0), bias=np.float32(-4.0))
+  signs = 2 * np.eye(5) - 1
+  np.testing.assert_allclose(loss, np.log1p(np.exp(-signs * scores)).sum(axis=1), rtol=1e-4)
+  assert found.tolist() == (scores.argmax(axis=1) == np.arange(5)).tolist()
+
+
+@pytest.mark.parametrize("bias", [None, np.float32(-2.0)], ids=["softmax", "sigmoid"])
+def test_in_chunks_loss_and_gradients_are_the_same_and_no_square_of_the_batch_exists(bias):
   images, texts = np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float32)
   texts[3] = images[7]  # one image finds another's text
   arguments = images, texts, np.float32(5.0)
 
   def with_gradients(chunk: int):
     def loss(*arguments):
-      loss, found = contrastive.match(*arguments, chunk)
+      loss, found = contrastive.match(*arguments, chunk, bias)
       return (loss * np.arange(12)).sum(), found
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
@@ -104,6 +115,17 @@ def test_the_sums_are_those_of_their_definitions(params):
   reframed, _, _ = evaluate(params, batch.replace(tokens=np.where(framing, 1, batch.tokens)))
   assert reframed["contrastive"] == sums["contrastive"]
   assert reframed["caption"] != sums["caption"]
+
+
+def test_towers_of_pairs_learn_by_their_bias(params):
+  batch, model = captions(), tiny.model(clip=dict(tiny.FIELDS["clip"], pairwise=True))
+  params = dict(params, clip_model=dict(params["clip_model"], logit_bias=np.float32(-3.0)))
+
+  def loss(params):
+    return model.apply({"params": params}, method=lambda bound: contrastive.losses(bound, batch, dict(contrastive=1.0)))
+
+  grad = jax.grad(lambda params: loss(params)["contrastive"])(params)["clip_model"]
+  assert grad["logit_bias"] != 0 and grad["logit_scale"] != 0
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -35,11 +35,19 @@ def test_weights_must_name_an_objective_and_no_other(weights: dict[str, float]):
     ("language", dict(transformer=None), "language needs model.transformer"),
     ("flow", dict(transformer=dict(tiny.FIELDS["transformer"], flow_width=0)), "flow needs .*flow_width or"),
     ("pixels", dict(pixel_decoder=None), "pixels needs model.pixel_decoder"),
+    ("language", dict(clip={}), "model.clip is empty"),
   ],
 )
 def test_what_an_objective_is_made_of_is_asked_for(name: str, fields: dict[str, Any], told: str):
   with pytest.raises(UserError, match=told):
     Objective({name: 1.0}).check(tiny.model(**fields), tiny.pack([[], []], pictures=1))
+
+
+def test_an_early_loss_needs_an_early_head():
+  model = tiny.model(transformer=dict(tiny.FIELDS["transformer"], early_layer=0))
+  Objective({"flow": 1.0}).check(model, BATCH)
+  with pytest.raises(UserError, match="objective.early needs model.transformer.early_layer"):
+    Objective({"flow": 1.0}, early=0.5).check(model, BATCH)
 
 
 @pytest.mark.parametrize("name", ["contrastive", "caption", "readout"])
@@ -115,3 +123,16 @@ def test_a_picture_that_is_absent_has_no_pixel_loss(params):
     return float(objective.loss(run(params), objective.counts(batch))[1]["pixels"])
 
   assert mean(room=3) == pytest.approx(mean(room=1), rel=1e-4)
+
+
+def test_every_picture_of_a_row_has_noise_of_its_own(params, monkeypatch):
+  given = []
+
+  def losses(model, images, features, there, keys, **settings):
+    given.append((len(images), keys))
+    return {"pixels": jnp.float32(0)}
+
+  monkeypatch.setattr(joint.pixels, "losses", losses)
+  tiny.model().apply({"params": params}, BATCH, KEYS, method=Objective({"pixels": 1.0}).sums)
+  ((count, keys),) = given
+  assert count == BATCH.image_roles.size == len(np.unique(jax.random.key_data(keys), axis=0))
