@@ -24,7 +24,10 @@ def quickstart(options: argparse.Namespace) -> None:
   from clipflow_jax.training import stages
 
   config = config_file.load(options.config, options.overrides)
-  stages.train(config, options.workdir, sampler.make())
+  for name, least in (("n", 2), ("per_category", 1)):
+    if config.evaluation[name] < least:
+      raise UserError(f"evaluation.{name} is {config.evaluation[name]}: give {least} or more")
+  stages.train(config, options.workdir, sampler.make(config))
   _report(options.workdir, **config.evaluation)
 
 
@@ -36,7 +39,7 @@ def train(options: argparse.Namespace) -> None:
   from clipflow_jax.training import stages
 
   with distributed.joined():
-    stages.train(config, options.workdir, sampler.make())
+    stages.train(config, options.workdir, sampler.make(config))
 
 
 def draw(options: argparse.Namespace) -> None:

@@ -51,8 +51,14 @@ def stages(config: ConfigDict) -> list[ConfigDict]:
 
 
 def set_environment(config: ConfigDict) -> None:
-  """Sets the variables of config.environment, before JAX starts. What the user has set wins; flags come together."""
-  for name, value in config.get("environment", {}).items():
+  """Sets the variables of config.environment, before JAX starts. What the user has set wins; flags come together.
+
+  UserError where the stages of a run want different ones: all run in one process.
+  """
+  wanted = [stage.get("environment", {}) for stage in stages(config)]
+  if any(one != wanted[0] for one in wanted):
+    raise UserError("the stages of this run differ in `environment`, which is the whole process's: make them the same")
+  for name, value in wanted[0].items():
     given = os.environ.get(name, "")
     os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
+
+from clipflow_jax import config_file
 from clipflow_jax.data import mixture
 from clipflow_jax.data.sources import Source
 from clipflow_jax.evaluation import suite
 from clipflow_jax.inference import show
+from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.training import loop
 from clipflow_jax.training.metrics import Writer
 
 
-def make() -> loop.Sampler:
-  """For `loop.train`. It keeps a stage's compiled functions from one time to the next."""
+def make(config: ConfigDict) -> loop.Sampler:
+  """For `loop.train`, of a stage or of a run. It keeps a stage's compiled functions from one time to the next.
+
+  UserError for settings by which nothing can be drawn or measured, now and not when it is due.
+  """
+  for stage in config_file.stages(config):
+    Sampling(**stage.sampling)
+    suite.check({name: _settings(stage, name) for name in stage.evaluate})
   models: dict[str, ClipFlow] = {}
 
   def sample(model, config, params, chat, step, writer, due):
@@ -24,10 +35,14 @@ def make() -> loop.Sampler:
     if loop.SAMPLES in due:
       _write(pipeline, source, step, writer)
     if tasks := [name for name in due if name != loop.SAMPLES]:
-      chosen = {name: {k: v for k, v in config.evaluate[name].to_dict().items() if k != "every"} for name in tasks}
-      writer.scalars(step, suite.measure(pipeline, source, chosen))
+      writer.scalars(step, suite.measure(pipeline, source, {name: _settings(config, name) for name in tasks}))
 
   return sample
+
+
+def _settings(config: ConfigDict, task: str) -> dict[str, Any]:
+  """A task's own, without when it is due."""
+  return {name: value for name, value in config.evaluate[task].to_dict().items() if name != "every"}
 
 
 def _write(pipeline: ClipFlow, source: Source, step: int, writer: Writer) -> None:

@@ -60,7 +60,7 @@ def evaluate(run: Run, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Don
   for key, value in dict(seed=run.seed, resamples=run.resamples).items():
     if value < 0:
       raise UserError(f"{key} is {value}; give 0 or more")
-  prepared = {name: _prepare(run, name, dict(settings)) for name, settings in chosen.items()}
+  prepared = {name: _prepare(run, name, settings) for name, settings in chosen.items()}
   done = {}
   for name, start in prepared.items():
     log.info("evaluating %s", name)
@@ -79,7 +79,20 @@ def measure(model: ClipFlow, source: Source, chosen: Mapping[str, Mapping[str, A
   }
 
 
-def _prepare(run: Run, name: str, settings: dict[str, Any]) -> Callable[[], Done]:
+def check(chosen: Mapping[str, Mapping[str, Any]]) -> None:
+  """UserError for a task of a kind or with settings that are not there, as far as that shows without a model."""
+  for name, settings in chosen.items():
+    _settled(name, settings)
+
+
+def _prepare(run: Run, name: str, settings: Mapping[str, Any]) -> Callable[[], Done]:
+  make, settled = _settled(name, settings)
+  return make(run, name, **settled)
+
+
+def _settled(name: str, settings: Mapping[str, Any]) -> tuple[Callable[..., Callable[[], Done]], dict[str, Any]]:
+  """(what makes a task of this kind, its settings). UserError for what is not there."""
+  settings = dict(settings)
   kind = settings.pop("kind", None)
   if kind not in KINDS:
     raise UserError(f"task {name}: kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
@@ -98,8 +111,7 @@ def _prepare(run: Run, name: str, settings: dict[str, Any]) -> Callable[[], Done
   below = [key for key, value in settings.items() if isinstance(value, int) and value < 0]
   if below:
     raise UserError(f"task {name}: {below[0]} is {settings[below[0]]}; give 0 or more")
-  settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-  return make(run, name, **settings)
+  return make, {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def _ask(

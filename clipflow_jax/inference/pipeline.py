@@ -57,7 +57,7 @@ class ClipFlow:
     """
     if weights not in ("", "int8"):
       raise UserError(f"weights {weights!r} are unknown; choose int8, or leave it out for those of the checkpoint")
-    read = checkpoint.load(stages.newest(path), ("ema", "trained", "frozen"))
+    read = checkpoint.load(stages.newest(path), ("averaged", "frozen"))
     params = adapters.plain(read)
     if weights:
       params = int8(params)

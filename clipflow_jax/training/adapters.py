@@ -158,9 +158,8 @@ class Adapters:
 
 
 def plain(read: Restored) -> Params:
-  """A plain model's parameters of a loaded checkpoint ("ema", "trained", "frozen"): what its run is drawn with."""
-  state = read.state
-  params = merge(state["ema"] or state["trained"], state["frozen"] or {})
+  """A plain model's parameters of a loaded checkpoint ("averaged", "frozen"): what its run is drawn with."""
+  params = merge(read.state["averaged"], read.state["frozen"] or {})
   return Adapters(**read.meta["config"].get("adapters", {})).merged(params)
 
 

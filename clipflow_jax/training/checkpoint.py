@@ -139,7 +139,7 @@ def load(path: Path | str, names: tuple[str, ...] = ("ema",)) -> Restored:
   """Reads parts of a checkpoint's state, and no other arrays, without knowing the tree beforehand.
 
   path: a workdir, its checkpoints folder (the newest readable step is taken), or one step's folder.
-  names: fields of the saved state.
+  names: fields of the saved state; "averaged" is its average, or what was trained where the run kept none.
 
   `state` of the result maps each name to a tree of NumPy arrays (dicts and lists stand for other containers),
   or to None where the run kept none. Nothing is written. Raises UserError when there is no readable
@@ -238,11 +238,14 @@ def _read_state(folder: epath.Path, abstract_state: PyTree) -> Restored:
 
 def _read_parts(folder: epath.Path, names: tuple[str, ...]) -> Restored:
   saved = _saved_tree(folder)
-  for name in names:
+  averaged = "ema" if jax.tree.leaves(saved.get("ema")) else "trained"
+  kept = {name: averaged if name == "averaged" else name for name in names}
+  for name in kept.values():
     if name not in saved:
       raise UserError(f"the state in {folder} has no {name!r}: ask for some of {', '.join(sorted(saved))}")
-  wanted = {name: jax.tree.map(lambda _: np.ndarray, saved[name]) for name in names}
-  return _read(folder, wanted, _context(partial=True))
+  wanted = {name: jax.tree.map(lambda _: np.ndarray, saved[name]) for name in kept.values()}
+  read = _read(folder, wanted, _context(partial=True))
+  return dataclasses.replace(read, state={name: read.state[there] for name, there in kept.items()})
 
 
 def _read(folder: epath.Path, abstract_state: PyTree, context: ocp.Context) -> Restored:

@@ -85,7 +85,7 @@ def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
   family: a `model_type`; None takes the language model where there is one. UserError as `huggingface.save`.
   """
   refuse(output)
-  read = checkpoint.load(stages.newest(workdir), ("ema", "trained", "frozen"))
+  read = checkpoint.load(stages.newest(workdir), ("averaged", "frozen"))
   params = adapters.plain(read)
   with tempfile.TemporaryDirectory() as scratch:
     words = text.from_files(read.meta["tokenizer"], Path(scratch)) if read.meta["tokenizer"] else None
@@ -102,9 +102,9 @@ def give_out_adapters(workdir: Path, output: Path) -> int:
 
   Those of what draws have no place there: they stay, and the log says so. UserError where there are none.
   """
-  read = checkpoint.load(stages.newest(workdir), ("ema", "trained", "frozen"))
+  read = checkpoint.load(stages.newest(workdir), ("averaged", "frozen"))
   ours = Adapters(**read.meta["config"].get("adapters", {}))
-  alone = ours.alone(read.state["ema"] or read.state["trained"] or {})
+  alone = ours.alone(read.state["averaged"] or {})
   prefix = "language_model/"
   flat = {path.removeprefix(prefix): leaf for path, leaf in alone.items() if path.startswith(f"{prefix}text/")}
   if not flat:
@@ -124,7 +124,7 @@ def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
   """
   refuse(output)
   learned, alpha = peft.load(source)
-  read = checkpoint.load(stages.newest(base), ("ema", "trained", "frozen"))
+  read = checkpoint.load(stages.newest(base), ("averaged", "frozen"))
   plain = flatten(adapters.plain(read))
   learned = {f"language_model/{path}": leaf for path, leaf in learned.items()}
   for path, leaf in learned.items():

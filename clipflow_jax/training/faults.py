@@ -13,7 +13,7 @@ HUNG = 75  # the exit code of a run that hung: EX_TEMPFAIL of sysexits.h, "try a
 
 
 class Watchdog:
-  """Dumps the stacks of all threads when there has been no `beat` for `timeout` seconds, once for every silence.
+  """Dumps the stacks of all threads when a `beat` is `timeout` seconds late, once for every silence.
 
   ends: it then ends the process, and the other processes of the run, with code `HUNG`, so that what started them starts
   them again; else it only watches. Steps are dispatched ahead of the device, so that one beat may have to wait for all
@@ -22,13 +22,13 @@ class Watchdog:
 
   def __init__(self, timeout: float, *, ends: bool = False):
     self._timeout, self._ends = timeout, ends
-    self._where, self._last = "the start", time.monotonic()
+    self._where, self._due = "the start", time.monotonic() + timeout
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="clipflow-watchdog", daemon=True)
 
-  def beat(self, where: str) -> None:
-    """The run is alive and goes on to do `where`."""
-    self._where, self._last = where, time.monotonic()
+  def beat(self, where: str, takes: float = 0.0) -> None:
+    """The run is alive and goes on to do `where`, which may take so many seconds beside the timeout; inf: any time."""
+    self._where, self._due = where, time.monotonic() + takes + self._timeout
 
   def __enter__(self) -> Watchdog:
     self.beat(self._where)
@@ -42,11 +42,11 @@ class Watchdog:
       self._thread.join()
 
   def _watch(self) -> None:
-    told = 0.0  # the beat after which silence has been told of
-    while not self._over.wait(max(0.0, self._last + self._timeout - time.monotonic()) or self._timeout):
-      if self._last == told or time.monotonic() < self._last + self._timeout:
+    told = 0.0  # the beat whose lateness has been told of
+    while not self._over.wait(min(max(0.0, self._due - time.monotonic()) or self._timeout, self._timeout)):
+      if self._due == told or time.monotonic() < self._due:
         continue
-      told = self._last
+      told = self._due
       what = f"{self._where} has taken more than {self._timeout:g} s"
       print(f"clipflow: {what}; the stacks of all threads:", file=sys.stderr, flush=True)
       faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -31,10 +31,8 @@ def cache(
   run call this, inside `distributed.joined`.
   """
   path = stages.newest(workdir)
-  read = checkpoint.load(path, ("frozen", "trained", "ema"))
-  flat: Params = {}
-  for part in read.state.values():  # the average last
-    flat |= state.flatten(part or {})
+  read = checkpoint.load(path, ("frozen", "averaged"))
+  flat: Params = {name: leaf for part in read.state.values() for name, leaf in state.flatten(part or {}).items()}
   params = state.nest({name.removeprefix(TOWER): leaf for name, leaf in flat.items() if name.startswith(TOWER)})
   if not params:
     raise UserError(f"{workdir} has no vision tower: train one with configs/contrastive.py, or import one")

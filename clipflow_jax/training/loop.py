@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +87,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     told = [checkpoint.described(workdir)]
     _compare(told[0]["config"], written, workdir)
   else:
-    starts = beginnings(config, ("trained", "ema", "frozen"))
+    starts = beginnings(config, ("averaged", "frozen"))
     told = [start.meta for start in starts]
   pipeline = make_pipeline(config, told)
   chat = pipeline.chat
@@ -117,7 +119,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   # The state, created sharded.
   def fresh(taken):
-    params = fit(state.nest(state.flatten(init()) | taken))
+    flat = state.flatten(init())
+    params = fit(state.nest(flat | {path: leaf.astype(flat[path].dtype) for path, leaf in taken.items()}))
     return state.create(params, scales, tx, ema=config.ema > 0, frozen_dtype=config.frozen_dtype)
 
   shapes = jax.eval_shape(fresh, {})
@@ -130,7 +133,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     if restored:
       batches.set_state(restored.data_state)
     # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
-    taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh)) if starts else {}
+    taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh), scales) if starts else {}
 
     # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
     cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
@@ -178,13 +181,16 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
     # The run.
     begin = int(now.step)
-    writer = Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)
     meter = Meter()
     every = {name: task.get("every", config.sample_every) for name, task in config.evaluate.items()}
     every[SAMPLES] = config.sample_every
     saved = begin
     distributed.barrier("the first step", COMPILING)
-    with Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog:
+    with (
+      contextlib.closing(Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)) as writer,
+      Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog,
+      contextlib.closing(checkpoints),  # whatever ends the run, the checkpoint under way is written
+    ):
       for number in range(begin + 1, config.steps + 1):
         watchdog.beat(f"step {number}")
         with throughput.waiting(now.step):
@@ -204,15 +210,13 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           saved = number
         due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
         if sample and due:
-          watchdog.beat(f"{', '.join(due)} of step {number}")
+          watchdog.beat(f"{', '.join(due)} of step {number}", math.inf)
           with sharding.unconstrained():  # samples are as many as they are
             sample(model, config, Adapters(**config.adapters).merged(whole(now).averaged), chat, number, writer, due)
           throughput.start()
         if stopping:
           break
       watchdog.beat("the last checkpoint")
-      checkpoints.close()
-    writer.close()
     if bad.bad:
       log.warning("%s", bad.summary())
     if stop():
@@ -222,11 +226,16 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
 
 def check(config: ConfigDict) -> None:
-  """UserError for a setting that is too low for any run."""
+  """UserError for settings that make no run, as far as they tell by themselves."""
   settings = dict(_leaves(config.to_dict()))
   for name, least in LEAST.items():
     if settings[name] < least:
       raise UserError(f"{name} is {settings[name]}: give {least} or more")
+  if not 0 <= config.ema < 1:
+    raise UserError(f"ema is {config.ema}: give the average's decay a step, from 0 for none to less than 1")
+  Objective(**config.objective)
+  Adapters(**config.adapters)
+  optimizer.Optimizer(steps=config.steps, **config.optimizer)
 
 
 class Change(NamedTuple):
@@ -329,24 +338,37 @@ def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
 
 
-def _take(ours: Params, starts: Sequence[checkpoint.Restored], shardings: Params) -> dict[str, jax.Array]:
+def _take(
+  ours: Params, starts: Sequence[checkpoint.Restored], shardings: Params, scales: Mapping[str, float]
+) -> dict[str, jax.Array]:
   """{path: array} of the parameters that other runs have at our path and shape, of the first that has each.
 
-  What was taken and left is logged.
+  In the dtype in which they were kept: on the devices they take no more room than there. What was taken and left is
+  logged. UserError where it is nothing, or where what shall stay frozen is there in another shape.
   """
   flat, places = state.flatten(ours), state.flatten(shardings)
   taken: dict[str, jax.Array] = {}
+  others: dict[str, tuple[int, ...]] = {}  # {path: shape} of what is there in another shape
   for start in starts:
     theirs = state.flatten(adapters.plain(start))
     new = {
-      path: distributed.place(np.asarray(theirs[path], leaf.dtype), places[path])
+      path: distributed.place(np.asarray(theirs[path]), places[path])
       for path, leaf in flat.items()
       if path in theirs and path not in taken and theirs[path].shape == leaf.shape
     }
     taken |= new
+    others |= {path: np.shape(theirs[path]) for path in flat.keys() & theirs.keys() - taken.keys()}
     log.info("init_from step %d: took %d parameters of %d", start.step, len(new), len(flat))
     if left := sorted(theirs.keys() - new):
       log.info("  left there: %s", ", ".join(left))
+  if not taken:
+    raise UserError("config.init_from has no parameter of this model: none is of the same name and shape")
+  unlike = sorted(path for path in others.keys() - taken.keys() if not path.startswith("statistics/"))
+  for path in unlike:
+    told = f"{path} has shape {flat[path].shape} here, {others[path]} in init_from"
+    if not scales.get(path, 1.0):
+      raise UserError(f"{told}, and stays as it begins: at random. Give the model the fields of init_from's")
+    log.warning("%s: it begins anew", told)
   if fresh := sorted(flat.keys() - taken):
     log.info("  fresh here: %s", ", ".join(fresh))
   return taken

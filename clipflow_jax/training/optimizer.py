@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -29,6 +30,7 @@ class Optimizer:
   weight_decay: of matrices alone, times the learning rate; with Muon of those that are its.
   patience: steps in a row with a non-finite gradient that are skipped before the run stops.
   offload: "host" keeps the moments in the host's memory and brings them to the device within each step; "" never.
+  UserError for a value that makes no sense.
   """
 
   steps: int
@@ -44,6 +46,22 @@ class Optimizer:
   patience: int = 10
   offload: str = ""
 
+  def __post_init__(self):
+    if self.name not in ("muon", "adamw"):
+      raise UserError(f"optimizer.name {self.name!r} is unknown; choose muon or adamw")
+    if self.offload not in ("", "host"):
+      raise UserError(f"optimizer.offload {self.offload!r} is unknown; choose host, or '' for none")
+    for name in ("learning_rate", "adam_learning_rate", "warmup", "weight_decay", "final"):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise UserError(f"optimizer.{name} is {getattr(self, name)}: give a number from 0")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f"optimizer.{name} is {getattr(self, name)}: give a number from 0 to less than 1")
+    if not self.clip > 0:
+      raise UserError(f"optimizer.clip is {self.clip}: give the largest norm of a gradient, or inf for any")
+    if self.patience < 1:
+      raise UserError(f"optimizer.patience is {self.patience}: give 1 step or more")
+
   def schedule(self, peak: float) -> optax.Schedule:
     warmup = min(self.warmup, self.steps // 2)
     return optax.warmup_cosine_decay_schedule(
@@ -52,8 +70,6 @@ class Optimizer:
 
   def make(self, scales: dict[str, float]) -> optax.GradientTransformation:
     """The whole chain. scales: {path: learning-rate multiplier} of the trained parameters."""
-    if self.offload not in ("", "host"):
-      raise UserError(f"optimizer.offload {self.offload!r} is unknown; choose host, or '' for none")
     if self.name == "muon":
       rule = optax.contrib.muon(
         self.schedule(self.learning_rate),
@@ -63,7 +79,7 @@ class Optimizer:
         adam_learning_rate=self.schedule(self.adam_learning_rate),
         muon_weight_dimension_numbers=muon_dimensions,
       )
-    elif self.name == "adamw":
+    else:
       rule = optax.adamw(
         self.schedule(self.learning_rate),
         b1=self.b1,
@@ -71,8 +87,6 @@ class Optimizer:
         weight_decay=self.weight_decay,
         mask=lambda params: nest({path: bool(re.fullmatch(DECAYED, path)) for path in flatten(params)}),
       )
-    else:
-      raise UserError(f"optimizer {self.name!r} is unknown; choose muon or adamw")
     tree = nest({path: scale for path, scale in scales.items() if scale})
     scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda update, scale: update * scale, updates, tree))
     whole = skip_nonfinite(optax.chain(optax.clip_by_global_norm(self.clip), rule, scaled))

@@ -17,10 +17,15 @@ ORDER = "stages.json"  # names in order: what tells a run of several stages from
 
 
 def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None) -> None:
-  """One stage, or with `config.order` each of `config.stages` in that order. Finished stages are not run again."""
+  """One stage, or with `config.order` each of `config.stages` in that order. Finished stages are not run again.
+
+  UserError for settings of any stage that make no run, before the first is run.
+  """
   if "order" not in config:
     loop.train(config, workdir, sample)
     return
+  for name in config.order:
+    loop.check(config.stages[name])
   workdir.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
     (workdir / ORDER).write_text(json.dumps(list(config.order)))

@@ -10,8 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from clipflow_jax import cli
+from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import inception, sampler
 from clipflow_jax.inference.pipeline import ClipFlow
+from configs import presets
 from tests.evaluation.test_folders import MeanColours, sets  # noqa: F401
 
 
@@ -85,6 +87,22 @@ def test_tasks_of_a_trained_model_are_measured_the_same_twice(trained, tmp_path,
   assert np.all(np.isfinite(values)) and "zero_shot" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    (dict(sampling=dict(steps=0)), "sampling steps 0: at least 1"),
+    (dict(evaluate=dict(mine=dict(kind="zeroshot", every=3))), "task mine: kind 'zeroshot' is unknown"),
+    (dict(evaluate=dict(mine=dict(kind="yes_no", paht="x"))), "task mine: 'paht' is no setting of 'yes_no'"),
+  ],
+)
+def test_what_training_shall_draw_and_measure_is_checked_before_it_begins(fields, said):
+  with pytest.raises(UserError, match=said):
+    sampler.make(presets.stage("mine", **fields))
+  run = ConfigDict(dict(stages=dict(a=presets.stage("a"), b=presets.stage("b", **fields)), order=("a", "b")))
+  with pytest.raises(UserError, match=said):
+    sampler.make(run)
+
+
 @pytest.mark.slow
 def test_training_measures_the_tasks_that_are_due(trained, tmp_path):
   model = ClipFlow.from_checkpoint(trained)
@@ -94,6 +112,6 @@ def test_training_measures_the_tasks_that_are_due(trained, tmp_path):
   writer = types.SimpleNamespace(
     image=lambda *_: None, text=print, scalars=lambda step, values: told.append((step, values))
   )
-  sampler.make()(model.model, config, model.params, model.tokenizer, 2, writer, ["samples", "zero_shot"])
+  sampler.make(config)(model.model, config, model.params, model.tokenizer, 2, writer, ["samples", "zero_shot"])
   [(step, values)] = told
   assert step == 2 and set(values) == {f"evaluation/zero_shot/{name}" for name in ("top1", "top5", "mean_per_class")}

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from clipflow_jax.training.faults import HUNG, Watchdog
@@ -39,6 +41,9 @@ def test_a_step_that_hangs_is_shown_with_all_stacks_and_ends_the_process_only_if
 def test_a_watchdog_that_hears_of_every_step_says_nothing_and_leaves_no_thread(capfd):
   with Watchdog(3600) as dog:
     dog.beat("step 1")
+  with Watchdog(0.05) as patient:
+    patient.beat("an evaluation", math.inf)
+    time.sleep(0.3)
   assert not dog._thread.is_alive()
   with Watchdog(0) as asleep:
     asleep.beat("step 1")

@@ -20,6 +20,7 @@ from configs import finetune
 from tests import tiny, tiny_data
 
 STATE = ("ema", "trained", "frozen")
+PLAIN = ("averaged", "frozen")
 
 
 def of(trained: Path, arg: str, **fields) -> ConfigDict:
@@ -60,7 +61,7 @@ def test_the_base_is_that_of_the_workdir_in_four_bits_and_only_adapters_learn(ad
   learned, frozen = state.flatten(read["trained"]), state.flatten(read["frozen"])
   assert all(path.endswith((adapters.A, adapters.B)) for path in learned) and len(learned) == 2 * 7
   assert {str(leaf.dtype) for path, leaf in frozen.items() if path.endswith("/codes")} == {"uint8"}
-  before = state.flatten(adapters.plain(checkpoint.load(trained, STATE)))
+  before = state.flatten(adapters.plain(checkpoint.load(trained, PLAIN)))
   same = [path for path in frozen if not path.endswith(("kernel/codes", "kernel/scale"))]
   for path in same:
     np.testing.assert_array_equal(frozen[path], before[path], err_msg=path)
@@ -87,7 +88,7 @@ def test_adapters_go_to_peft_and_come_back_bit_for_bit(adapted, trained: Path, t
   path = "language_model/text/layers/mlp/up/kernel"
   learned = state.flatten(back.state["trained"])
   product = learned[path + adapters.A] @ learned[path + adapters.B] * 16.0
-  base = state.flatten(adapters.plain(checkpoint.load(trained, STATE)))[path]
+  base = state.flatten(adapters.plain(checkpoint.load(trained, PLAIN)))[path]
   np.testing.assert_allclose(params[path], base + product, rtol=1e-5, atol=1e-6)
   with pytest.raises(UserError, match="no adapters beside its language model"):
     exchange.give_out_adapters(trained, tmp_path / "none")
@@ -161,4 +162,4 @@ def test_what_cannot_be_done_is_one_line(arg: str, said: str):
 
 def test_offloading_to_nowhere_is_refused():
   with pytest.raises(UserError, match="choose host"):
-    Optimizer(10, "adamw", offload="disk").make({})
+    Optimizer(10, "adamw", offload="disk")

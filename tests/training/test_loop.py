@@ -209,6 +209,32 @@ def test_a_run_begins_with_the_parameters_and_the_tokenizer_of_another(whole, tm
   assert any(record.getMessage().startswith("  fresh here: decoder/stack/") for record in caplog.records)
 
 
+def test_what_stays_frozen_has_to_fit_what_a_run_begins_from(whole, tmp_path):
+  config = tiny_runs.decoder_stage(steps=1, init_from=str(whole[0]), measure_features=0)
+  config.model.clip.vision.mlp = 40  # the tower's, which the stage does not train
+  with pytest.raises(UserError, match=r"clip_model/vision_tower/.* has shape .* here, .* in init_from, and stays"):
+    loop.train(config, tmp_path)
+
+
+def test_a_beginning_that_has_nothing_of_the_model_is_refused(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path / "other" / "checkpoints")
+  states = dict(step=np.zeros((), np.int32), trained={"else": np.zeros(3)}, frozen={}, ema=None, opt_state={})
+  checkpoints.save(1, states, data_state={}, meta=dict(config={}, tokenizer={}))
+  checkpoints.close()
+  config = tiny_runs.decoder_stage(steps=1, init_from=str(tmp_path / "other"), measure_features=0)
+  with pytest.raises(UserError, match="config.init_from has no parameter of this model"):
+    loop.train(config, tmp_path / "run")
+
+
+def test_an_error_while_a_checkpoint_is_written_loses_none(tmp_path):
+  def sample(*_):
+    raise UserError("no such task")
+
+  with pytest.raises(UserError, match="no such task"):
+    loop.train(tiny_runs.decoder_stage(sample_every=2, checkpoint_every=2), tmp_path, sample)
+  assert steps_of(tmp_path) == ["2"]
+
+
 def test_the_workdirs_own_checkpoint_comes_before_another_run(whole, tmp_path):
   workdir, final = whole
   resumed = loop.train(tiny_runs.decoder_stage(init_from=str(workdir)), workdir)
@@ -309,6 +335,10 @@ def test_statistics_that_train_are_not_measured(tmp_path):
     (dict(checkpoint_every=-1), "checkpoint_every is -1: give 0 or more"),
     (dict(data=dict(batch_size=0)), "data.batch_size is 0: give 1 or more"),
     (dict(train=((".*", 0.0),)), "config.train trains nothing"),
+    (dict(ema=1.5), "ema is 1.5: give the average's decay"),
+    (dict(optimizer=dict(clip=0.0)), "optimizer.clip is 0.0"),
+    (dict(objective=dict(weights=dict(pixels=0.0))), "objective.weights .* must name at least one"),
+    (dict(adapters=dict(rank=-1)), "adapters: rank -1"),
   ],
 )
 def test_settings_that_make_no_run_are_refused_before_anything_is_compiled(fields, said, tmp_path, monkeypatch):

@@ -103,9 +103,20 @@ def test_gains_biases_and_positions_of_stacked_layers_are_not_decayed(name):
   assert decayed == (matrices if name == "adamw" else muons)
 
 
-def test_an_unknown_optimizer_is_refused():
-  with pytest.raises(UserError, match="'sgd' is unknown; choose muon or adamw"):
-    Optimizer(10, "sgd").make(ONES)
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    (dict(name="sgd"), "'sgd' is unknown; choose muon or adamw"),
+    (dict(learning_rate=-1.0), "optimizer.learning_rate is -1.0: give a number from 0"),
+    (dict(weight_decay=float("nan")), "optimizer.weight_decay is nan: give a number from 0"),
+    (dict(b2=1.0), "optimizer.b2 is 1.0: give a number from 0 to less than 1"),
+    (dict(clip=0.0), "optimizer.clip is 0.0: give the largest norm of a gradient"),
+    (dict(patience=0), "optimizer.patience is 0: give 1 step or more"),
+  ],
+)
+def test_a_value_that_makes_no_sense_is_refused(fields, said):
+  with pytest.raises(UserError, match=said):
+    Optimizer(10, **fields)
 
 
 # How far.

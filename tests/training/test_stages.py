@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.training import checkpoint, loop, stages
+from tests import tiny_runs
 
 
 def config(**steps: int) -> ConfigDict:
@@ -32,6 +33,7 @@ def trained(monkeypatch) -> list[tuple[str, str, str]]:
     finish(workdir, config.steps)
 
   monkeypatch.setattr(loop, "train", train)
+  monkeypatch.setattr(loop, "check", lambda stage: None)
   return calls
 
 
@@ -106,3 +108,10 @@ def test_the_history_is_every_stages_lines_in_order(tmp_path):
 def test_a_line_cut_off_by_a_kill_is_no_history(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
   assert stages.history(tmp_path) == [{"stage": "a", "step": 1}]
+
+
+def test_the_settings_of_every_stage_are_checked_before_the_first_is_trained(monkeypatch, tmp_path):
+  monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a stage was trained"))
+  run = ConfigDict(dict(stages=dict(a=tiny_runs.decoder_stage(), b=tiny_runs.decoder_stage(steps=0)), order=("a", "b")))
+  with pytest.raises(UserError, match="steps is 0: give 1 or more"):
+    stages.train(run, tmp_path)
