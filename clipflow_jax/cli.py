@@ -47,6 +47,13 @@ def _whole(least: int) -> Callable[[str], int]:
   return read
 
 
+def _folder(text: str) -> Path:
+  """A folder by its name; an empty one, as of a variable that is not set, would be the one that we are in."""
+  if not text.strip():
+    raise argparse.ArgumentTypeError("it is empty: name a folder")
+  return Path(text)
+
+
 def _written(text: str) -> Path:
   """A file that can be written at the end: what comes before may take hours."""
   path = Path(text)
@@ -88,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return sub
 
   def loads(sub: argparse.ArgumentParser, **workdir: Any) -> None:
-    sub.add_argument("--workdir", type=Path, **workdir)
+    sub.add_argument("--workdir", type=_folder, **workdir)
     sub.add_argument("--weights", default="", help="int8: the layers' matrices in eight bits, for less memory")
 
   def listens(sub: argparse.ArgumentParser, port: int) -> None:
@@ -101,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow quickstart --workdir=quickstart",
     config="configs/quickstart.py",
   )
-  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--workdir", type=_folder, required=True)
 
   sub = command(
     commands.train,
@@ -109,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow train --config=configs/contrastive.py --workdir=runs/clip --config.steps=1000",
     config="",
   )
-  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--workdir", type=_folder, required=True)
 
   sub = command(
     commands.draw,
@@ -209,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow cache-features --config=configs/joint.py --workdir=runs/clip --output=features",
     config="",
   )
-  sub.add_argument("--workdir", type=Path, required=True, help="the run, or the imported weights, with the tower")
+  sub.add_argument("--workdir", type=_folder, required=True, help="the run, or the imported weights, with the tower")
   sub.add_argument("--output", type=Path, required=True)
   sub.add_argument("--dtype", choices=["bfloat16", "int8"], default="bfloat16", help="what features are kept in")
   sub.add_argument("--count", type=int, default=0, help="pictures of each source (default: all)")
@@ -244,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     "write a workdir's language model, or its CLIP, as transformers reads it",
     "clipflow export --workdir=runs/joint --output=exported",
   )
-  sub.add_argument("--workdir", type=Path, required=True)
+  sub.add_argument("--workdir", type=_folder, required=True)
   sub.add_argument("--output", type=Path, required=True)
   sub.add_argument("--family", help="a model_type of transformers, such as qwen3 or clip; by default what fits")
   sub.add_argument("--adapters", action="store_true", help="what its adapters learned alone, as peft reads it")
@@ -268,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow info --workdir=quickstart --output=quickstart.html",
     config="configs/quickstart.py",
   )
-  sub.add_argument("--workdir", type=Path)
+  sub.add_argument("--workdir", type=_folder)
   sub.add_argument(
     "--data", action="store_true", help="write what the model will see of the config's data: pages, PNGs"
   )

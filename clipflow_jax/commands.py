@@ -24,6 +24,8 @@ def quickstart(options: argparse.Namespace) -> None:
   from clipflow_jax.training import stages
 
   config = config_file.load(options.config, options.overrides)
+  if "order" not in config or "evaluation" not in config:
+    raise UserError("clipflow quickstart takes the config of a whole run, such as configs/quickstart.py")
   for name, least in (("n", 2), ("per_category", 1)):
     if config.evaluation[name] < least:
       raise UserError(f"evaluation.{name} is {config.evaluation[name]}: give {least} or more")
@@ -33,6 +35,8 @@ def quickstart(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
   config = config_file.load(options.config, options.overrides)
+  if not all("model" in stage for stage in config_file.stages(config)):
+    raise UserError("clipflow train takes the config of a stage or of a run, such as configs/contrastive.py")
   config_file.set_environment(config)
   from clipflow_jax.evaluation import sampler
   from clipflow_jax.parallel import distributed

@@ -118,7 +118,7 @@ def get_config(arg: str = "generation") -> ConfigDict:
 
 
 def _stage(name: str, size: str, model: dict[str, Any], weights: dict[str, float], **fields: Any) -> ConfigDict:
-  config = presets.stage(name, model=model | SIZES[size], optimizer=dict(ADAMW), steps=1000, **fields)
+  config = presets.stage(name, model=model | SIZES[size], optimizer=presets.OPTIMIZER | ADAMW, steps=1000, **fields)
   config.objective.weights = weights
   config.tokenizer.vocabulary = model.get("transformer", model["clip"].get("text"))["vocabulary"]
   config.frozen_dtype = SIZES[size]["dtype"]

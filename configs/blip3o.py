@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.update(presets.ROWS["generation"], tasks=dict(draw=1.0), drop_text=0.0)
   config.data.source.update(size=PICTURE["image_size"], draw=(PROMPT,))
   config.objective.update(weights=dict(flow=1.0), drop_condition=0.1)
-  config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=30, clip=1.0)
+  config.optimizer.update(name="adamw", learning_rate=1e-4, warmup=30)
   if options["from"]:
     fields = warm.imported(options["from"])
     config.model.update(transformer=fields["transformer"], drawer=fields["drawer"])

@@ -10,9 +10,10 @@ def get_config(arg: str = "") -> ConfigDict:
   options = presets.arguments(arg, **{"from": ""})
   config = presets.stage("edit", steps=800, train=presets.trains(text=1.0, flow=1.0), ema=0.99)
   if options["from"]:
-    from clipflow_jax.training import stages
+    from clipflow_jax.training import checkpoint, stages
 
     config.init_from = str(stages.newest(options["from"]))
+    checkpoint.described(config.init_from)  # says so where it is none
   shapes = dict(size=60, counts=(0.38, 0.5, 0.07, 0.05))
   # As questions do, what is asked for stands before its picture: each of the picture's slots sees whether it is meant.
   config.data.source = dict(

@@ -56,6 +56,8 @@ def get_config(arg: str = "") -> ConfigDict:
   for name in ("rank", "batch"):
     if options[name] < 1:
       raise UserError(f"config argument {name}={options[name]}: give 1 or more")
+  if options.data and not Path(options.data).exists():
+    raise UserError(f"config argument data={options.data}: it is not there; give captioned pictures")
   config = presets.stage("finetune", steps=1000, checkpoint_every=200, frozen_dtype="float32")
   wording = _take(config, options["from"], options.task) if options["from"] else {}
   model = config.model
@@ -67,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
   if model.get("dtype") == "bfloat16":
     config.frozen_dtype = "bfloat16"
   _teach(config, options, wording)
-  config.optimizer = dict(name="adamw", learning_rate=RATES[options.mode], warmup=50, clip=1.0)
+  config.optimizer.update(name="adamw", learning_rate=RATES[options.mode], warmup=50)
   if options.hardware:
     _place(config, options.hardware)
   return config
@@ -107,7 +109,8 @@ def _teach(config: ConfigDict, options: ConfigDict, wording: dict[str, tuple[str
   drawn = bool(DRAWING & set(tasks))
   weights = dict(language=language if options.task not in DRAWING else 0.0, flow=float(drawn))
   early = 0.5 if model.transformer.get("early_layer") and weights["flow"] else 0.0
-  config.objective = dict(weights=weights, levels=2, early=early, vocabulary_chunk=2048 if data.length > 2048 else 0)
+  chunk = 2048 if data.length > 2048 else 0
+  config.objective = dict(presets.OBJECTIVE, weights=weights, levels=2, early=early, vocabulary_chunk=chunk)
   if model.get("drawer") and weights["flow"]:
     config.objective.drop_condition = 0.1
   if options.mode == "full":

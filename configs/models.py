@@ -81,7 +81,7 @@ MODELS = {"small": small, "1b": qwen_0_6b, "4b": qwen_3b, "8b": qwen_7b}
 def make(name: str) -> dict[str, Any]:
   """Fields of the ClipFlow of that size. UserError for a size that is not there."""
   if name not in MODELS:
-    raise UserError(f"model size {name!r} is unknown; there are tiny, {', '.join(MODELS)}")
+    raise UserError(f"model size {name!r} is unknown; there are {', '.join(MODELS)}, and for single stages tiny")
   return MODELS[name]()
 
 

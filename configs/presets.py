@@ -42,6 +42,36 @@ def arguments(arg: str, **defaults: Any) -> ConfigDict:
   return options
 
 
+# Every setting of `training.optimizer.Optimizer` and of `objectives.joint.Objective`, as no stage has set it.
+OPTIMIZER = dict(
+  name="muon",
+  learning_rate=0.02,
+  adam_learning_rate=1e-2,
+  warmup=20,
+  final=0.0,
+  weight_decay=0.0,
+  clip=1.0,
+  b1=0.9,
+  b2=0.95,
+  patience=10,
+  offload="",
+)
+OBJECTIVE = dict(
+  weights={},
+  own={},
+  levels=1,
+  early=0.0,
+  targets=0,
+  drop_condition=0.0,
+  decoder_noise=0.5,
+  decoder_edges=10.0,
+  stop_text=False,
+  z_loss=0.0,
+  vocabulary_chunk=0,
+  contrastive_chunk=0,
+)
+
+
 def tiny(patch_size: int = 20) -> dict[str, Any]:
   """About 4 M parameters: learns `shapes` in minutes on two CPU cores. 3 x 3 tokens of 128 channels.
 
@@ -50,7 +80,7 @@ def tiny(patch_size: int = 20) -> dict[str, Any]:
   """
   patch = dict(image_size=60, patch_size=patch_size)
   # Muon lets queries and keys grow without bound: without their norm a flow of this size learns half as fast.
-  each = dict(qk_norm=True, unroll=True)
+  each = dict(qk_norm=True, unroll=True, remat="none")
   vision = dict(patch, width=128, layers=3, heads=2, mlp=384, embedding=64, **each)
   return dict(
     clip=dict(
@@ -108,10 +138,10 @@ def stage(name: str, **fields: Any) -> ConfigDict:
         shards=1,  # parts that hosts can share; a setting of the data itself, so keep it for the whole run
         max_bad_fraction=0.05,
       ),
-      objective=dict(weights=dict()),
+      objective=dict(OBJECTIVE),
       adapters=dict(),  # of `training.adapters.Adapters`; none
       train=(),
-      optimizer=dict(name="muon", learning_rate=0.02, adam_learning_rate=1e-2, warmup=20, clip=1.0),
+      optimizer=dict(OPTIMIZER),
       steps=0,
       accumulate=1,
       ema=0.0,
@@ -171,7 +201,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
       config.objective.early = 0.5
       config.sampling.guide = "early"
     config.tokenizer.vocabulary = 32_768
-    config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup=2000, clip=1.0)
+    config.optimizer.update(name="adamw", learning_rate=1e-4, warmup=2000)
     config.update(steps=100_000, log_every=100, frozen_dtype="bfloat16")
   if options["from"]:
     warm.start(config, options["from"])
@@ -210,6 +240,6 @@ def _tokens_of_row(config: ConfigDict) -> int:
   if weights.get("contrastive") or weights.get("pixels"):
     tokens += config.data.images_per_row * picture
   if weights.get("flow"):
-    targets = config.objective.get("targets", 0) or config.data.images_per_row
-    tokens += targets * config.objective.get("levels", 1) * (picture + 4)  # 4 tokens tell the time
+    targets = config.objective.targets or config.data.images_per_row
+    tokens += targets * config.objective.levels * (picture + 4)  # 4 tokens tell the time
   return tokens

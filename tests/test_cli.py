@@ -302,6 +302,32 @@ def test_features_are_cached_for_the_config_of_one_stage(capsys, tmp_path):
   assert f"no checkpoint in {tmp_path}" in fails(capsys, *argv, "--config=configs/joint.py")
 
 
+@pytest.mark.parametrize(
+  ("argv", "said"),
+  [
+    (
+      ("quickstart", "--config=configs/contrastive.py"),
+      "takes the config of a whole run, such as configs/quickstart.py",
+    ),
+    (("quickstart", "--config.evaluation.n=0"), "evaluation.n is 0: give 2 or more"),
+    (("train", "--config=configs/evaluate.py"), "takes the config of a stage or of a run"),
+    (("train", "--config=configs/finetune.py:data=nowhere"), "data=nowhere: it is not there"),
+    (("train", "--config=configs/edit.py:from=nowhere"), "no readable checkpoint in nowhere"),
+    (("train", "--config=configs/quickstart.py", "--config.stages.joint.sampling.eta=5.0"), "sampling eta 5.0"),
+  ],
+)
+def test_what_makes_no_run_is_told_before_it_begins(capsys, tmp_path, argv, said):
+  assert said in fails(capsys, *argv, f"--workdir={tmp_path / 'run'}")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_is_told(capsys, tmp_path):
+  (tmp_path / "file").touch()
+  for command in (("train", "--config=configs/contrastive.py"), ("quickstart",)):
+    assert "cannot write into" in fails(capsys, *command, f"--workdir={tmp_path / 'file'}")
+    assert "it is empty: name a folder" in fails(capsys, *command, "--workdir=")
+
+
 def test_info_describes_a_config_and_a_workdir(capsys, trained, tmp_path):
   assert cli.main(["info", "--config=configs/decoder.py", "--config.steps=77"]) == 0
   assert "77" in capsys.readouterr().out

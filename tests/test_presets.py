@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -18,10 +19,12 @@ from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives import contrastive
+from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import hardware as chips
 from clipflow_jax.training import plan, state
+from clipflow_jax.training.optimizer import Optimizer
 from configs import hardware, presets
 
 STAGES = ("contrastive", "decoder", "understanding", "generation", "joint")
@@ -31,6 +34,14 @@ TPUS = [found for name, found in hardware.CHIPS.items() if chips.CHIPS[name].tor
 
 def scaled(stage: str, model: str = "tiny", machine: str = "") -> ConfigDict:
   return importlib.import_module(f"configs.{stage}").get_config(f"model={model},hardware={machine}")
+
+
+@pytest.mark.parametrize(("settings", "of"), [(presets.OPTIMIZER, Optimizer), (presets.OBJECTIVE, Objective)])
+def test_every_setting_can_be_set_on_the_command_line(settings, of):
+  assert set(settings) == {field.name for field in dataclasses.fields(of)} - {"steps"}
+  for field in dataclasses.fields(of):
+    if field.default is not dataclasses.MISSING and field.name != "adam_learning_rate":
+      assert settings[field.name] == field.default, field.name
 
 
 @functools.cache
@@ -137,7 +148,7 @@ def test_unknown_hardware_is_named(name: str):
 
 
 def test_an_unknown_size_is_named():
-  with pytest.raises(UserError, match="'9b' is unknown; there are tiny, small"):
+  with pytest.raises(UserError, match="'9b' is unknown; there are small, 1b"):
     scaled("joint", "9b")
 
 

@@ -54,7 +54,9 @@ class PreparedSource(StoredSource):
     try:
       shares = np.concatenate([np.load(file.parent / INDEX, allow_pickle=False) for file in self._files])
     except (OSError, ValueError, EOFError) as error:
-      raise UserError(f"an {INDEX} of {', '.join(self.path)} cannot be read, copy it again: {error}") from error
+      raise UserError(
+        f"an {INDEX} of {', '.join(str(file.parent) for file in self._files)} cannot be read, copy it again: {error}"
+      ) from error
     if len(shares) != len(self._records):
       raise UserError(
         f"{INDEX} of {self._files[0].parent} is of {len(shares)} records, the shards have {len(self._records)}"

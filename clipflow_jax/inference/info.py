@@ -18,7 +18,8 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
-from clipflow_jax.training import state
+from clipflow_jax.training import loop, state
+from clipflow_jax.training.adapters import Adapters
 
 VOCABULARY = 512  # stands for one that only the tokenizer will tell
 WIDTH = 100  # of a terminal
@@ -27,11 +28,13 @@ WIDTH = 100  # of a terminal
 def describe_config(config: ConfigDict) -> str:
   """The stages of a config, and for each part of the model how many parameters it trains. Nothing is allocated.
 
-  Raises UserError when the config describes no stage, or its train table does not fit its model.
+  Raises UserError when the config describes no stage, or its settings or its train table make no run.
   """
   every = [config.stages[name] for name in config.order] if "order" in config else [config]
   if not every or not all("model" in stage for stage in every):
     raise UserError("the config has neither a model nor stages that have one; see configs/ for examples")
+  for stage in every:
+    loop.check(stage)
   plan = [
     (
       stage.name,
@@ -54,7 +57,8 @@ def describe_config(config: ConfigDict) -> str:
 
 
 def _parameters(stage: ConfigDict) -> dict[str, tuple[int, int]]:
-  params = _shapes(stage.model.to_json_best_effort(sort_keys=True))
+  fit = functools.partial(Adapters(**stage.adapters).fit, seed=0)
+  params = jax.eval_shape(fit, _shapes(stage.model.to_json_best_effort(sort_keys=True)))
   scales = state.multipliers(params, stage.train)
   return by_part((name, math.prod(leaf.shape), scales[name] > 0) for name, leaf in state.flatten(params).items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -42,6 +43,14 @@ class Objective:
     if unknown or not any(self.weights.values()):
       known = ", ".join((*NAMES, *self.own))
       raise UserError(f"objective.weights {dict(self.weights)} must name at least one of {known}, and no other")
+    if not all(0 <= weight < math.inf for weight in self.weights.values()):
+      raise UserError(f"objective.weights {dict(self.weights)}: give numbers from 0")
+    least = dict(levels=1) | dict.fromkeys(("targets", "vocabulary_chunk", "contrastive_chunk", "early", "z_loss"), 0)
+    for name, low in (least | dict(drop_condition=0, decoder_noise=0, decoder_edges=0)).items():
+      if not low <= getattr(self, name) < math.inf:
+        raise UserError(f"objective.{name} is {getattr(self, name)}: give {low} or more")
+    if self.drop_condition > 1:
+      raise UserError(f"objective.drop_condition is {self.drop_condition}: give a share from 0 to 1")
     for name in self.own:
       if name in NAMES or "_" in name:
         raise UserError(f"objective.own.{name}: choose a name without underscore that is none of {', '.join(NAMES)}")

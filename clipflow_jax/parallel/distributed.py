@@ -145,30 +145,43 @@ def barrier(what: str, timeout: float = 600.0) -> None:
 
 
 @contextlib.contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-  """A function that says, once a step, whether to stop: SIGTERM has come, to this process or to any other.
+def termination() -> Iterator[Callable[[], int]]:
+  """A function that says, once a step, which signal asks to stop, or 0: SIGTERM, to this process or to any other.
 
-  Many processes agree in the background on one step to stop at, so all of them must ask equally often. The signal is
-  only remembered; what is inside acts between steps.
+  One process alone also heeds its first Ctrl-C so (SIGINT) once there has been a step, for then there is something to
+  keep; a second one ends it at once. Many processes agree in the background on one step to stop at, so all of them must
+  ask equally often. The signal is only remembered; what is inside acts between steps.
   """
   seen: list[int] = []
   if jax.process_count() > 1:  # JAX's own handler has been there since `joined`
 
-    def agreed() -> bool:
+    def agreed() -> int:
       if not seen and multihost_utils.reached_preemption_sync_point(next(_asked)):  # true at that one step only
         seen.append(signal.SIGTERM)
-      return bool(seen)
+      return seen[0] if seen else 0
 
     yield agreed
     return
   if threading.current_thread() is not threading.main_thread():  # the caller owns signals
-    yield lambda: False
+    yield lambda: 0
     return
-  before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+  before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))}
+
+  def interrupted(number: int, _: Any) -> None:
+    seen.append(number)
+    signal.signal(number, before[signal.SIGINT])
+    print("clipflow: stops after this step and its checkpoint; Ctrl-C again to stop at once", file=sys.stderr)
+
+  def asked() -> int:
+    if signal.SIGINT not in before:
+      before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupted)
+    return seen[0] if seen else 0
+
   try:
-    yield lambda: bool(seen)
+    yield asked
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 # Arrays and values of all processes.

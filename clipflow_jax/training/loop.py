@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from clipflow_jax.data.feature_cache import FeatureSource
 from clipflow_jax.data.feature_statistics import Statistics, Sums
 from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, make_folder
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
@@ -65,7 +66,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   Order of beginnings: the workdir's own checkpoint (its tokenizer too, and `config.init_from` is not looked at), else
   `config.init_from` (its tokenizer, its parameters where names and shapes agree), else fresh. SIGTERM writes a
-  checkpoint and raises SystemExit(0) at the next step. UserError for settings that make no run, or not this one.
+  checkpoint and raises SystemExit(0) at the next step; so does the first Ctrl-C, with KeyboardInterrupt. UserError for
+  settings that make no run, or not this one.
 
   All processes of a run call this with the same config, inside `distributed.joined`; their workdir is one folder that
   all of them see.
@@ -76,7 +78,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
   # Devices and what they hold.
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_folder(workdir)
   mesh = meshes.make(config.mesh)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
 
@@ -85,7 +87,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   starts: list[checkpoint.Restored] = []
   if checkpoint.steps(workdir):
     told = [checkpoint.described(workdir)]
-    _compare(told[0]["config"], written, workdir)
+    compare(config, workdir)
   else:
     starts = beginnings(config, ("averaged", "frozen"))
     told = [start.meta for start in starts]
@@ -134,6 +136,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       batches.set_state(restored.data_state)
     # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
     taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh), scales) if starts else {}
+    if not restored:
+      _warn_of_the_untaught(set(state.flatten(abstract)) - taken.keys(), scales, pipeline, objective)
 
     # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
     cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
@@ -199,7 +203,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
         meter.update(metrics)
         throughput.step()
         stopping = stop()  # asked once a step: a signal that comes while this one is sampled is for the next
-        last = number == config.steps or stopping
+        last = number == config.steps or bool(stopping)
         if number % config.log_every == 0 or last:
           means = meter.compute()
           _check(means, number, config)
@@ -219,9 +223,9 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       watchdog.beat("the last checkpoint")
     if bad.bad:
       log.warning("%s", bad.summary())
-    if stop():
-      log.info("stopped by SIGTERM at step %d; the same command goes on", saved)
-      raise SystemExit(0)
+    if stopped := stop():
+      log.info("stopped by %s at step %d; the same command goes on", signal.Signals(stopped).name, saved)
+      raise SystemExit(0) if stopped == signal.SIGTERM else KeyboardInterrupt
     return whole(now)
 
 
@@ -262,13 +266,13 @@ def _leaves(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
       yield f"{before}{key}", value
 
 
-def _compare(there: Mapping[str, Any], here: Mapping[str, Any], workdir: Path) -> None:
-  """Names what a run that goes on has been set otherwise than its checkpoint. UserError for another seed."""
-  found = changes(there, here)
+def compare(config: ConfigDict, workdir: Path) -> None:
+  """Names what a run that goes on has been set otherwise than its checkpoint. UserError for another seed or stage."""
+  found = changes(checkpoint.described(workdir)["config"], json.loads(config.to_json_best_effort()))
   for change in found:
-    if change.key == "seed":
+    if change.key in ("seed", "name"):
       raise UserError(
-        f"the run in {workdir} has seed {change.there}, not {change.here}: keep it, or use another workdir"
+        f"the run in {workdir} has {change.key} {change.there}, not {change.here}: keep it, or use another workdir"
       )
   if found:
     named = ", ".join(f"{change.key} {change.here} (there {change.there})" for change in found)
@@ -372,6 +376,19 @@ def _take(
   if fresh := sorted(flat.keys() - taken):
     log.info("  fresh here: %s", ", ".join(fresh))
   return taken
+
+
+def _warn_of_the_untaught(
+  fresh: set[str], scales: Mapping[str, float], pipeline: Pipeline, objective: Objective
+) -> None:
+  """A warning where what a stage learns beside is frozen and begins at random. fresh: the paths that begin so."""
+  used = {
+    "clip_model/vision_tower/": any(part.role != "text" for part in pipeline.parts),
+    "language_model/text/": any(objective.weights.get(name) for name in ("language", "flow")),
+  }
+  for part, needed in used.items():
+    if needed and any(path.startswith(part) and not scales.get(path, 0.0) for path in fresh):
+      log.warning("%s is frozen, and begins at random: name a run that taught it, config.init_from=DIR", part[:-1])
 
 
 def _tokenizer(config: ConfigDict, told: Sequence[Mapping[str, Any]], parts: tuple[mixture.Part, ...]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, make_folder
 from clipflow_jax.training import checkpoint, loop
+
+log = logging.getLogger(__name__)
 
 ORDER = "stages.json"  # names in order: what tells a run of several stages from a single one
 
@@ -22,11 +25,11 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
   UserError for settings of any stage that make no run, before the first is run.
   """
   if "order" not in config:
-    loop.train(config, workdir, sample)
+    _train(config, workdir, sample)
     return
   for name in config.order:
     loop.check(config.stages[name])
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_folder(workdir)
   if jax.process_index() == 0:
     (workdir / ORDER).write_text(json.dumps(list(config.order)))
   before = config.get("init_from", "")
@@ -34,17 +37,25 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
     stage = config.stages[name]
     if before and not stage.init_from:
       stage.init_from = str(before)
-    if not is_finished(workdir / name, stage.steps):
-      loop.train(stage, workdir / name, sample)
+    _train(stage, workdir / name, sample)
     before = workdir / name
 
 
+def _train(stage: ConfigDict, workdir: Path, sample: loop.Sampler | None) -> None:
+  if is_finished(workdir, stage.steps):
+    loop.compare(stage, workdir)
+    log.info("%s has been trained to step %d: nothing to do", workdir, stage.steps)
+  else:
+    loop.train(stage, workdir, sample)
+
+
 def is_finished(workdir: Path, steps: int) -> bool:
-  """Whether a stage's last checkpoint is there, and whole as far as that shows without reading an array."""
-  if steps not in checkpoint.steps(workdir):
+  """Whether a stage's newest checkpoint is of these steps, or of more, and whole as far as it tells unread."""
+  newest = max(checkpoint.steps(workdir), default=-1)
+  if newest < steps:
     return False
   try:
-    return bool(checkpoint.shapes(workdir / "checkpoints" / str(steps)))
+    return bool(checkpoint.shapes(workdir / "checkpoints" / str(newest)))
   except UserError:
     return False  # damaged: the stage goes on from the one before
 

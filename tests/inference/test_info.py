@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.info import VOCABULARY, describe_config
 from clipflow_jax.training import checkpoint, state
-from configs import presets, quickstart
+from configs import finetune, presets, quickstart
 from tests import tiny_runs
 
 
@@ -52,6 +52,20 @@ def test_parameters_are_counted_by_part_as_they_are(trained):
   total = sum(np.size(leaf) for leaf in params.values()) / 1e6
   assert row(parts, "total")[1:] == [f"{sizes['decoder']:.3f} / {total:.3f}"]
   assert "vocabulary" not in parts
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+def test_fine_tuning_is_described_with_what_its_adapters_add(mode):
+  _, parts = tables(describe_config(finetune.get_config(f"mode={mode}")))
+  trained, whole = row(parts, "total")[1].split(" / ")
+  assert 0 < float(trained) < float(whole)
+
+
+def test_settings_that_make_no_run_are_told():
+  with pytest.raises(UserError, match="data.batch_size is 0"):
+    describe_config(tiny_runs.decoder_stage(data=dict(batch_size=0)))
+  with pytest.raises(UserError, match="adapters.base 'foo' is unknown"):
+    describe_config(finetune.get_config("mode=qlora,base=foo"))
 
 
 def test_an_open_vocabulary_is_counted_at_a_size_that_is_told():

@@ -28,6 +28,21 @@ def test_weights_must_name_an_objective_and_no_other(weights: dict[str, float]):
 
 
 @pytest.mark.parametrize(
+  ("fields", "told"),
+  [
+    (dict(levels=0), "objective.levels is 0: give 1 or more"),
+    (dict(targets=-1), "objective.targets is -1: give 0 or more"),
+    (dict(early=float("nan")), "objective.early is nan: give 0 or more"),
+    (dict(drop_condition=2.0), "objective.drop_condition is 2.0: give a share"),
+    (dict(weights={"flow": 1.0, "pixels": -1.0}), "objective.weights .*: give numbers from 0"),
+  ],
+)
+def test_settings_that_make_no_sense_are_refused(fields, told):
+  with pytest.raises(UserError, match=told):
+    Objective(**dict(weights={"flow": 1.0}) | fields)
+
+
+@pytest.mark.parametrize(
   ("name", "fields", "told"),
   [
     ("contrastive", dict(clip=dict(tiny.FIELDS["clip"], text=None)), "contrastive needs model.clip.text"),

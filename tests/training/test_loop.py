@@ -123,12 +123,22 @@ def test_each_task_is_due_at_its_own_steps_and_all_at_the_end(tmp_path):
 # Interruption.
 
 
-def terminate_at(when: int):
+def terminate_at(when: int, number: int = signal.SIGTERM):
   def sample(model, config, params, chat, step, writer, due):
     if step == when:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), number)
 
   return sample
+
+
+def test_ctrl_c_is_heeded_between_steps_and_keeps_what_was_done(whole, tmp_path):
+  before = signal.getsignal(signal.SIGINT)
+  config = tiny_runs.decoder_stage(sample_every=1)
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(config, tmp_path, terminate_at(2, signal.SIGINT))
+  assert steps_of(tmp_path) == ["3"]
+  assert signal.getsignal(signal.SIGINT) is before
+  assert_identical(loop.train(config, tmp_path), whole[1])
 
 
 @pytest.mark.parametrize("when", [1, 2])
@@ -233,6 +243,17 @@ def test_an_error_while_a_checkpoint_is_written_loses_none(tmp_path):
   with pytest.raises(UserError, match="no such task"):
     loop.train(tiny_runs.decoder_stage(sample_every=2, checkpoint_every=2), tmp_path, sample)
   assert steps_of(tmp_path) == ["2"]
+
+
+def test_a_frozen_tower_that_nobody_taught_is_told_of(whole, tmp_path, caplog):
+  def told() -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "at random" in r.getMessage()]
+
+  loop.train(tiny_runs.decoder_stage(steps=1, init_from=str(whole[0])), tmp_path / "taught")
+  assert not told()
+  loop.train(tiny_runs.decoder_stage(steps=1), tmp_path / "untaught")
+  (message,) = told()
+  assert message.startswith("clip_model/vision_tower is frozen, and begins at random: name a run that taught it")
 
 
 def test_the_workdirs_own_checkpoint_comes_before_another_run(whole, tmp_path):

@@ -34,6 +34,7 @@ def trained(monkeypatch) -> list[tuple[str, str, str]]:
 
   monkeypatch.setattr(loop, "train", train)
   monkeypatch.setattr(loop, "check", lambda stage: None)
+  monkeypatch.setattr(loop, "compare", lambda stage, workdir: None)
   return calls
 
 
@@ -108,6 +109,16 @@ def test_the_history_is_every_stages_lines_in_order(tmp_path):
 def test_a_line_cut_off_by_a_kill_is_no_history(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
   assert stages.history(tmp_path) == [{"stage": "a", "step": 1}]
+
+
+def test_a_run_that_has_gone_further_is_not_trained_again(trained, tmp_path):
+  finish(tmp_path, 6)
+  one = ConfigDict(dict(name="x", steps=2, init_from=""))
+  stages.train(one, tmp_path)
+  assert not trained
+  one.steps = 7
+  stages.train(one, tmp_path)
+  assert trained == [("x", tmp_path.name, "")]
 
 
 def test_the_settings_of_every_stage_are_checked_before_the_first_is_trained(monkeypatch, tmp_path):
