@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,10 +91,16 @@ def chat(options: argparse.Namespace) -> None:
       return
     except UnicodeDecodeError as error:
       raise UserError(f"cannot read the message: {error}") from error
-    messages.append({"role": "user", "content": [*first, {"type": "text", "text": words}]})
+    asked = {"role": "user", "content": [*first, {"type": "text", "text": words}]}
+    try:
+      answer = model.chat([*messages, asked])
+    except UserError as error:
+      if options.message is not None:
+        raise
+      print(f"clipflow: {error}", file=sys.stderr)  # the conversation goes on without it
+      continue
+    messages += [asked, {"role": "assistant", "content": answer}]
     first = []
-    answer = model.chat(messages)
-    messages.append({"role": "assistant", "content": answer})
     print(answer)
     if options.message is not None:
       return

@@ -51,7 +51,8 @@ def tower(config: ConfigDict, workdir: str) -> None:
     config.data.length = fields["text"]["length"]
   config.data.source.size = vision["image_size"]
   if config.model.get("pixel_decoder"):
-    config.model.pixel_decoder.update(image_size=vision["image_size"], patch_size=vision["patch_size"])
+    seen = vision["image_size"] // vision["patch_size"] * vision["patch_size"]
+    config.model.pixel_decoder.update(image_size=seen, patch_size=vision["patch_size"])
   config.measure_features = 4096
   begin_from(config, workdir)
 

@@ -12,7 +12,11 @@ from clipflow_jax.errors import UserError
 
 
 class TooLong(UserError):
-  """An example that fits no row."""
+  """An example that fits no row. what: that alone, in words."""
+
+  def __init__(self, what: str, text: str):
+    super().__init__(f"{what}; shorten it or raise data.length or data.images_per_row: {text[:80]!r}")
+    self.what = what
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,12 +47,15 @@ class Layout:
     return self.grid**2
 
 
-def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bool = False) -> dict[str, np.ndarray]:
+def encode(
+  conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bool = False, cut: bool = False
+) -> dict[str, np.ndarray]:
   """The un-packed arrays of one example: slots i32[s] (rank-1 Batch fields) and pictures [n].
 
   IMAGE is one word ("a picture begins"); where the picture is read, its tokens follow at one order, at rotary positions
   (time, time+row, time+column). A picture that is only drawn has no slots, and ends the stream when nothing follows it.
-  prompt: the last turn is the user's, and the stream ends where the assistant begins to write.
+  prompt: the last turn is the user's, and the stream ends where the assistant begins to write. cut: of words alone
+  those that do not fit are left out, as CLIP's own tokenizers do.
 
   Raises TooLong when it does not fit the layout: what a prompt that is too long gets; UserError for what the chat
   template cannot show, or pictures that the text does not name.
@@ -59,7 +66,8 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   begins: list[int] = []  # which words begin a picture
   if conversation.words_only:
     opening, closing = ([token] if token is not None else [] for token in (chat.begin, chat.end))
-    ids = [*opening, *chat.encode(chat.without_special(conversation.turns[0][1])), *closing]
+    room = layout.length - len(opening) - len(closing) if cut else None
+    ids = [*opening, *chat.encode(chat.without_special(conversation.turns[0][1]))[:room], *closing]
     written = [False] * len(opening) + [True] * (len(ids) - len(opening))
   else:
     for piece, is_written in chat.pieces(conversation.turns, prompt=prompt):
@@ -74,10 +82,8 @@ def encode(conversation: Conversation, chat: Chat, layout: Layout, *, prompt: bo
   length, n = len(ids) + layout.tokens_per_image * len(read), len(roles)
   if length > layout.length or n > layout.images:
     text = " ".join(text for _, text in conversation.turns)
-    raise TooLong(
-      f"an example of {length} tokens and {n} pictures does not fit a row of {layout.length} and {layout.images}; "
-      f"shorten it or raise data.length or data.images_per_row: {text[:80]!r}"
-    )
+    what = f"an example of {length} tokens and {n} pictures does not fit a row of {layout.length} and {layout.images}"
+    raise TooLong(what, text)
 
   # A picture that is read takes all its slots, one step of order, and as much time as it has rows.
   word = np.arange(len(ids), dtype=np.int32)

@@ -121,17 +121,21 @@ class Chat:
     self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))))
     self.pad = tokenizer.pad_token_id or 0
     self.end = tokenizer.eos_token_id
+    # A file may keep what was padded and cut to before it was saved; transformers sets that anew at every call.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     # What a tokenizer frames a text with by itself is what its tower was trained with: SigLIP's have no begin there.
     core = tokenizer.backend_tokenizer
     frame = set(core.encode("").ids) - set(core.encode("", add_special_tokens=False).ids)
     self.begin = None if frame and tokenizer.bos_token_id not in frame else tokenizer.bos_token_id
 
-  def check(self) -> None:
-    """UserError where it cannot say a conversation: without a word for a picture it knows captions alone."""
-    if self.image is None:
+  def check(self, pictures: bool = True) -> None:
+    """UserError where it cannot say a conversation, with pictures or of words alone: then it knows captions alone."""
+    lacks = "chat template" if not self.tokenizer.chat_template else f"token {IMAGE}"
+    if not self.tokenizer.chat_template or (pictures and self.image is None):
       raise UserError(
-        f"the tokenizer has no token {IMAGE}, so it is for captions alone: start from a run or from a language model "
-        "that has one, or add it with tokenizer.add_special_tokens"
+        f"the tokenizer has no {lacks}, so it is for captions alone: start from a run or from a language model "
+        "that has one, or give it one in the files that were imported"
       )
 
   def _encode(self, text: str) -> tuple[int, ...]:
@@ -181,7 +185,8 @@ class Chat:
         continue
       words = messages[i]["content"] or shown  # an empty answer is found by all that is shown, or not at all
       end = words + shown.rpartition(words)[2]
-      cut(self._rendered(messages[:i], prompt=True), whole.partition(words)[0], written=False)
+      asked = [self._rendered(messages[:i], prompt=True)] if i else []  # transformers renders no empty conversation
+      cut(*asked, whole.partition(words)[0], written=False)
       cut(shown, whole.partition(end)[0] + end, written=True)
     return [*pieces, (self._rendered(messages, prompt=True)[len(done) :], False)]
 
@@ -189,9 +194,9 @@ class Chat:
     """(token ids, is written by the assistant) of successive pieces of a conversation.
 
     turns: (role, text), where IMAGE in a text stands for a picture. prompt: end where the assistant begins to write.
-    UserError as `check`.
+    UserError as `check` for a picture.
     """
-    self.check()
+    self.check(pictures=any(IMAGE in text for _, text in turns))
     parts = [(role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns]
     frames = self._frames(tuple((role, len(split)) for role, split in parts))
     words = [part if part == IMAGE else self.without_special(part) for _, split in parts for part in split]

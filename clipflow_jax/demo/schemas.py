@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import UploadFile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from clipflow_jax.data.example import BadRecord
@@ -70,13 +70,31 @@ def _as_parts(content: Any) -> Any:
   return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def _as_system(role: Any) -> Any:
+  return "system" if role == "developer" else role  # its newer name
+
+
 class Message(_Asked):
-  role: Literal["system", "user", "assistant"]
+  role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
   content: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS), BeforeValidator(_as_parts)]
 
 
 class StreamOptions(_Asked):
   include_usage: bool = False
+  include_obfuscation: Literal[False] = False
+
+
+class Plain(_Asked):
+  """The format of an answer that is text."""
+
+  type: Literal["text"]
+
+
+# What some clients always send: only the value that asks for nothing is taken.
+Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[float, Field(ge=1, le=1)]
+NoList = Annotated[list[Any], Field(max_length=0)]
+NoDict = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -96,6 +114,15 @@ class ChatRequest(_Asked):
   stream: bool = False
   stream_options: StreamOptions | None = None
   user: str | None = None
+  top_p: One = 1.0
+  frequency_penalty: Zero = 0.0
+  presence_penalty: Zero = 0.0
+  logprobs: Literal[False] = False
+  logit_bias: NoDict = {}
+  stop: NoList = []
+  store: Literal[False] = False
+  metadata: NoDict = {}
+  response_format: Plain = Plain(type="text")
 
 
 class _Drawing(_Asked):
@@ -110,6 +137,8 @@ class _Drawing(_Asked):
   steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
   guidance: Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)] | None = None
   user: str | None = None
+  quality: Literal["auto"] = "auto"
+  output_format: Literal["png"] = "png"
 
 
 class ImageRequest(_Drawing):
@@ -120,7 +149,7 @@ class EditRequest(_Drawing):
   """POST /v1/images/edits, as a form: the prompt says what shall become of the picture."""
 
   model_config = ConfigDict(strict=False)  # a form's numbers are words
-  image: UploadFile
+  image: UploadFile = Field(validation_alias=AliasChoices("image", "image[]"))  # so clients call it in a list of one
 
 
 def picture(url: str, size: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import secrets
 import signal
 import socket
@@ -31,6 +32,7 @@ from prometheus_client import exposition
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clipflow_jax.data.sequence import TooLong
 from clipflow_jax.demo import schemas
 from clipflow_jax.demo.address import in_url
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
@@ -39,6 +41,7 @@ from clipflow_jax.demo.service import Draw, Drawn, Service, Talk, finished, firs
 from clipflow_jax.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def make_app(service: Service, api_key: str | None = None) -> Gate:
@@ -54,10 +57,12 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
   app.add_exception_handler(HTTPException, _refusal)
   app.add_exception_handler(RequestValidationError, _invalid)
   app.add_exception_handler(UserError, _unusable)
+  app.add_exception_handler(TooLong, _too_long)
   app.add_exception_handler(jinja2.TemplateError, _unusable)  # a chat template that wants other roles
   app.add_exception_handler(Full, _full)
   app.add_exception_handler(Closed, _closed)
   app.add_exception_handler(Failed, _failed)
+  app.add_exception_handler(Exception, _broken)
 
   @app.get("/health")
   async def health() -> dict:
@@ -210,6 +215,14 @@ async def _unusable(request: Any, error: Any) -> Response:
   return _answer(Refused(400, str(error)))
 
 
+async def _too_long(request: Any, error: Any) -> Response:
+  return _answer(Refused(400, f"{error.what}: shorten it", param="messages", code="context_length_exceeded"))
+
+
+async def _broken(request: Any, error: Any) -> Response:
+  return _answer(Refused(500, "the server failed"))
+
+
 async def _full(request: Any, error: Any) -> Response:
   return _answer(Refused(429, str(error), code="queue_full", retry=error.seconds))
 
@@ -253,6 +266,8 @@ class Gate:
 
     try:
       await (self._refused(scope) or self.app)(scope, counted, watched)
+    except Exception:  # `_broken` has answered; raised on, it would end a connection that the client means to use again
+      log.exception("a request failed")
     finally:
       self.service.metrics.requests.labels(route, status).inc()
       self.service.metrics.seconds.labels(route).observe(time.perf_counter() - start)

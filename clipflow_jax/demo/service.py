@@ -183,7 +183,7 @@ class Service:
     parts = [part for message in asked.messages for part in message.content]
     characters = sum(len(part.text) for part in parts if part.type == "text")
     pictures = sum(part.type == "image_url" for part in parts)
-    room = self.model.config.get("max_length", 512) // (self.model.model.grid**2 + 1)  # each, and the word before it
+    room = self.model.longest // (self.model.model.grid**2 + 1)  # each, and the word before it
     for count, most, what in ((characters, schemas.MAX_CHARACTERS, "characters"), (pictures, room, "pictures")):
       if count > most:  # known before any is unpacked or cut into tokens
         too_long = f"the messages have {count} {what}; the limit is {most}"

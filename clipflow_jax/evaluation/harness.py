@@ -56,7 +56,7 @@ class Words:
     super().__init__()
     self.model = model
     empty = sequence.talked((("", ""),), np.zeros((0, 0, 3), np.uint8))
-    self.room = model.config.get("max_length", 512) - int(model.rows([empty]).segments.sum()) - _SPARE  # for words
+    self.room = model.longest - int(model.rows([empty]).segments.sum()) - _SPARE  # for words
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """(log-probability, whether greedy decoding writes it) of each continuation; args: (context, continuation)."""

@@ -3,7 +3,7 @@
 A folder holds pictures and items.jsonl, one JSON object a line: {"file": "a.png", "question": "...", "answers":
 ["..."], "choices": ["..."], "category": "..."}, each key left out where a task has no use for it. Without items.jsonl
 its folders are classes, and the pictures in one are answered by its name. Folders for known classes have their names,
-or are these in order: numbers by their value, others by the alphabet.
+however they are written, or are these in order: numbers by their value, others by the alphabet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,13 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
   named = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
   if classes and named and len(named) != len(classes):
     raise UserError(f"{folder} has {len(named)} folders for {len(classes)} classes: one for each is needed, in order")
-  if set(named) == set(classes):
-    named = list(classes)
+  plain = {_plain(name): number for number, name in enumerate(classes)}
+  known = [name for name in named if _plain(name) in plain]
+  if classes and len(known) == len(named) == len(plain):
+    named.sort(key=lambda name: plain[_plain(name)])
+  elif known:
+    strange = next(name for name in named if name not in known)
+    raise UserError(f"{folder / strange} is named as no class, and {known[0]} as one: name all as classes, or none")
   elif all(name.isdecimal() for name in named):
     named.sort(key=int)
   return [
@@ -74,6 +80,11 @@ def read(folder: Path | str, classes: Sequence[str] = ()) -> list[Item]:
     for label, name in enumerate(named)
     for path in folders.list_pictures(folder / name)
   ]
+
+
+def _plain(name: str) -> str:
+  """A class's name without what file names and lists write differently."""
+  return re.sub(r"[\W_]+", " ", name.casefold()).strip()
 
 
 def read_prompts(file: Path | str) -> list[Item]:

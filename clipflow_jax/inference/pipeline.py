@@ -34,6 +34,9 @@ from clipflow_jax.training.state import Params
 Message = dict[str, Any]
 
 
+ROW, LONGEST = 512, 4096  # slots that a row may always have, and that an imported model's may have
+
+
 class ClipFlow:
   """A trained model. Every method takes any number of items and runs them in batches of one compiled shape.
 
@@ -41,10 +44,21 @@ class ClipFlow:
   result, whatever else is in the batch.
   """
 
-  def __init__(self, model: Model, params: Params, chat: Chat, config: ConfigDict, step: int = 0, batch_size: int = 64):
+  def __init__(
+    self,
+    model: Model,
+    params: Params,
+    chat: Chat,
+    config: ConfigDict,
+    step: int = 0,
+    batch_size: int = 64,
+    longest: int = 0,
+  ):
+    """longest: slots of a row that the model is known to read; what it was trained on, and ROW, are known anyway."""
     self.model, self.params, self.tokenizer, self.config, self.step = model, params, chat, config, step
     self.batch_size = batch_size
-    self.shortest = 16  # slots of the shortest rows that programs are compiled for
+    # Slots of the shortest and of the longest rows that programs are compiled for.
+    self.shortest, self.longest = 16, max(ROW, config.data.length if "data" in config else 0, longest)
     self.wording = mixture.wording(config.data.source if "data" in config else {})
     self.programs = Programs()
 
@@ -72,7 +86,9 @@ class ClipFlow:
     fields = with_vocabulary(config.model.to_dict(), len(chat.tokenizer))
     # A language model may come alone, without a tower; what trained it may not be here.
     model = Model(**dict(clip={}) | fields | dict(kernel="xla"))
-    return cls(model, jax.device_put(params), chat, config, read.step, batch_size)
+    # What an imported language model can read at once.
+    positions = read.meta.get("words", {}).get("config", {}).get("max_position_embeddings", 0)
+    return cls(model, jax.device_put(params), chat, config, read.step, batch_size, min(positions, LONGEST))
 
   @property
   def image_size(self) -> int:
@@ -172,8 +188,7 @@ class ClipFlow:
     sampling = Sampling(**settings)
     if sampling.guidance != 1.0 and sampling.guide != "text":
       self.need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
-    if not prompts:
-      raise UserError("nothing to draw: there are no prompts")
+    prompts = listed("prompts", prompts)
     asked = [*self._worded(prompts, images), sequence.drawn("", self._blank())]
     both = self.rows(asked)  # together, so that they are of one length
     return sampling, jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
@@ -225,6 +240,7 @@ class ClipFlow:
 
   def answer(self, images: np.ndarray, questions: Sequence[str], new: int = 64) -> list[str]:
     """An answer to one question about each picture, of so many tokens at most."""
+    questions = listed("questions", questions, len(images))
     pairs = zip(self._images(images), questions, strict=True)
     return self._write([sequence.asked(picture, question, self.wording.ask) for picture, question in pairs], new)
 
@@ -278,8 +294,8 @@ class ClipFlow:
     With neither it is about words alone. end: the end of the answer counts as one more of its tokens.
     """
     self.need("transformer", "tell how likely words are")
-    if not questions:
-      raise UserError("nothing to compare: there are no questions")
+    questions = listed("questions", questions)
+    answers = listed("answers", answers, len(questions))
     looked = [self._blank()] * len(questions) if images is None else self._images(images)
     pairs = zip(looked, questions, answers, strict=True)
     if images is None and features is None:
@@ -309,14 +325,16 @@ class ClipFlow:
     return self.batched(("embed_image",), run, (self._images(images),))
 
   def embed_text(self, texts: Sequence[str]) -> np.ndarray:
-    """CLIP embeddings f32[N,E] at unit norm."""
-    if not texts:
-      raise UserError("nothing to embed: there are no texts")
+    """CLIP embeddings f32[N,E] at unit norm. What the tower cannot read of a long text is left out."""
+    texts = listed("texts", texts)
     self.need("text tower", "embed texts")
     blank = self._blank()
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid, self.tokenizer.pad)
     rows = sequence.stack(
-      [sequence.pack([sequence.encode(sequence.words(t, blank), self.tokenizer, layout)], layout) for t in texts]
+      [
+        sequence.pack([sequence.encode(sequence.words(text, blank), self.tokenizer, layout, cut=True)], layout)
+        for text in texts
+      ]
     )
 
     def run(params, tokens, mask):
@@ -332,18 +350,15 @@ class ClipFlow:
 
   def rows(self, conversations: Sequence[Conversation], prompt: bool = False) -> Batch:
     """The conversations as rows, at the shortest of a few lengths that holds them all. prompt: as `sequence.encode`."""
-    limit = self.config.get("max_length", 512)
     pictures = max(len(c.roles) for c in conversations)
-    layout = Layout(limit, pictures, self.model.grid, self.tokenizer.pad)
+    layout = Layout(self.longest, pictures, self.model.grid, self.tokenizer.pad)
     examples = [sequence.encode(c, self.tokenizer, layout, prompt=prompt) for c in conversations]
     longest = max(len(e["tokens"]) for e in examples)
-    layout = dataclasses.replace(layout, length=min(limit, bucket(longest, self.shortest)))
+    layout = dataclasses.replace(layout, length=min(self.longest, bucket(longest, self.shortest)))
     return sequence.stack([sequence.pack([example], layout) for example in examples])
 
   def _write(self, conversations: Sequence[Conversation], new: int) -> list[str]:
     self.need("transformer", "write")
-    if not conversations:
-      raise UserError("nothing to read: there are no pictures")
     if new < 1:
       raise UserError(f"{new} tokens are no answer; let it write at least 1")
     room = bucket(new)
@@ -392,3 +407,14 @@ class ClipFlow:
   def batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
     """run(params, *items, *constant) over items' first axis, as `Programs.over`. name: of what `run` computes."""
     return self.programs.over(name, run, self.params, items, *constant, size=self.batch_size)
+
+
+def listed(what: str, texts: Sequence[str], n: int | None = None) -> list[str]:
+  """The texts as a list. UserError for one text in the place of a list, for none, or for others than n."""
+  if isinstance(texts, str):
+    raise UserError(f"{what} are the one text {texts[:40]!r}: give a list of them")
+  if not len(texts):
+    raise UserError(f"nothing to do: there are no {what}")
+  if n is not None and len(texts) != n:
+    raise UserError(f"{len(texts)} {what} for {n}: give one for each")
+  return list(texts)

@@ -83,7 +83,6 @@ class FlowHead(nn.Module):
 # (part, a size of it, what that must be a multiple of, and of how many of those: heads that turn by row and column are
 # cut into pairs for each).
 MULTIPLES = (
-  ("clip.vision", "image_size", "patch_size", 1),
   ("clip.text", "width", "heads", 1),
   ("clip.captioner", "heads", "kv_heads", 1),
   ("transformer", "heads", "kv_heads", 1),
@@ -184,6 +183,11 @@ class ClipFlow(nn.Module):
     vision, decoder = parts["clip.vision"], self.pixel_decoder
     if not vision:
       return
+    if self.clip.get("captioner") and vision["image_size"] % vision["patch_size"]:
+      raise UserError(
+        f"model.clip.vision.image_size {vision['image_size']} is no multiple of patch_size {vision['patch_size']}, "
+        "all of which model.clip.captioner reads out; change one of the two, or leave the captioner out"
+      )
     side, pool = vision["image_size"] // vision["patch_size"], vision.get("feature_pool", 1)
     if side % pool:
       raise UserError(f"model.clip.vision.feature_pool {pool} does not divide the {side} tokens of a side; change it")
@@ -325,4 +329,5 @@ class ClipFlow(nn.Module):
         self.predict(features, jnp.ones((b, n)), self.conditioning(context, place))
     if self.pixel_decoder:
       flat = features.reshape(b * n, *self.feature_shape)
-      self.decode(flat, images.astype(jnp.float32), jnp.ones(b * n))
+      side = self.pixel_decoder["image_size"]
+      self.decode(flat, images[:, :side, :side].astype(jnp.float32), jnp.ones(b * n))

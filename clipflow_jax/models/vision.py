@@ -104,7 +104,8 @@ class VisionTower(nn.Module):
       raise UserError(
         f"model.clip.vision.width {self.width} is no multiple of heads {self.heads}; change one of the two"
       )
-    patches = to_patches(self._normalise(images), self.patch_size)
+    seen = self.image_size // self.patch_size * self.patch_size  # a margin that no patch covers is left out
+    patches = to_patches(self._normalise(images[:, :seen, :seen]), self.patch_size)
     x = Linear(self.width, self.patch_bias, dtype=self.dtype, name="patches")(patches)
     init = nn.initializers.normal(0.1)
     first = int(self.has_class)

@@ -142,7 +142,8 @@ class Objective:
           drop=self.drop_condition,
         )
     if "pixels" in on:
-      flat = batch.images.reshape(-1, *batch.images.shape[2:])
+      side = model.pixel_decoder["image_size"]  # less than the pictures' where the tower leaves out a margin
+      flat = batch.images.reshape(-1, *batch.images.shape[2:])[:, :side, :side]
       each = jax.vmap(lambda key: jax.random.split(key, batch.images.shape[1]))(keys).reshape(-1)
       sums |= pixels.losses(
         model,

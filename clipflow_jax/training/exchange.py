@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.state import Params, flatten, nest
 
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
+
 log = logging.getLogger(__name__)
 
 MODEL = "model.json"
@@ -51,6 +55,7 @@ OURS: dict[type[nn.Module], tuple[str, ...]] = {
   ClipFlow: ("clip_model", "statistics", "image_connector", "image_grid", "pixel_decoder", "decoder"),
 }
 DRAW_HERE = "[IMG]"  # what BLIP3-o's tokenizer calls the word that begins a picture
+RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")  # of Llama 3, with no meaning yet
 
 
 def bring_in(
@@ -203,23 +208,30 @@ def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
   if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
     log.warning("%s has no tokenizer: the model comes without one, and cannot start a run", folder)
     return {}
-  from transformers import AutoTokenizer
+  from tokenizers import normalizers
 
   try:
-    words = AutoTokenizer.from_pretrained(str(folder))
+    words = _read(folder)
   except Exception as error:  # whatever its files make transformers raise
-    raise UserError(f"the tokenizer of {folder} cannot be read ({str(error).splitlines()[0]}); mend it") from error
+    why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    raise UserError(f"the tokenizer of {folder} cannot be read ({why}); mend it") from error
+  if words is None:
+    log.warning("%s has no tokenizer.json, and transformers here cannot make one: it comes without", folder)
+    return {}
+  if isinstance(module, Clip) and module.pairwise:  # SigLIP's texts were of small letters, whatever its files say
+    core = words.backend_tokenizer
+    first = [normalizers.Lowercase(), *filter(None, [core.normalizer])]
+    core.normalizer = normalizers.Sequence(first)
   if DRAW_HERE in words.get_vocab() and text.IMAGE not in words.get_vocab():
-    with tempfile.TemporaryDirectory() as scratch:
-      files = text.to_files(words, Path(scratch))
-    with tempfile.TemporaryDirectory() as scratch:
-      renamed = {name: held.replace(json.dumps(DRAW_HERE), json.dumps(text.IMAGE)) for name, held in files.items()}
-      words = text.from_files(renamed, Path(scratch))
+    words = _renamed(words, DRAW_HERE)
   vocabulary = getattr(module, "vocabulary", 0) or (getattr(module, "transformer", None) or {}).get("vocabulary", 0)
   if vocabulary:
     wanted = [text.IMAGE] if words.chat_template else [text.IMAGE, text.USER, text.ASSISTANT, text.END]
     lacking = [word for word in wanted if word not in words.get_vocab()]
-    if len(words) + len(lacking) > vocabulary:
+    if lacking == [text.IMAGE] and len(words) + 1 > vocabulary:  # as of Llama 3, which has words that nobody uses
+      if spare := sorted(word for word in words.get_vocab() if RESERVED.fullmatch(word)):
+        words, lacking = _renamed(words, spare[0]), []
+    if lacking and len(words) + len(lacking) > vocabulary:
       log.warning("the vocabulary of %d has no room for %s", vocabulary, ", ".join(lacking))
     else:
       words.add_special_tokens({"additional_special_tokens": lacking}, replace_extra_special_tokens=False)
@@ -230,6 +242,28 @@ def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
       words.pad_token = words.eos_token
   with tempfile.TemporaryDirectory() as scratch:
     return text.to_files(words, Path(scratch))
+
+
+def _read(folder: Path) -> PreTrainedTokenizerFast | None:
+  """A folder's tokenizer, or None where it has only files that a library would be needed for that is not here."""
+  from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+  try:
+    words = AutoTokenizer.from_pretrained(str(folder))
+  except ImportError:  # as SigLIP's class does for sentencepiece
+    words = None
+  if words is None or not getattr(words, "backend_tokenizer", None):
+    return PreTrainedTokenizerFast.from_pretrained(str(folder)) if (folder / "tokenizer.json").is_file() else None
+  return words
+
+
+def _renamed(words: PreTrainedTokenizerFast, word: str) -> PreTrainedTokenizerFast:
+  """The tokenizer in which that word of its own is the one for a picture."""
+  with tempfile.TemporaryDirectory() as scratch:
+    files = text.to_files(words, Path(scratch))
+  with tempfile.TemporaryDirectory() as scratch:
+    renamed = {name: held.replace(json.dumps(word), json.dumps(text.IMAGE)) for name, held in files.items()}
+    return text.from_files(renamed, Path(scratch))
 
 
 def _config(config: ConfigDict | None, fields: dict[str, Any]) -> dict[str, Any]:

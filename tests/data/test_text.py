@@ -124,8 +124,22 @@ def test_a_tokenizer_without_a_token_for_pictures_is_refused_where_it_is_to_hold
   plain = PreTrainedTokenizerFast(tokenizer_object=type(core).from_str(core.to_str().replace(IMAGE, "<|other|>")))
   captions = Chat(plain)
   assert captions.decode(captions.encode("a red circle")) == "a red circle"
-  with pytest.raises(UserError, match=r"no token <\|image\|>, so it is for captions alone"):
+  with pytest.raises(UserError, match=r"no chat template, so it is for captions alone"):
     captions.pieces((("user", "a red circle"),))
+  plain.chat_template = text.CHAT_TEMPLATE
+  talks = Chat(plain)
+  assert "a red circle" in talks.decode(talks.prompt((("user", "a red circle"),)))
+  with pytest.raises(UserError, match=r"no token <\|image\|>, so it is for captions alone"):
+    talks.pieces((("user", f"{IMAGE}a red circle"),))
+
+
+def test_what_a_file_says_of_padding_and_cutting_is_not_obeyed(tmp_path):
+  tokenizer = text.train_tokenizer(TEXTS, 300)
+  whole = Chat(tokenizer).encode("a red circle and a blue square")
+  tokenizer.backend_tokenizer.enable_truncation(3)
+  tokenizer.backend_tokenizer.enable_padding(length=40)
+  again = Chat(text.from_files(text.to_files(tokenizer, tmp_path), tmp_path))
+  assert again.encode("a red circle and a blue square") == whole
 
 
 # Conversations.

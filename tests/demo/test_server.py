@@ -219,7 +219,7 @@ def test_a_picture_is_changed_as_the_prompt_says(client, model, running, picture
   how = dict(steps=3, guidance=1.5, seed=[6, 7], looks=1)
   (look,) = running.service.forming.draw(["make it red "] * 2, **how, images=np.stack([picture] * 2))
   assert np.abs(drawn - model.decode(look.features, seed=[6, 7]).astype(int)).max() <= 1
-  asked["image"] = ("before.png", png(255 - picture))
+  asked["image"] = [("before.png", png(255 - picture))]  # a list of one has another name in the form
   other = client.images.edit(**asked, extra_body={"seed": 6, "steps": 3, "guidance": 1.5})
   assert np.abs(drawn[0] - decoded(other.data[0].b64_json)).max() > 1
   assert metric(running, f'clipflow_requests_total{{route="{EDIT}",status="200"}}') == 2
@@ -303,10 +303,48 @@ def test_a_body_that_is_too_large_is_refused_however_it_is_sent(running):
   refused(running.http.post(CHAT, content=in_pieces, headers=headers), 413, "larger than", code="request_too_large")
 
 
+def test_settings_that_ask_for_nothing_are_taken(client):
+  plain = dict(model="tiny", messages=[{"role": "system", "content": "be brief"}, *HOW], max_tokens=4)
+  never = dict(
+    top_p=1.0, frequency_penalty=0, presence_penalty=0.0, logprobs=False, stop=[], logit_bias={}, store=False
+  )
+  asked = plain | dict(messages=[{"role": "developer", "content": "be brief"}, *HOW])
+  answers = [
+    client.chat.completions.create(**one)
+    for one in (plain, asked | never | dict(response_format={"type": "text"}, metadata={}))
+  ]
+  assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+  drawn = [
+    client.images.generate(prompt="a star", extra_body=dict(seed=1, steps=2), **more).data[0].b64_json
+    for more in ({}, dict(quality="auto", output_format="png"))
+  ]
+  assert drawn[0] == drawn[1]
+
+
+def test_a_conversation_may_begin_with_a_greeting(client):
+  messages = [{"role": "assistant", "content": "hello"}, *HOW]
+  assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=2).choices[0].finish_reason
+
+
+def test_what_fits_no_row_has_the_code_that_clients_look_for(running):
+  asked = {"model": "tiny", "messages": [{"role": "user", "content": "why " * 1000}]}
+  answer = running.http.post(CHAT, json=asked)
+  refused(answer, 400, "does not fit a row of", code="context_length_exceeded", param="messages")
+  assert "data.length" not in answer.text
+
+
+def test_an_error_that_nobody_foresaw_is_told_and_the_connection_stays(running, monkeypatch):
+  monkeypatch.setattr(running.service, "drawing", lambda asked: 1 / 0)
+  with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    for _ in range(3):
+      with pytest.raises(openai.InternalServerError, match="the server failed"):
+        client.images.generate(prompt="a star")
+      assert client.models.list().data
+
+
 @pytest.mark.parametrize(
   ("path", "asked", "says"),
   [
-    (CHAT, {"messages": [{"role": "user", "content": "why " * 1000}]}, "does not fit"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * (schemas.MAX_CHARACTERS + 1)}]}, "the limit is 8192"),
     (CHAT, {"messages": [{"role": "wizard", "content": "how?"}]}, "messages.0.role: Input should be 'system'"),
     (CHAT, {"messages": []}, "messages: List should have at least 1 item"),
@@ -318,7 +356,10 @@ def test_a_body_that_is_too_large_is_refused_however_it_is_sent(running):
     (CHAT, {"messages": HOW, "model": "gpt"}, "the model 'gpt' is not here; there is 'tiny'"),
     (DRAW, {"prompt": "a star", "size": "512x512"}, "this model draws pictures of 24x24, not of 512x512"),
     (DRAW, {"prompt": "a star", "response_format": "url"}, "response_format: Input should be 'b64_json'"),
-    (DRAW, {"prompt": "a star " * 1000}, "does not fit"),
+    (CHAT, {"messages": HOW, "top_p": 0.5}, "top_p: Input should be greater than or equal to 1"),
+    (CHAT, {"messages": HOW, "stop": ["a"]}, "stop: List should have at most 0 items"),
+    (CHAT, {"messages": HOW, "response_format": {"type": "json_object"}}, "response_format.type: Input should be"),
+    (DRAW, {"prompt": "a star " * 1000}, "does not fit a row of 512 and 1: shorten it"),
     (DRAW, {"prompt": "a star", "steps": 0}, "steps: Input should be greater than or equal to 1"),
     (DRAW, {"prompt": "a star", "seed": -1}, "seed: Input should be greater than or equal to 0"),
     (DRAW, {"prompt": "a star", "n": 11}, "n: Input should be less than or equal to 10"),

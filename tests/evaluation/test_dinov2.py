@@ -27,7 +27,7 @@ def test_positions_are_resampled_as_pytorch_does():
   torch = pytest.importorskip("torch")
   places = np.random.default_rng(0).normal(size=(1 + 37 * 37, 3)).astype(np.float32)
   grid = torch.tensor(places[1:].reshape(1, 37, 37, 3)).permute(0, 3, 1, 2)
-  wanted = torch.nn.functional.interpolate(grid, size=(16, 16), mode="bicubic", align_corners=False)
+  wanted = torch.nn.functional.interpolate(grid, scale_factor=[16.1 / 37] * 2, mode="bicubic", align_corners=False)
   found = dinov2.resampled(places, 37, 16)
   np.testing.assert_array_equal(found[0], places[0])
   np.testing.assert_allclose(found[1:], wanted.permute(0, 2, 3, 1).reshape(256, 3).numpy(), atol=1e-5)

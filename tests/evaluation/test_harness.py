@@ -20,7 +20,7 @@ from clipflow_jax.inference.pipeline import ClipFlow
 class Model:
   """Answers with what it was asked. A word is a token, and a row holds 30 of which a conversation takes 2."""
 
-  image_size, batch_size, config = 2, 2, {"max_length": 30}
+  image_size, batch_size, longest = 2, 2, 30
 
   def __init__(self):
     self.tokenizer = types.SimpleNamespace(tokenizer=self.tokens)

@@ -124,6 +124,7 @@ def test_what_is_not_finite_is_never_right():
   ("names", "wanted"),
   [
     (COLOURS, COLOURS),  # by name, in whatever order
+    ([f"{name.upper()}_" for name in COLOURS], COLOURS),  # and however it is written
     (["0", "2", "10"], ["red", "green", "blue"]),  # by value
     (["n01", "n02", "n10"], ["red", "green", "blue"]),
   ],
@@ -134,6 +135,13 @@ def test_folders_are_the_classes_that_they_are_named_after(names, wanted, tmp_pa
     Image.fromarray(picture("red")).save(tmp_path / name / "a.png")
   found = {item.category: (item.answers[0], item.label) for item in items.read(tmp_path, COLOURS)}
   assert found == {name: (colour, COLOURS.index(colour)) for name, colour in zip(names, wanted)}
+
+
+def test_folders_that_are_named_as_classes_only_in_part_are_refused(tmp_path):
+  for name in ("red", "green", "bleu"):
+    (tmp_path / name).mkdir()
+  with pytest.raises(UserError, match="bleu is named as no class, and green as one: name all as classes, or none"):
+    items.read(tmp_path, COLOURS)
 
 
 def test_the_mean_per_class_counts_each_class_once():

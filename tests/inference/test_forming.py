@@ -36,5 +36,5 @@ def test_other_steps_and_guidance_are_the_same_program(forming):
 
 
 def test_nothing_is_refused(forming):
-  with pytest.raises(UserError, match="nothing to draw"):
+  with pytest.raises(UserError, match="there are no prompts"):
     next(forming.draw([]))

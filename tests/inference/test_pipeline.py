@@ -357,12 +357,38 @@ def test_pictures_of_another_size_or_type_are_refused(model, wrong):
       method(wrong)
 
 
+def test_of_a_text_that_is_too_long_for_its_tower_the_beginning_is_embedded(model):
+  long, longer, other = model.embed_text(["why " * 1000, "why " * 2000, "how " * 1000])
+  np.testing.assert_array_equal(long, longer)
+  assert np.abs(long - other).max() > 0
+
+
+def test_one_text_in_the_place_of_a_list_is_refused(model, pictures):
+  for call in (
+    lambda: model.draw("a red star"),
+    lambda: model.answer(pictures, "what?"),
+    lambda: model.classify(pictures, "a cat"),
+    lambda: model.likelihood("a", ["b"]),
+  ):
+    with pytest.raises(UserError, match="give a list of them"):
+      call()
+  with pytest.raises(UserError, match="1 answers for 2: give one for each"):
+    model.likelihood(["a", "b"], ["c"])
+
+
+def test_rows_are_as_long_as_those_that_it_was_trained_on(trained):
+  read = ClipFlow.from_checkpoint(trained)
+  assert read.longest == 512
+  read.config.data.length = 1024
+  assert ClipFlow(read.model, read.params, read.tokenizer, read.config).longest == 1024
+  assert ClipFlow(read.model, read.params, read.tokenizer, read.config, longest=4096).longest == 4096
+
+
 def test_a_prompt_that_is_too_long_is_refused_in_one_line(model, pictures):
   for call in (
     lambda: model.draw(["x\n" * 1000]),
     lambda: model.answer(pictures[:1], ["why " * 1000]),
     lambda: model.chat([{"role": "user", "content": "why " * 1000}]),
-    lambda: model.embed_text(["why " * 1000]),
   ):
     with pytest.raises(UserError, match="does not fit") as error:
       call()

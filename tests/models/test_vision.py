@@ -53,3 +53,15 @@ def test_embeddings_have_unit_norm_and_tell_pictures_apart(params):
   embedding = np.asarray(see(params, ()).embedding)
   np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
   assert np.abs(embedding[0] - embedding[1]).max() > 1e-2
+
+
+def test_a_margin_that_no_patch_covers_is_left_out():
+  """As of siglip-so400m-patch14-384: its convolution leaves six pixels out."""
+  tower = VisionTower(**dict(tiny.FIELDS["clip"]["vision"], image_size=18))
+  images = np.random.default_rng(0).integers(0, 256, (2, 18, 18, 3), dtype=np.uint8)
+  params = tiny.random_params(jax.eval_shape(tower.init, jax.random.key(0), images)["params"])
+  other = images.copy()
+  other[:, 16:], other[:, :, 16:] = 0, 0
+  one, two = (jax.jit(tower.apply)({"params": params}, seen).tokens for seen in (images, other))
+  assert one.shape == (2, 4, 32)
+  np.testing.assert_array_equal(one, two)

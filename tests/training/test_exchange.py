@@ -247,6 +247,27 @@ def test_a_language_model_alone_talks_and_says_of_pictures_that_it_has_no_tower(
     assert says in capsys.readouterr().err
 
 
+def test_a_vocabulary_that_is_full_gives_pictures_a_word_that_nobody_uses(tmp_path):
+  words = text.train_tokenizer(["a red circle"] * 2, VOCABULARY)
+  spare = "<|reserved_special_token_7|>"
+  plain = text.to_files(words, tmp_path)
+  words = text.from_files({name: held.replace(text.IMAGE, spare) for name, held in plain.items()}, tmp_path)
+  module = MODULE.clone(vocabulary=len(words))
+  params = tiny.random_params(huggingface.family("qwen2").parameters(module))
+  huggingface.save(tmp_path / "model", module, params, tokenizer=words)
+  exchange.bring_in(tmp_path / "model", tmp_path / "workdir")
+  meta = checkpoint.load(tmp_path / "workdir", ("trained",)).meta
+  read = text.from_files(meta["tokenizer"], tmp_path)
+  assert read.get_vocab()[text.IMAGE] == words.get_vocab()[spare]
+
+
+def test_texts_for_a_tower_of_pairs_are_of_small_letters(tmp_path):
+  words = text.train_tokenizer(["A Red circle, a red CIRCLE"] * 3, 290)
+  path = siglip(tmp_path / "pairs", words)
+  chat = text.Chat(text.from_files(checkpoint.described(path)["tokenizer"], tmp_path))
+  assert chat.encode("A Red CIRCLE") == chat.encode("a red circle") == text.Chat(words).encode("a red circle")
+
+
 def test_what_was_imported_without_a_tokenizer_cannot_be_used_alone(folder, tmp_path):
   (tmp_path / "model").mkdir()
   for file in folder.iterdir():
