@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
   except UserError:
     raise
   except Exception as error:  # whatever running the file raises
-    raise UserError(f"config {path}: {_why(error)}") from error
+    raise UserError(f"config {path}: {_why(error, found)}") from error
   if not isinstance(config, ConfigDict):
     raise UserError(f"config {path}: get_config returns {config!r}, which is no ConfigDict")
   for stage in stages(config):
@@ -63,9 +64,14 @@ def set_environment(config: ConfigDict) -> None:
     os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
 
 
-def _why(error: Exception) -> str:
-  """One line of an error of ml_collections."""
+def _why(error: Exception, file: Path) -> str:
+  """One line of an error of ml_collections, or of what the file itself raised, with the line of it."""
   text = str(error)
+  frames = traceback.extract_tb(error.__traceback__)
+  if places := [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]:
+    return f"line {places[-1]}: {type(error).__name__}: {' '.join(text.split())}"
+  if "no attribute 'get_config'" in text:
+    return "it has no get_config(arg) that returns a ConfigDict"
   if isinstance(error, KeyError | AttributeError):  # an unknown key: quoted, and quoted again
     return "unknown key " + text.replace("\\n", "; ").translate(str.maketrans("", "", "\"'\\"))
   lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -135,6 +135,7 @@ def test_a_config_that_is_wrong_is_told_in_one_line(capsys, tmp_path, config, ov
   ("written", "says"),
   [
     ("def get_config(:", "invalid syntax"),
+    ("def get_config(arg=''):\n  return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
     ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
     ("get_config = undefined", "name 'undefined' is not defined"),
     ("def get_config():\n  1 / 0", "division by zero"),
