@@ -150,8 +150,10 @@ def find_files(paths: Iterable[Path], suffix: str) -> list[Path]:
       continue
     root = path.resolve()
     named = [file for file in sorted(path.rglob("*")) if file.name.lower().endswith(suffix) and file.is_file()]
-    inside = [file for file in named if file.resolve().is_relative_to(root)]
-    outside = [file for file in named if file not in set(inside)]
+    inside: list[Path] = []
+    outside: list[Path] = []
+    for file in named:
+      (inside if file.resolve().is_relative_to(root) else outside).append(file)
     if not inside:
       links = f", but for {len(outside)} links that lead out of it: name their targets" if outside else ""
       raise UserError(f"the folder {path} has no {suffix} file{links}")

@@ -121,11 +121,11 @@ class Chat:
     self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))))
     self.pad = tokenizer.pad_token_id or 0
     self.end = tokenizer.eos_token_id
-    # A file may keep what was padded and cut to before it was saved; transformers sets that anew at every call.
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    # What a tokenizer frames a text with by itself is what its tower was trained with: SigLIP's have no begin there.
     core = tokenizer.backend_tokenizer
+    # A file may keep what was padded and cut to before it was saved; transformers sets that anew at every call.
+    core.no_padding()
+    core.no_truncation()
+    # What a tokenizer frames a text with by itself is what its tower was trained with: SigLIP's have no begin there.
     frame = set(core.encode("").ids) - set(core.encode("", add_special_tokens=False).ids)
     self.begin = None if frame and tokenizer.bos_token_id not in frame else tokenizer.bos_token_id
 

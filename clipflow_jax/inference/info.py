@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from clipflow_jax import config_file
 from clipflow_jax.batch import Batch
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
@@ -30,7 +31,7 @@ def describe_config(config: ConfigDict) -> str:
 
   Raises UserError when the config describes no stage, or its settings or its train table make no run.
   """
-  every = [config.stages[name] for name in config.order] if "order" in config else [config]
+  every = config_file.stages(config)
   if not every or not all("model" in stage for stage in every):
     raise UserError("the config has neither a model nor stages that have one; see configs/ for examples")
   for stage in every:

@@ -32,9 +32,8 @@ def match(
   if not chunk or rows <= chunk:
     logits = scale * images @ texts.T
     diagonal, found = jnp.diagonal(logits), logits.argmax(axis=1) == jnp.arange(rows)
-    if (
-      bias is not None
-    ):  # -log sigmoid(x) of its own text is softplus(x) - x, -log sigmoid(-x) of the others softplus(x)
+    if bias is not None:
+      # -log sigmoid(x) of its own text is softplus(x) - x, -log sigmoid(-x) of the others softplus(x).
       return jax.nn.softplus(logits + bias).sum(axis=1) - diagonal - bias, found
     loss = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0) - 2 * diagonal
     return loss / 2, found
