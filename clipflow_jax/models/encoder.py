@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, standardise
@@ -157,6 +158,10 @@ class Encoder(nn.Module):
         total = total + weight * (standardise(x) if self.feature_norm else x.astype(jnp.float32))
       return (x, total), None
 
+    if self.kernel == "flash":
+      # On GPUs XLA would make the gradient of places, a sum over rows, a sum along what lies side by side: rows then lie
+      # innermost in all layers, each of which turns what it multiplies round and back, a tenth of a CLIP's step.
+      x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
     layers = scan(body, self.layers, self.remat, self.unroll)
     own = dict(activation=self.activation, layer_scale=self.layer_scale, post_norm=self.post_norm, gated=self.gated)
     own |= dict(sub_norm=self.sub_norm, key_bias=self.key_bias)

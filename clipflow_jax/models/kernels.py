@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 from clipflow_jax.errors import UserError
 from clipflow_jax.parallel.sharding import on_mesh, spec
 
-# Kernel -> where it runs; (): anywhere. "shapes" is no attention: it stands for a fused one where memory is counted.
-PLATFORMS = {"xla": (), "cudnn": ("gpu", "cuda"), "flash": ("gpu", "cuda"), "splash": ("tpu",), "shapes": ()}
+# Kernel -> where it runs; (): anywhere.
+PLATFORMS = {"xla": (), "cudnn": ("gpu", "cuda"), "flash": ("gpu", "cuda"), "splash": ("tpu",)}
 LANES = 128  # a TPU's vector is so wide: its kernels cut rows in multiples of it
 BLOCK = 512
 
@@ -72,8 +72,6 @@ def attend(
     return flash(q, k, v, mask, axes)
   if isinstance(mask, Reach):
     raise UserError(f"kernel {kernel} takes no Reach but a mask bool[B,Q,K]: see attention.sight")
-  if kernel == "shapes":
-    return shapes(q, k, v).reshape(*q.shape[:2], -1)
   if kernel in ("cudnn", "flash"):  # a mask that is no range of slots is cuDNN's
     return cudnn(q, k, v, mask)
   b, queries, heads, dim = q.shape
@@ -202,25 +200,6 @@ def _on_own_part(run: Callable[..., jax.Array], axes: tuple[str, str | None], wi
   heads["k"] = heads["v"] = PartitionSpec(*places["k"], None, *spec("heads"))
   given = (*(heads[each] for each in wide), *(places[each] for each in of_slots))
   return jax.shard_map(run, in_specs=given, out_specs=heads["q"], check_vma=False)
-
-
-@jax.custom_vjp
-def shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Numbers of no meaning, as many as attention makes, that keep what a fused kernel keeps: no scores."""
-  return q * (k.mean() + v.mean())
-
-
-def _shapes_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  out = shapes(q, k, v)
-  return out, (q, k, v, out)
-
-
-def _shapes_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
-  q, k, v, out = kept
-  return gradient * q + out, k * gradient.mean(), v * gradient.mean()
-
-
-shapes.defvjp(_shapes_forward, _shapes_backward)
 
 
 def splash(

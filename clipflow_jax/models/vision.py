@@ -114,8 +114,6 @@ class VisionTower(nn.Module):
       self.param("mask_token", nn.initializers.zeros, (self.width,), jnp.float32)
     places = self.param("place_positions", init, (first + self.tokens, self.width), jnp.float32)
     if first:
-      # Not put before the patches by concatenation: on GPUs XLA then lays all that follows out by slots, and each
-      # layer turns it round and back.
       x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
       places = places + jnp.pad(token[None], ((0, self.tokens), (0, 0)))
     x = x + places

@@ -19,9 +19,10 @@ from clipflow_jax.training import hlo_text
 from clipflow_jax.training.hlo_text import Array, Instruction
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Attention kernels: how many products of all queries with all keys each makes. Operands: f[B,h,Q,k], f[B,g,K,k], ...;
-# a chip with one row has no B.
-KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# Attention kernels: how many products of all queries with all keys each makes. Operands of a TPU's: f[B,h,Q,k],
+# f[B,g,K,k], ...; a chip with one row has no B. Of `models.flash`: what bounds the blocks, f[B,Q,h,k], f[B,K,g,k], ...
+SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+FLASH = {"flash_out": 2, "flash_queries": 3, "flash_keys": 4}
 PREFETCH = ("copy-start", "slice-start", "async-start")  # traffic that takes no time of its own
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "copy-done")
 CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
@@ -187,14 +188,24 @@ class Program:
         return 2.0 * math.prod(out) * math.prod(left[int(a)] for a in axes[1].split(",") if a)
       return _convolution(out, left, right, instruction.attributes)
     if instruction.op == "custom-call":
-      products = next((n for name, n in KERNELS.items() if instruction.name.startswith(name)), 0)
-      if not products:
-        return 0.0
-      (*rows, width), (*_, keys, _) = (scope[name].arrays[0].dims for name in instruction.operands[:2])
-      return 2.0 * products * math.prod(rows) * keys * width
+      return self._kernel_flops(instruction, [scope[name].arrays[0].dims for name in instruction.operands])
     if instruction.op == "fusion":
       inner = self.computations[CALLED.search(instruction.attributes)[1]]
       return sum(self._flops(one, inner) for one in inner.values())
+    return 0.0
+
+  def _kernel_flops(self, instruction: Instruction, operands: list[tuple[int, ...]]) -> float:
+    """Of attention all products, also of what a kernel leaves out because nobody sees it: that, data decides."""
+    if '"__cublas' in instruction.attributes:
+      axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+      summed = math.prod(operands[0][int(axis)] for axis in re.findall(r"\d+", axes[1]))
+      return 2.0 * math.prod(instruction.arrays[0].dims) * summed
+    for name, products in SPLASH.items():
+      if instruction.name.startswith(name):
+        return 2.0 * products * math.prod(operands[0]) * operands[1][-2]
+    for name, products in FLASH.items():
+      if f"/{name}/" in instruction.attributes:
+        return 2.0 * products * math.prod(operands[3]) * operands[4][1]
     return 0.0
 
   def _traffic(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
@@ -206,7 +217,7 @@ class Program:
     if instruction.op == "dynamic-update-slice":
       return 2 * scope[instruction.operands[1]].arrays[0].bytes
     read = [_hbm(scope[name].arrays) if name in scope else 0.0 for name in instruction.operands]
-    written = _hbm(instruction.arrays)
+    written = _hbm(instruction.arrays[:1] if '"__cublas' in instruction.attributes else instruction.arrays)
     if instruction.op == "fusion":
       called = CALLED.search(instruction.attributes)[1]
       for i, whole in enumerate(read):
@@ -227,7 +238,7 @@ class Program:
         continue
       if one.op == "bitcast" and not one.is_root:
         same.add(one.name)
-      elif one.op == "dynamic-slice":
+      elif one.op in ("slice", "dynamic-slice"):
         read += one.arrays[0].bytes
       elif one.op == "dynamic-update-slice" and at == [0]:
         updated += inner[one.operands[1]].arrays[0].bytes

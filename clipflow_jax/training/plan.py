@@ -63,37 +63,43 @@ Report = dict[str, Any]
 def prepare(config: ConfigDict) -> None:
   """Sets this process up for config.hardware, before JAX looks for devices: once, and first of all.
 
-  UserError when the config names none, and without libtpu for a TPU.
+  UserError when the config names none, and without the compiler for it.
   """
   name = config.hardware.chip
   if not name:
     raise UserError("the config names no hardware: give --hardware=v5p-512 (or another of configs/hardware.py)")
-  if name == "cpu" or CHIPS[name].torus:
-    jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_platforms", "cpu")
   if name == "cpu":
     jax.config.update("jax_num_cpu_devices", math.prod(config.hardware.topology))
-  elif CHIPS[name].torus:
-    if importlib.util.find_spec("libtpu") is None:
-      raise UserError("planning for a TPU needs its compiler, libtpu: pip install 'clipflow_jax[tpu]'")
-    os.environ.update(ENVIRONMENT)
+    return
+  compilers = ("libtpu",) if CHIPS[name].torus else ("jax_cuda13_plugin", "jax_cuda12_plugin")
+  if not any(map(importlib.util.find_spec, compilers)):
+    raise UserError(f"planning for a {name} needs its compiler: pip install 'clipflow_jax[plan]'")
+  os.environ.update(ENVIRONMENT)
 
 
 def devices(hardware: ConfigDict) -> list[jax.Device]:
-  """The devices of config.hardware: of a TPU that is not there, of this CPU in as many parts, or this machine's GPUs.
+  """The devices of config.hardware: of TPUs or GPUs that need not be there, or of this CPU in as many parts.
 
-  UserError for a topology that does not exist, and where the devices are not as many.
+  UserError for a topology that does not exist.
   """
   name, shape = hardware.chip, "x".join(map(str, hardware.topology))
-  if CHIPS[name].torus:
-    options = dict(CHIPS[name].options) | (dict(num_slices=hardware.slices) if hardware.slices > 1 else {})
-    try:
-      return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-      raise UserError(f"there is no {name} of {shape} chips: {str(error).splitlines()[0]}") from error
-  found, kind = jax.devices(), "cpu" if name == "cpu" else "gpu"
-  if found[0].platform != kind or len(found) != math.prod(hardware.topology):
-    raise UserError(f"a program for {shape} {name} compiles where they are, not on {len(found)} {found[0].platform}")
-  return found
+  if name == "cpu":
+    return jax.devices()
+  chip, options = CHIPS[name], dict(CHIPS[name].options)
+  if chip.torus:
+    platform, topology = "tpu", f"{name}:{shape}"
+    options |= dict(num_slices=hardware.slices) if hardware.slices > 1 else {}
+  else:
+    gpus = math.prod(hardware.topology) * hardware.slices
+    if gpus > chip.host and gpus % chip.host:
+      raise UserError(f"{gpus} {name} are no whole hosts of {chip.host}: take a multiple, or no more than one has")
+    platform, topology = "cuda", f"1x{-(-gpus // chip.host)}x{min(gpus, chip.host)}"
+    options |= dict(topology=topology)
+  try:
+    return topologies.get_topology_desc(topology, platform, **options).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(f"there is no {name} of {shape} chips: {str(error).splitlines()[0]}") from error
 
 
 def abstract_batch(config: ConfigDict, model: ClipFlow) -> Batch:
@@ -303,8 +309,9 @@ class _Places:
 
   def bandwidth(self, group: tuple[int, ...]) -> float:
     """Bytes/s of one device in it."""
-    slices = {getattr(self.devices[i], "slice_index", 0) for i in group}
-    return self.chip.bandwidth(self.coords[list(group)], self.bounds, len(slices)) / self.chip.devices
+    apart = "slice_index" if self.chip.torus else "process_index"
+    networks = {getattr(self.devices[i], apart, 0) for i in group}
+    return self.chip.bandwidth(self.coords[list(group)], self.bounds, len(networks)) / self.chip.devices
 
 
 def does_not_fit(message: str, chip: Chip) -> Report:

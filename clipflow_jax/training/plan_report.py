@@ -5,23 +5,19 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.training import memory, plan
+from clipflow_jax.training import plan
 from clipflow_jax.training.plan import Report
 
 
 def make(config: ConfigDict, *, search: bool, images: float, quick: bool) -> Report:
   """Plans one stage, or with `search` many of its kind, and prints what was found. images, quick: as `plan.plan`."""
   plan.prepare(config)
-
-  def planned(config: ConfigDict) -> Report:
-    return memory.estimate(config) if memory.absent(config.hardware) else plan.plan(config, images, quick)
-
   if not search:
-    report = planned(config)
+    report = plan.plan(config, images, quick)
     print(text(report))
   else:
     reports = []
-    for one in plan.search(config, planned):
+    for one in plan.search(config, lambda config: plan.plan(config, images, quick)):
       reports.append(one)
       print(_line(one), flush=True)
     fitting = plan.best(reports)
@@ -39,7 +35,7 @@ def text(report: Report) -> str:
   mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
   lines = [
     f"{report['stage']} on {hardware['chips']} {hardware['chip']} ({topology}), mesh {mesh or 'of one device'}",
-    f"batch {report['batch_size']} rows, remat {report['remat']}, {_compiled(report)}",
+    f"batch {report['batch_size']} rows, remat {report['remat']}, compiled in {report['compile_s']:.0f} s",
     "",
     f"parameters   {parameters['trained'] / 1e9:.3f} B trained, {parameters['frozen'] / 1e9:.3f} B frozen",
     f"memory       {_memory(report)}",
@@ -47,7 +43,7 @@ def text(report: Report) -> str:
     f"{report['hardware_flops_per_step']:.4g} of the hardware",
   ]
   if "memory_gib" in report:
-    lines += [f"  {name:<12}{size:9.3f} GiB{_how(name, report)}" for name, size in report["memory_gib"].items()]
+    lines += [f"  {name:<12}{size:9.3f} GiB" for name, size in report["memory_gib"].items()]
   if report.get("host_gib"):
     lines.append(f"  in the host's memory {report['host_gib']:.3f} GiB of moments a device (optimizer.offload)")
   if "largest" in report:
@@ -67,19 +63,6 @@ def text(report: Report) -> str:
       f"{report['images']:.3g} images cost {report['chip_hours']:.4g} chip-hours",
     ]
   return "\n".join(lines)
-
-
-def _compiled(report: Report) -> str:
-  if report["compile_s"] is None:
-    return "not compiled: such GPUs are not here"
-  return f"compiled in {report['compile_s']:.0f} s"
-
-
-def _how(kind: str, report: Report) -> str:
-  """How a kind of memory is known, where no compiler has said it."""
-  if report["compile_s"] is not None:
-    return ""
-  return "  exact" if kind in memory.EXACT else "  estimated"
 
 
 def _memory(report: Report) -> str:
