@@ -39,25 +39,35 @@ def blocks(dim: int) -> dict[str, Blocks]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def flash(
   q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, end: jax.Array, interpret: bool = False
-) -> jax.Array:
-  """softmax(q k^T / sqrt(k)) v over keys first <= slot < end, softmax in float32.
+) -> tuple[jax.Array, jax.Array]:
+  """softmax(q k^T / sqrt(k)) v over keys first <= slot < end, softmax in float32, and what the softmax divided by.
 
-  q f[B,Q,h,k], k and v f[B,K,g,k] with g dividing h, first and end i32[B,Q], none of which falls along Q -> f[B,Q,h,k].
-  A query that sees no key gets a finite value, and gives no gradient. interpret: on a CPU, slowly, for tests.
+  q f[B,Q,h,k], k and v f[B,K,g,k] with g dividing h, first and end i32[B,Q] -> (f[B,Q,h,k], the logarithm to base 2 of
+  the sum f32[B,h,Q]), from which `joined` makes one softmax of two. A query that sees no key gets a finite value and a
+  sum of next to nothing, and gives no gradient. interpret: on a CPU, slowly, for tests.
   """
-  return _forward(q, k, v, first, end, interpret)[0]
+  return _forward(q, k, v, first, end, interpret)
+
+
+def joined(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+  """One softmax over the keys of all parts, f32[B,Q,h,k], from what `flash` made of each."""
+  total = functools.reduce(jnp.logaddexp2, (log_sum for _, log_sum in parts))
+  shares = (jnp.exp2(log_sum - total).transpose(0, 2, 1)[..., None] for _, log_sum in parts)
+  return sum(out * share for (out, _), share in zip(parts, shares, strict=True))
 
 
 def _flash_forward(q, k, v, first, end, interpret):
   out, log_sum = _forward(q, k, v, first, end, interpret)
   # Names of remat.KEPT: what is kept of them spares the kernel's second run.
   out, log_sum = checkpoint_name(out, "attention"), checkpoint_name(log_sum, "attention")
-  return out, (q, k, v, first, end, out, log_sum)
+  return (out, log_sum), (q, k, v, first, end, out, log_sum)
 
 
-def _flash_backward(interpret, kept, gradient):
+def _flash_backward(interpret, kept, gradients):
   q, k, v, first, end, out, log_sum = kept
+  gradient, of_sum = gradients
   share = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1).transpose(0, 2, 1)  # f32[B,h,Q]
+  share -= LOG2_E * of_sum  # a score adds its weight to the sum's logarithm
   rest = (first, end, q, k, v, gradient, log_sum, share)
   dk, dv = _backward_keys(*rest, interpret)
   return _backward_queries(*rest, interpret), dk, dv, None, None
@@ -278,21 +288,28 @@ def _whole(x: jax.Array, size: int) -> jax.Array:
 
 def _seen_blocks(first: jax.Array, end: jax.Array, cut: Blocks) -> jax.Array:
   """Bounds i32[B,blocks,4] on the blocks of keys that each block of queries sees; first, end i32[B,Q], whole."""
-  lowest, highest = first[:, :: cut.outer], first[:, cut.outer - 1 :: cut.outer]
-  nearest, furthest = end[:, :: cut.outer], end[:, cut.outer - 1 :: cut.outer]
-  return _bounds(lowest, highest, nearest, furthest, cut.inner)
+  first, end = (x.reshape(len(x), -1, cut.outer) for x in (first, end))
+  some = first < end
+  lowest = jnp.where(some, first, end.max(axis=-1, keepdims=True)).min(axis=-1)
+  furthest = jnp.where(some, end, 0).max(axis=-1)
+  return _bounds(lowest, first.max(axis=-1), end.min(axis=-1), furthest, cut.inner)
 
 
 def _seeing_blocks(first: jax.Array, end: jax.Array, keys: int, cut: Blocks) -> jax.Array:
   """Bounds i32[B,blocks,4] on the blocks of queries that see each block of keys; first, end i32[B,Q]."""
   start = jnp.arange(0, keys, cut.outer)[:, None]
-  stop = start + cut.outer
+  queries = first.shape[1]
+  at = jnp.arange(queries)
+  first, end = first[:, None], end[:, None]  # [B,1,Q]
+  some = (first < end) & (first < start + cut.outer) & (end > start)
+  every = (first <= start) & (end >= jnp.minimum(start + cut.outer, keys))
 
-  def count(below):
-    return below.sum(axis=-1, dtype=jnp.int32)
+  def earliest(which):
+    return jnp.where(which, at, queries).min(axis=-1)
 
-  first, end = first[:, None], end[:, None]  # [B,1,Q]: none falls, so that what holds for some holds for the first ones
-  return _bounds(count(end <= start), count(end < stop), count(first <= start), count(first < stop), cut.inner)
+  begin, stop = earliest(some), jnp.where(some, at + 1, 0).max(axis=-1)
+  full = earliest(every)
+  return _bounds(begin, full, earliest(~every & (at > full[..., None])), stop, cut.inner)
 
 
 def _bounds(begin: jax.Array, full: jax.Array, partly: jax.Array, stop: jax.Array, size: int) -> jax.Array:

@@ -72,7 +72,9 @@ def attend(
     return flash(q, k, v, mask, axes)
   if isinstance(mask, Reach):
     raise UserError(f"kernel {kernel} takes no Reach but a mask bool[B,Q,K]: see attention.sight")
-  if kernel in ("cudnn", "flash"):  # a mask that is no range of slots is cuDNN's
+  if kernel == "flash":
+    raise UserError(f"kernel flash takes a Reach or no mask, not one of shape {mask.shape}: see attention.sight")
+  if kernel == "cudnn":
     return cudnn(q, k, v, mask)
   b, queries, heads, dim = q.shape
   keys, groups = k.shape[1], k.shape[2]
@@ -113,12 +115,14 @@ def attend_beside(
 
   q f[B*M,n,h,k], k and v f[B*M,n,g,k] of M blocks a row; past keys and values f[B,P,g,k]; mask bool[B,M,P]: what of
   the past a block sees -> f[B*M,n,h*k]. The same as `attend` over the concatenation; but by "xla" a row's past is
-  neither copied for each of its blocks nor multiplied by itself in small pieces. causal: of itself a block's slot sees
-  those up to its own; always by "xla".
+  neither copied for each of its blocks nor multiplied by itself in small pieces, nor is it by "flash", for which what a
+  block sees of the past lies together. causal: of itself a block's slot sees those up to its own; by these two alone.
   """
   b, m, length = mask.shape
   n, heads, dim = q.shape[1:]
   groups = k.shape[2]
+  if kernel == "flash":
+    return flash_beside(q, k, v, past, mask, causal)
   if kernel != "xla" and not causal:
     k, v = (jnp.concatenate([jnp.repeat(old, m, axis=0), new], axis=1) for old, new in zip(past, (k, v), strict=True))
     sees = jnp.pad(mask.reshape(b * m, 1, length), ((0, 0), (0, 0), (0, n)), constant_values=True)
@@ -171,35 +175,69 @@ def flash(
   interpret: bool = False,
 ) -> jax.Array:
   """`attend` by `models.flash`, each device on its own rows, heads and queries. UserError unless q is of 16 bits."""
-  if q.dtype not in (jnp.bfloat16, jnp.float16) and not interpret:
-    raise UserError(f'kernel flash computes in bfloat16, not {q.dtype}; set model.dtype="bfloat16" or kernel="xla"')
   (b, queries, heads, dim), keys = q.shape, k.shape[1]
   if mask is None:
-    first, end = jnp.zeros((b, queries), jnp.int32), jnp.full((b, queries), keys, jnp.int32)
+    seen = jnp.zeros((b, queries), jnp.int32), jnp.full((b, queries), keys, jnp.int32)
   else:
-    first, end = mask.range()
-  run = _on_own_part(functools.partial(_flash, interpret=interpret), axes, "qkv", "qq")
-  return run(q, k, v, first, end).reshape(b, queries, heads * dim)
+    seen = mask.range()
+  return _flash(q, k, v, seen, axes, interpret)[0].reshape(b, queries, heads * dim)
 
 
-def _flash(*arguments: jax.Array, interpret: bool) -> jax.Array:
+def flash_beside(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  past: tuple[jax.Array, jax.Array],
+  mask: jax.Array,
+  causal: bool = False,
+  interpret: bool = False,
+) -> jax.Array:
+  """`attend_beside` by `models.flash`: a row's past as it lies, a block's own slots, and one softmax of both."""
+  from clipflow_jax.models.flash import joined
+
+  (b, m, _), (_, n, heads, dim) = mask.shape, q.shape
+  first = jnp.argmax(mask, axis=-1).astype(jnp.int32)
+  seen = first, first + mask.sum(axis=-1, dtype=jnp.int32)
+  each = (jnp.repeat(bound, n, axis=1) for bound in seen)
+  beside, its_sum = _flash(q.reshape(b, m * n, heads, dim), *past, tuple(each), ("batch", "sequence"), interpret)
+  slots = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b * m, n))
+  own = jnp.zeros_like(slots), slots + 1 if causal else jnp.full_like(slots, n)
+  its_sum = its_sum.reshape(b, heads, m, n).transpose(0, 2, 1, 3).reshape(b * m, heads, n)
+  parts = [(beside.reshape(q.shape), its_sum), _flash(q, k, v, own, ("rows", None), interpret)]
+  return joined(parts).astype(v.dtype).reshape(b * m, n, heads * dim)
+
+
+def _flash(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  seen: tuple[jax.Array, jax.Array],
+  axes: tuple[str, str | None],
+  interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """`models.flash.flash` of keys from seen[0] to before seen[1], i32[B,Q], each device on its own part."""
+  if q.dtype not in (jnp.bfloat16, jnp.float16) and not interpret:
+    raise UserError(f'kernel flash computes in bfloat16, not {q.dtype}; set model.dtype="bfloat16" or kernel="xla"')
   from clipflow_jax.models import flash as library  # Pallas takes a second to import, and a CPU has no use for it
 
-  return library.flash(*arguments, interpret)
+  run = functools.partial(library.flash, interpret=interpret)
+  return _on_own_part(run, axes, "qq", with_sums=True)(q, k, v, *seen)
 
 
-def _on_own_part(run: Callable[..., jax.Array], axes: tuple[str, str | None], wide: str, of_slots: str) -> Callable:
+def _on_own_part(run: Callable, axes: tuple[str, str | None], of_slots: str, with_sums: bool = False) -> Callable:
   """run(q, k, v, *numbers of slots) on each device's own rows, heads and queries, of a mesh, if one is in force.
 
-  wide, of_slots: a letter for each argument, q where it lies as the queries do, else as the keys.
+  of_slots: for each of those a letter, q where it lies as the queries do, else as the keys. with_sums: run's result is
+  (what attention makes, a number for each head and query [B,h,Q]).
   """
   if not on_mesh():
     return run
-  places = {"q": spec(*axes), "k": spec(axes[0]), "v": spec(axes[0])}
-  heads = {"q": PartitionSpec(*places["q"], *spec("heads"))}
-  heads["k"] = heads["v"] = PartitionSpec(*places["k"], None, *spec("heads"))
-  given = (*(heads[each] for each in wide), *(places[each] for each in of_slots))
-  return jax.shard_map(run, in_specs=given, out_specs=heads["q"], check_vma=False)
+  (rows, slots), (heads,) = spec(*axes), spec("heads")
+  places = {"q": PartitionSpec(rows, slots), "k": PartitionSpec(rows)}
+  q, k = PartitionSpec(rows, slots, heads), PartitionSpec(rows, None, heads)
+  given = (q, k, k, *(places[each] for each in of_slots))
+  out: Any = (q, PartitionSpec(rows, heads, slots)) if with_sums else q
+  return jax.shard_map(run, in_specs=given, out_specs=out, check_vma=False)
 
 
 def splash(
@@ -241,7 +279,7 @@ def splash(
     out = out.reshape(out.shape[0], share, rows // share, -1, dim).transpose(0, 2, 3, 1, 4)
     return out.reshape(*out.shape[:2], -1, dim)
 
-  run = _on_own_part(run, axes, "qkv", "qkq")
+  run = _on_own_part(run, axes, "qkq")
   return run(q, k, v, query_segments, key_segments, last).reshape(b, queries, heads * dim)
 
 

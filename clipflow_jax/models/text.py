@@ -62,7 +62,10 @@ class TextTower(nn.Module):
       self.activation,
       name="encoder",
     )
-    seen: Mask = mask[:, None, :] if self.pooling == "mean" else None
+    seen: Mask = None
+    if self.pooling == "mean":
+      together = self.kernel == "flash"  # which sees slots that lie together, and a caption's words do
+      seen = sight(self.kernel, mask.astype(jnp.int32), jnp.zeros_like(tokens)) if together else mask[:, None, :]
     if self.pooling == "end":
       order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
       seen = sight(self.kernel, jnp.ones_like(order), order)

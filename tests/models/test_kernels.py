@@ -23,9 +23,9 @@ def packed():
   return tiny.pack(rows)
 
 
-def drawn(seed: int, queries: int, keys: int, dtype=jnp.float32):
+def drawn(seed: int, queries: int, keys: int, dtype=jnp.float32, rows: int = 2):
   rng = np.random.default_rng(seed)
-  shapes = ((2, queries, HEADS, DIM), (2, keys, GROUPS, DIM), (2, keys, GROUPS, DIM))
+  shapes = ((rows, queries, HEADS, DIM), (rows, keys, GROUPS, DIM), (rows, keys, GROUPS, DIM))
   return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
@@ -37,6 +37,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
   elif jax.default_backend() != "gpu":
     monkeypatch.setitem(kernels.PLATFORMS, "flash", ())
     monkeypatch.setattr(kernels, "flash", functools.partial(kernels.flash, interpret=True))
+    monkeypatch.setattr(kernels, "flash_beside", functools.partial(kernels.flash_beside, interpret=True))
     monkeypatch.setitem(kernels.PLATFORMS, "cudnn", ())
     plain = jax.nn.dot_product_attention
 
@@ -77,30 +78,33 @@ def test_every_kernel_sees_what_the_rule_says_in_packed_rows(kernel: str):
 
 def test_every_kernel_takes_no_mask_and_masks_of_keys(kernel: str):
   keys = np.random.default_rng(1).random((2, 1, 9)) < 0.6
-  for mask in (None, jnp.asarray(keys)):
+  for mask in (None, *([] if kernel == "flash" else [jnp.asarray(keys)])):
     for queries in (5, 6):
       ours = functools.partial(kernels.attend, mask=mask)
       agree(kernel, ours, functools.partial(kernels.attend, mask=mask, kernel=kernel), drawn(1, queries, 9))
 
 
-def test_every_kernel_lets_blocks_attend_beside_a_row(kernel: str):
-  q, _, _ = drawn(2, 5, 5)
-  _, k, v = drawn(3, 5, 5)
-  past = drawn(4, 1, 7)[1:]
-  past = tuple(a[:1] for a in past)
-  mask = jnp.asarray(np.random.default_rng(1).random((1, 2, 7)) < 0.6)  # two blocks of one row
-  ours = lambda *qkv: kernels.attend_beside(*qkv, past, mask)  # noqa: E731
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_kernel_lets_blocks_attend_beside_a_row(kernel: str, causal: bool):
+  """Three blocks of each of two rows: they see some of the past, in any order, and one sees none of it."""
+  (q, _, _), (_, k, v), past = drawn(2, 5, 5, rows=6), drawn(3, 5, 5, rows=6), drawn(4, 1, 7)[1:]
+  slots, seen = np.arange(7), np.array([[(3, 7), (0, 2), (0, 0)], [(0, 0), (2, 6), (2, 3)]])
+  mask = jnp.asarray((slots >= seen[..., :1]) & (slots < seen[..., 1:]))
+  ours = lambda *qkv: kernels.attend_beside(*qkv, past, mask, causal=causal)  # noqa: E731
   old = tuple(a.astype(jnp.bfloat16 if kernel in ("cudnn", "flash") else a.dtype) for a in past)
-  agree(kernel, ours, lambda *qkv: kernels.attend_beside(*qkv, old, mask, kernel), (q, k, v))
+  agree(kernel, ours, lambda *qkv: kernels.attend_beside(*qkv, old, mask, kernel, causal), (q, k, v))
 
 
-def test_what_stands_for_a_fused_kernel_makes_as_much_and_no_scores():
-  queries, keys = 50, 70
-  loss = lambda *qkv: kernels.attend(*qkv, None, "shapes").sum()  # noqa: E731
-  assert kernels.attend(*drawn(0, queries, keys), None, "shapes").shape == (2, queries, HEADS * DIM)
-  program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*drawn(0, queries, keys))
-  assert [x.aval.shape for x in program.jaxpr.outvars] == [x.shape for x in drawn(0, queries, keys)]
-  assert f"{queries},{keys}" not in str(program)
+def test_flash_gives_gradients_to_the_past_that_blocks_see():
+  rng = np.random.default_rng(5)
+  q, k, v = (jnp.asarray(rng.normal(size=(4, 70, heads, 24)), jnp.float32) for heads in (4, 2, 2))
+  past = tuple(jnp.asarray(rng.normal(size=(2, 150, 2, 24)), jnp.float32) for _ in range(2))
+  slots, seen = np.arange(150), np.array([[(0, 90), (90, 150)], [(10, 11), (0, 0)]])
+  mask = jnp.asarray((slots >= seen[..., :1]) & (slots < seen[..., 1:]))
+  for causal in (False, True):
+    ours = lambda q, *old: kernels.attend_beside(q, k, v, old, mask, causal=causal)  # noqa: B023, E731
+    theirs = lambda q, *old: kernels.flash_beside(q, k, v, old, mask, causal, interpret=True)  # noqa: B023, E731
+    agree("splash", ours, theirs, (q, *past))
 
 
 def test_a_reach_is_the_rule():
@@ -145,7 +149,7 @@ def test_flash_is_lowered_for_gpus(length: int, heads: int, groups: int, dim: in
 
 
 def test_an_unknown_kernel_is_an_error():
-  with pytest.raises(UserError, match="kernel 'fused' is unknown; choose one of xla, cudnn, flash, splash, shapes"):
+  with pytest.raises(UserError, match="kernel 'fused' is unknown; choose one of xla, cudnn, flash, splash"):
     kernels.attend(*drawn(0, 3, 3), None, "fused")
 
 
@@ -166,6 +170,11 @@ def test_the_plain_kernel_takes_no_reach():
 def test_kernels_of_gpus_want_bfloat16(kernel):
   with pytest.raises(UserError, match=f"{kernel.__name__} computes in bfloat16, not float32"):
     kernel(*drawn(0, 3, 3), None)
+
+
+def test_flash_takes_no_mask_but_a_reach():
+  with pytest.raises(UserError, match=r"kernel flash takes a Reach or no mask, not one of shape \(2, 3, 3\)"):
+    kernels.attend(*drawn(0, 3, 3), jnp.ones((2, 3, 3), bool), "flash")
 
 
 def test_splash_takes_no_square_mask():

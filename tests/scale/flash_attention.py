@@ -1,4 +1,4 @@
-"""Attention by `kernels.flash`, in Pallas's interpreter, on one device and on eight; prints the largest differences."""
+"""Attention by `models.flash`, in Pallas's interpreter, on one device and on eight; prints the largest differences."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ def main() -> None:
   segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, LENGTH)), axis=1))
   order = jnp.broadcast_to(jnp.arange(LENGTH) // 5, segments.shape)
 
+  # Two blocks a row, which see its first words: as noisy blocks and the separate drawer's queries do.
+  blocks = [x.reshape(8, LENGTH // 2, *x.shape[2:]) for x in (q, k, v)]
+  sees = jnp.arange(LENGTH) < jnp.asarray(rng.integers(0, LENGTH, (4, 2, 1)))
+
   def loss(q, k, v):
     out = kernels.flash(q, k, v, kernels.Reach.of(segments, order), ("batch", "sequence"), interpret=True)
-    return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
+    beside = kernels.flash_beside(*blocks, (k, v), sees, causal=True, interpret=True)
+    return ((out + beside.reshape(out.shape)) * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
 
   both = jax.value_and_grad(loss, (0, 1, 2))
   alone = jax.jit(both)(q, k, v)
