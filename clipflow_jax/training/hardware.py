@@ -35,7 +35,9 @@ class Chip:
   devices: int = 1
   host: int = 4
   products: float = REACHED
-  options: tuple[tuple[str, str], ...] = ()  # of the compile-only client: which of its devices is a chip, or what a GPU is
+  options: tuple[
+    tuple[str, str], ...
+  ] = ()  # of the compile-only client: which of its devices is a chip, or what a GPU is
 
   def bandwidth(self, coords: np.ndarray, bounds: np.ndarray, networks: int) -> float:
     """Bytes/s at which a chip takes part in a collective of one group.

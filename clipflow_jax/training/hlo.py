@@ -85,15 +85,29 @@ class Program:
 
   @functools.cache  # noqa: B019 (a program lives as long as its costs)
   def _computation(self, name: str) -> Cost:
-    """A loop ends before what follows it begins: hidden collectives overlap what stands in the same body alone."""
+    """A loop ends before what follows it begins: hidden collectives overlap what stands in the same body alone.
+
+    One that is started and awaited is hidden as far as what stands between takes its time, and is not alone on the links.
+    """
     own, loops = Cost(), Cost()
     scope = self.computations[name]
+    ends: dict[str, float] = {}  # when what has been started will have arrived, by the start's name
+    free = 0.0  # when all of them will
     for instruction in scope.values():
       inner, times = self._inner(instruction)
       if inner:
         loops.add(inner, times)
-      else:
-        self._execute(instruction, scope, own)
+        continue
+      before = own.hidden_s
+      self._execute(instruction, scope, own)
+      now = own.busy_s + own.exposed_s + loops.seconds
+      if instruction.op.endswith("-start") and own.hidden_s > before:
+        free = max(free, now) + own.hidden_s - before
+        ends[instruction.name] = free
+      elif instruction.op.endswith("-done"):
+        waited = max([0.0, *(ends[operand] - now for operand in instruction.operands if operand in ends)])
+        own.exposed_s += waited
+        own.hidden_s -= waited
     own.seconds = max(own.busy_s, own.hidden_s) + own.exposed_s
     own.add(loops)
     return own

@@ -4,8 +4,8 @@ The prediction is a roofline of each instruction of the compiled program, not of
 longer of its matrix products at the chip's `products` share of its peak and of its memory traffic at `REACHED` of the
 bandwidth, and instructions run one after the other. Loops count as often as they run. A collective takes the bytes that
 a device receives at `REACHED` of the links that its group spans. Which of them overlap with compute is not assumed but
-read: those that the compiler started early, or put inside a matrix product's fusion, do so within their loop's body;
-the step waits for the rest.
+read: those that the compiler put inside a matrix product's fusion do so within their loop's body, and those that it
+started early with what stands before the instruction that awaits them; the step waits for the rest.
 
   predicted_step_s = sum over bodies of max(compute, hidden collectives) + exposed collectives
   predicted_mfu    = model_flops_per_step / (chips x peak x predicted_step_s)
