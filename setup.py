@@ -45,9 +45,20 @@ SERVE = [
   "prometheus-client>=0.26,<0.30",
 ]
 
+# The compilers of chips that are not there, for `clipflow plan`. Those of GPUs without the libraries that run there,
+# which are twice as many gigabytes: in an environment of its own.
+PLAN = [
+  "jax[tpu]>=0.10,<0.12",
+  "jax-cuda13-plugin>=0.10,<0.12",
+  "jax-cuda13-pjrt>=0.10,<0.12",
+  "nvidia-cuda-nvcc>=13,<14",
+  "nvidia-nvvm>=13,<14",
+]
+
 EXTRAS = {
   "gpu": ["jax[cuda12]>=0.10,<0.12"],
   "tpu": ["jax[tpu]>=0.10,<0.12"],
+  "plan": PLAN,
   "finetune": FINETUNE,
   "parquet": PARQUET,
   "tfds": TFDS,

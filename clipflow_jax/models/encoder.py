@@ -159,8 +159,8 @@ class Encoder(nn.Module):
       return (x, total), None
 
     if self.kernel == "flash":
-      # On GPUs XLA would make the gradient of places, a sum over rows, a sum along what lies side by side: rows then lie
-      # innermost in all layers, each of which turns what it multiplies round and back, a tenth of a CLIP's step.
+      # For the gradient of places, a sum over rows, XLA would lay rows innermost on GPUs: each layer then turns what it
+      # multiplies round and back.
       x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
     layers = scan(body, self.layers, self.remat, self.unroll)
     own = dict(activation=self.activation, layer_scale=self.layer_scale, post_norm=self.post_norm, gated=self.gated)

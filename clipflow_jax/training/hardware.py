@@ -43,8 +43,8 @@ class Chip:
     """Bytes/s at which a chip takes part in a collective of one group.
 
     coords i[n, dims]: where the group's chips stand; bounds i[dims]: the whole slice. A ring sends both ways along each
-    dimension that the group spans, a line one way. networks: in how many slices, or GPU hosts, the group's chips are; in
-    more than one they go at the speed of what is between.
+    dimension that the group spans, a line one way. networks: in how many slices, or GPU hosts, the group's chips are;
+    in more than one they go at the speed of what is between.
     """
     if networks > 1:
       return self.network_bandwidth

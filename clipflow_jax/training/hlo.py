@@ -87,7 +87,7 @@ class Program:
   def _computation(self, name: str) -> Cost:
     """A loop ends before what follows it begins: hidden collectives overlap what stands in the same body alone.
 
-    One that is started and awaited is hidden as far as what stands between takes its time, and is not alone on the links.
+    One that is started and awaited is hidden as far as what stands between takes time; links take one after the other.
     """
     own, loops = Cost(), Cost()
     scope = self.computations[name]

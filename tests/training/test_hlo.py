@@ -133,6 +133,38 @@ def test_a_collective_that_is_started_early_hides_behind_compute():
   assert found.seconds < cost().seconds
 
 
+def test_a_collective_is_awaited_as_long_as_what_stands_between_is_too_short():
+  """The product takes as long as 60,000 bytes on the links, of which the gather has 65,536, and nothing more."""
+  text = TEXT.replace(
+    "= bf16[256,256]{1,0} all-gather(", "= (bf16[128,256]{1,0}, bf16[256,256]{1,0}) all-gather-start("
+  )
+  done = "  %there = bf16[256,256]{1,0} all-gather-done(%gathered)\n"
+  product = 6e-5
+  speed = 2 * 128 * 256 * 512 / product
+  for behind, waited in (("  %product", ROWS / 1e9), ("  %scattered", ROWS / 1e9 - product)):
+    found = cost(text.replace(behind, done + behind, 1), flops_per_s=speed)
+    assert found.exposed_s == pytest.approx(7 * (PRODUCT / 2 / 1e9 + waited))
+    assert found.hidden_s == pytest.approx(7 * (ROWS / 1e9 - waited))
+    assert found.seconds == pytest.approx(found.busy_s + found.exposed_s)
+
+
+def test_a_gpus_products_and_kernels_count_and_what_a_product_has_as_scratch_does_not():
+  config = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"],"rhs_contracting_dimensions":["0"]}'
+  own = (
+    "  %mine = (f32[256,512]{1,0}, s8[4194304]{0}) custom-call(%rows.1, %other), "
+    f'custom_call_target="__cublas$lt$matmul", backend_config={{"gemm_backend_config":{{{config}}}}}\n'
+    "  %q = bf16[2,100,4,64]{3,2,1,0} parameter(2)\n  %k = bf16[2,200,1,64]{3,2,1,0} parameter(3)\n"
+    "  %bounds = s32[2,4,4]{2,1,0} parameter(4)\n"
+    "  %seen = bf16[2,100,4,64]{3,2,1,0} custom-call(%bounds, %bounds, %bounds, %q, %k, %k), "
+    'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/flash_out/pallas_call"}\n'
+  )
+  other = "  %other = bf16[128,512]{1,0} parameter(5)\n"
+  found, before = cost(TEXT.replace("  ROOT %out =", other + own + "  ROOT %out =")), cost()
+  assert found.flops - before.flops == 2 * 256 * 512 * 128 + 2 * 2 * 2 * 100 * 4 * 64 * 200
+  moved = ROWS + PRODUCT + 256 * 512 * 4 + 2 * (2 * 2 * 100 * 4 * 64) + 2 * (2 * 2 * 200 * 64) + 3 * 4 * 32
+  assert found.hbm_bytes - before.hbm_bytes == moved
+
+
 def test_a_gather_that_runs_beside_products_is_written_three_times_and_counts_once():
   pieces = """%start (rows.2: bf16[128,256]) -> bf16[256,256] {
   %rows.2 = bf16[128,256]{1,0} parameter(0)
