@@ -52,8 +52,8 @@ def flash(
 def joined(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
   """One softmax over the keys of all parts, f32[B,Q,h,k], from what `flash` made of each."""
   total = functools.reduce(jnp.logaddexp2, (log_sum for _, log_sum in parts))
-  shares = (jnp.exp2(log_sum - total).transpose(0, 2, 1)[..., None] for _, log_sum in parts)
-  return sum(out * share for (out, _), share in zip(parts, shares, strict=True))
+  shares = [jnp.exp2(log_sum - total).transpose(0, 2, 1)[..., None] for _, log_sum in parts]
+  return functools.reduce(jnp.add, (out * share for (out, _), share in zip(parts, shares, strict=True)))
 
 
 def _flash_forward(q, k, v, first, end, interpret):

@@ -197,9 +197,9 @@ def flash_beside(
 
   (b, m, _), (_, n, heads, dim) = mask.shape, q.shape
   first = jnp.argmax(mask, axis=-1).astype(jnp.int32)
-  seen = first, first + mask.sum(axis=-1, dtype=jnp.int32)
-  each = (jnp.repeat(bound, n, axis=1) for bound in seen)
-  beside, its_sum = _flash(q.reshape(b, m * n, heads, dim), *past, tuple(each), ("batch", "sequence"), interpret)
+  end = first + mask.sum(axis=-1, dtype=jnp.int32)
+  seen = jnp.repeat(first, n, axis=1), jnp.repeat(end, n, axis=1)
+  beside, its_sum = _flash(q.reshape(b, m * n, heads, dim), *past, seen, ("batch", "sequence"), interpret)
   slots = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b * m, n))
   own = jnp.zeros_like(slots), slots + 1 if causal else jnp.full_like(slots, n)
   its_sum = its_sum.reshape(b, heads, m, n).transpose(0, 2, 1, 3).reshape(b * m, heads, n)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from clipflow_jax import cli, config_file
 from clipflow_jax.errors import UserError
-from clipflow_jax.models.vision import VisionTower
+from clipflow_jax.models.text import TextTower
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.training import hardware, plan, plan_report, state
 from clipflow_jax.training.plan import Program
@@ -131,20 +131,21 @@ def test_groups_of_gpus_in_several_hosts_go_at_the_speed_of_the_network():
 @NO_GPU_COMPILER
 def test_towers_are_laid_out_as_they_are_written_on_gpus():
   """The gradient of places is a sum over rows: XLA likes those innermost for it, and each layer pays."""
-  tower = VisionTower(64, 16, 128, 2, 2, 256, embedding=32, kernel="flash", dtype=jnp.bfloat16, unroll=True)
-  images = jax.ShapeDtypeStruct((24, 64, 64, 3), jnp.uint8)
-  params = jax.eval_shape(tower.init, jax.random.key(0), images)
+  rows, words, width = 64, 48, 256
+  tower = TextTower(512, words, width, 2, 4, 1024, 128, kernel="flash", dtype=jnp.bfloat16, unroll=True, pooling="end")
+  tokens = jax.ShapeDtypeStruct((rows, words), jnp.int32)
+  params = jax.eval_shape(tower.init, jax.random.key(0), tokens, tokens)
   mesh = meshes.make({}, plan.devices(ConfigDict(dict(chip="h100", topology=(1,), slices=1))))
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  given = jax.tree.map(lambda x: x.update(sharding=place), (params, images))
+  params, tokens = jax.tree.map(lambda x: x.update(sharding=place), (params, tokens))
 
-  def loss(params, images):
-    return tower.apply(params, images).embedding[:, 0].sum()
+  def loss(params, tokens):
+    return tower.apply(params, tokens, tokens)[:, 0].sum()
 
   with jax.set_mesh(mesh):
-    text = jax.jit(jax.grad(loss)).lower(*given).compile().as_text()
-  assert "[24,16,128]" in text  # rows, slots, channels
-  assert not re.search(r"\[(16,128,24|16,24,128)\]", text)
+    text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+  assert f"[{rows},{words},{width}]" in text
+  assert not re.search(rf"\[({words},{width},{rows}|{words},{rows},{width})\]", text)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
