@@ -68,6 +68,7 @@ def test_the_extras_are_there(setup_arguments):
     "demo",
     "tpu",
     "gpu",
+    "plan",
     "parquet",
     "tfds",
     "prepare",

@@ -23,7 +23,7 @@ from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import hardware as chips
-from clipflow_jax.training import plan, state
+from clipflow_jax.training import program, state
 from clipflow_jax.training.optimizer import Optimizer
 from configs import hardware, presets
 
@@ -51,7 +51,7 @@ def parameters(size: str) -> dict[str, jax.ShapeDtypeStruct]:
   config.data.update(batch_size=1, length=8, images_per_row=1)
   model = ClipFlow(**with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary))
   init = functools.partial(model.init, method="everything")
-  return state.flatten(jax.eval_shape(init, jax.random.key(0), plan.abstract_batch(config, model))["params"])
+  return state.flatten(jax.eval_shape(init, jax.random.key(0), program.abstract_batch(config, model))["params"])
 
 
 def billions(size: str, prefix: str) -> float:

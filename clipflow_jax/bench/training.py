@@ -22,7 +22,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.training import flops, optimizer, state
 from clipflow_jax.training import step as steps
-from clipflow_jax.training.plan import with_values
+from clipflow_jax.training.program import with_values
 
 UNEVEN = 0.4  # captions packed in a row are so much longer and shorter than their mean, evenly between
 

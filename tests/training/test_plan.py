@@ -21,7 +21,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.models.text import TextTower
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.training import hardware, plan, plan_report, state
-from clipflow_jax.training.plan import Program
+from clipflow_jax.training.program import Program, with_model
 from configs import presets
 from tests import tiny, tiny_runs
 
@@ -308,9 +308,9 @@ def test_cached_features_spare_the_tower(offloaded: ConfigDict, tmp_path: Path):
 
 
 def test_model_flops_are_of_the_model_whatever_is_computed_besides(offloaded: ConfigDict):
-  again = plan.with_model(offloaded, kernel="splash", remat="full")
+  again = with_model(offloaded, kernel="splash", remat="full")
   again.optimizer = dict(name="muon")
   mesh = meshes.abstract(dict(fsdp=-1), 8)
   with jax.sharding.use_abstract_mesh(mesh):
     counts = [plan.model_flops(one, mesh) for one in (offloaded, again)]
-    assert counts[0] == counts[1] < Program.of(plan.with_model(again, kernel="xla"), mesh).flops()
+    assert counts[0] == counts[1] < Program.of(with_model(again, kernel="xla"), mesh).flops()
