@@ -23,7 +23,7 @@ from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import hardware as chips
-from clipflow_jax.training import program, state
+from clipflow_jax.training import plan, program, state
 from clipflow_jax.training.optimizer import Optimizer
 from configs import hardware, presets
 
@@ -196,7 +196,7 @@ def test_flags_for_gpu_and_cpu_are_known_to_the_installed_jaxlib():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[plan]'")
 @pytest.mark.parametrize("found", TPUS, ids=lambda found: found.chip)
 def test_flags_for_tpu_are_taken_by_the_installed_libtpu(found: hardware.Hardware):
   flags = " ".join(f"--{name}={value}" for name, value, _ in (*found.flags, *hardware.SLICES))
