@@ -79,7 +79,7 @@ RUN_BY = {
     "tests/faults/test_processes.py::test_a_run_is_the_same_on_one_two_or_four_processes_whatever_happens_to_them"
   ),
   "plan --config=configs/finetune.py --hardware": (
-    "tests/training/test_plan.py::test_a_cpu_mesh_shows_what_is_sharded_and_what_is_sent"
+    "tests/training/test_plan.py::test_gpus_that_are_not_there_are_planned_for"
   ),
   "plan --config=configs/joint.py --hardware --json": (
     "tests/training/test_plan.py::test_a_tpu_that_is_not_there_is_planned_for"

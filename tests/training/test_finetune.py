@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +23,7 @@ from clipflow_jax.training.optimizer import Optimizer
 from configs import finetune
 from tests import tiny, tiny_data
 
+ROOT = Path(__file__).parents[2]
 STATE = ("ema", "trained", "frozen")
 PLAIN = ("averaged", "frozen")
 
@@ -163,3 +168,23 @@ def test_what_cannot_be_done_is_one_line(arg: str, said: str):
 def test_offloading_to_nowhere_is_refused():
   with pytest.raises(UserError, match="choose host"):
     Optimizer(10, "adamw", offload="disk")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="no compiler for GPUs is installed: pip install '.[plan]'",
+)
+def test_every_mode_is_planned_for_a_gpu_that_is_not_here(trained: Path, tmp_path: Path):
+  """What is trained and what lies in four bits is told, of the step as that GPU's compiler makes it."""
+  memory = {}
+  for mode in ("full", "lora", "qlora"):
+    config, file = f"configs/finetune.py:from={trained},batch=2,rank=2,tile=8,mode={mode}", tmp_path / f"{mode}.json"
+    command = [sys.executable, "-m", "clipflow_jax.cli", "plan", f"--config={config}", "--hardware=h100x1"]
+    said = subprocess.run([*command, f"--json={file}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    report = json.loads(file.read_text())
+    assert report["fits"] and report["predicted_step_s"] > 0
+    memory[mode] = report["memory_gib"]
+  assert memory["lora"]["trained"] == memory["qlora"]["trained"] < memory["full"]["trained"] / 2
+  assert memory["qlora"]["frozen"] < memory["lora"]["frozen"]
