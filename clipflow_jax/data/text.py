@@ -125,6 +125,8 @@ class Chat:
     # A file may keep what was padded and cut to before it was saved; transformers sets that anew at every call.
     core.no_padding()
     core.no_truncation()
+    # SentencePiece's write a blank before a text by itself. What goes on is then encoded behind what it follows.
+    self._writes_blanks = self._encode("\na") != (*self._encode("\n"), *self._encode("a"))
     # What a tokenizer frames a text with by itself is what its tower was trained with: SigLIP's have no begin there.
     frame = set(core.encode("").ids) - set(core.encode("", add_special_tokens=False).ids)
     self.begin = None if frame and tokenizer.bos_token_id not in frame else tokenizer.bos_token_id
@@ -138,7 +140,9 @@ class Chat:
         "that has one, or give it one in the files that were imported"
       )
 
-  def _encode(self, text: str) -> tuple[int, ...]:
+  def _encode(self, text: str, after: str = "") -> tuple[int, ...]:
+    if after:
+      return self._encode(after + text)[len(self._encode(after)) :]
     # Not tokenizer.encode: its checks of padding and truncation take several times as long.
     return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -201,7 +205,13 @@ class Chat:
     frames = self._frames(tuple((role, len(split)) for role, split in parts))
     words = [part if part == IMAGE else self.without_special(part) for _, split in parts for part in split]
     frames = frames if prompt else frames[:-1]
-    return [(self.encode(_HOLES.sub(lambda hole: words[int(hole[1])], frame)), written) for frame, written in frames]
+    pieces, after = [], ""
+    for frame, written in frames:
+      text = _HOLES.sub(lambda hole: words[int(hole[1])], frame)
+      pieces.append((self.encode(text, after), written))
+      if text and self._writes_blanks:  # a line's end stands for words: it melts into none that follow
+        after = next((token for token in self.tokenizer.all_special_tokens if text.endswith(token)), "\n")
+    return pieces
 
   def prompt(self, turns: tuple[tuple[str, str], ...]) -> list[int]:
     """Token ids of a conversation up to where the assistant begins to write."""

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+
 import pytest
+import tokenizers
+import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -297,3 +301,38 @@ def test_a_prompt_is_what_training_shows_before_the_last_answer(answered):
 def test_tokens_do_not_depend_on_the_day():
   dated = of_template(DATED)
   assert dated.tokenizer.decode(dated.prompt((("user", "a"),))).replace(" ", "").startswith("26Jul2024<|im_start|>")
+
+
+def sentencepiece(prepended: bool) -> Chat:
+  """As of Llama 2: blanks are letters, and one stands before a text, or before each that special ones part."""
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+  if prepended:
+    blanks = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    core.normalizer = tokenizers.normalizers.Sequence(blanks)
+  else:
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+  special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+  core.train_from_iterator([f"[INST] {words} [/INST]" for words in TEXTS], trainer)
+  made = json.loads(core.to_str())
+  made["added_tokens"] = [token for token in made["added_tokens"] if not token["content"].startswith("<0x")]
+  core = tokenizers.Tokenizer.from_str(json.dumps(made))
+  names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+  tokenizer.chat_template = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+  )
+  return Chat(tokenizer)
+
+
+@pytest.mark.parametrize("prepended", [False, True], ids=["first", "prepended"])
+def test_a_conversation_in_pieces_has_the_blanks_that_it_has_as_a_whole(prepended: bool):
+  chat = sentencepiece(prepended)
+  turns = (("user", "a star"), ("assistant", "red one"), ("user", "how many?"), ("assistant", "two"))
+  messages = [dict(role=role, content=words) for role, words in turns]
+  whole = chat.tokenizer.apply_chat_template(messages, tokenize=True)
+  found = [token for piece, _ in chat.pieces(turns) for token in piece]
+  assert found == list(getattr(whole, "input_ids", whole))
+  assert names(chat, found)[0].startswith("▁") and "▁▁" not in "".join(names(chat, found))
+  assert chat.prompt(turns[:1]) == found[: len(chat.prompt(turns[:1]))]
