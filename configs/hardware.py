@@ -93,7 +93,7 @@ class Hardware:
     return {name: value for name, value, _ in self.variables} | named
 
 
-OF_GPU: dict[str, Any] = dict(unroll=True, kernel="flash", flags=GPU, variables=GPU_VARIABLES)
+OF_GPU: dict[str, Any] = dict(unroll=True, kernel="flash", remat="dots", flags=GPU, variables=GPU_VARIABLES)
 # What a device of each kind takes; PRESETS say how many there are and how they share. Tokens: enough that a layer's
 # products outlast the gather of the next one's weights (scaling book: some 850 on a v5p with three axes), and that the
 # 8b model fits. Where there is memory to spare, products with weights are kept instead of made twice. GPUs unroll: in a
@@ -101,8 +101,8 @@ OF_GPU: dict[str, Any] = dict(unroll=True, kernel="flash", flags=GPU, variables=
 # step, and half of its memory. TPUs loop: there it works in place, and compiles once what is the same in each layer.
 CHIPS = {
   "cpu": Hardware("cpu", (1,), dict(fsdp=-1), tokens=2048),
-  "h100": Hardware("h100", (1,), dict(fsdp=-1), tokens=8192, **OF_GPU),
-  "h200": Hardware("h200", (1,), dict(fsdp=-1), tokens=8192, **OF_GPU),
+  "h100": Hardware("h100", (1,), dict(fsdp=-1), tokens=16384, **OF_GPU),
+  "h200": Hardware("h200", (1,), dict(fsdp=-1), tokens=16384, **OF_GPU),
   "v4": Hardware("v4", (2, 2, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=TPU),
   "v5e": Hardware("v5e", (1, 1), dict(fsdp=-1), tokens=8192, kernel="splash", flags=V5E),
   "v5p": Hardware("v5p", (2, 2, 1), dict(fsdp=-1), tokens=16384, remat="dots", kernel="splash", flags=V5P),

@@ -34,7 +34,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import adapters, checkpoint, features, optimizer, plan, state, step
+from clipflow_jax.training import adapters, checkpoint, features, optimizer, owed, plan, state, step
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
@@ -189,12 +189,26 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     every = {name: task.get("every", config.sample_every) for name, task in config.evaluate.items()}
     every[SAMPLES] = config.sample_every
     saved = begin
+    unmade = [what for what in owed.at(workdir, begin) if what in every]
+    first = jax.process_index() == 0
     distributed.barrier("the first step", COMPILING)
     with (
       contextlib.closing(Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)) as writer,
       Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog,
       contextlib.closing(checkpoints),  # whatever ends the run, the checkpoint under way is written
     ):
+
+      def show(now, number, due):
+        watchdog.beat(f"{', '.join(due)} of step {number}", math.inf)
+        with sharding.unconstrained():  # samples are as many as they are
+          sample(model, config, Adapters(**config.adapters).merged(whole(now).averaged), chat, number, writer, due)
+        if first:
+          owed.settle(workdir)
+        throughput.start()
+
+      if sample and unmade:
+        log.info("making up for %s of step %d", ", ".join(unmade), begin)
+        show(now, begin, unmade)
       for number in range(begin + 1, config.steps + 1):
         watchdog.beat(f"step {number}")
         with throughput.waiting(now.step):
@@ -208,16 +222,15 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           means = meter.compute()
           _check(means, number, config)
           writer.scalars(number, means | throughput.compute(number))
+        due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
+        if sample and due and first:
+          owed.note(workdir, number, due)
         if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
           watchdog.beat(f"the checkpoint of step {number}")
           checkpoints.save(number, whole(now), data_state=distributed.gather(batches.get_state()), meta=meta)
           saved = number
-        due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
         if sample and due:
-          watchdog.beat(f"{', '.join(due)} of step {number}", math.inf)
-          with sharding.unconstrained():  # samples are as many as they are
-            sample(model, config, Adapters(**config.adapters).merged(whole(now).averaged), chat, number, writer, due)
-          throughput.start()
+          show(now, number, due)
         if stopping:
           break
       watchdog.beat("the last checkpoint")

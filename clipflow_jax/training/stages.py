@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError, make_folder
-from clipflow_jax.training import checkpoint, loop
+from clipflow_jax.training import checkpoint, loop, owed
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,12 @@ def _train(stage: ConfigDict, workdir: Path, sample: loop.Sampler | None) -> Non
 
 
 def is_finished(workdir: Path, steps: int) -> bool:
-  """Whether a stage's newest checkpoint is of these steps, or of more, and whole as far as it tells unread."""
+  """Whether a stage's newest checkpoint is of these steps, or of more, and whole as far as it tells unread.
+
+  Also what was to be made of the last step must be.
+  """
   newest = max(checkpoint.steps(workdir), default=-1)
-  if newest < steps:
+  if newest < steps or owed.at(workdir, newest):
     return False
   try:
     return bool(checkpoint.shapes(workdir / "checkpoints" / str(newest)))

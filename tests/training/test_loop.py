@@ -21,7 +21,7 @@ from clipflow_jax.data.pipeline import Pipeline
 from clipflow_jax.data.sequence import Layout
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
-from clipflow_jax.training import checkpoint, loop, state
+from clipflow_jax.training import checkpoint, loop, owed, stages, state
 from clipflow_jax.training.state import TrainState
 from tests import tiny_runs
 
@@ -243,6 +243,36 @@ def test_an_error_while_a_checkpoint_is_written_loses_none(tmp_path):
   with pytest.raises(UserError, match="no such task"):
     loop.train(tiny_runs.decoder_stage(sample_every=2, checkpoint_every=2), tmp_path, sample)
   assert steps_of(tmp_path) == ["2"]
+
+
+@pytest.mark.parametrize("when", [2, 4])
+def test_what_a_saved_step_owes_is_made_first_when_the_run_goes_on(whole, tmp_path, when):
+  """Also of the last step, after which there is nothing else to do."""
+  config, seen = tiny_runs.decoder_stage(sample_every=2, checkpoint_every=2), []
+
+  def dies(model, config, params, chat, step, writer, due):
+    if step == when:
+      raise UserError("no more")
+
+  def sample(model, config, params, chat, step, writer, due):
+    seen.append((step, due))
+
+  with pytest.raises(UserError, match="no more"):
+    stages.train(config, tmp_path, dies)
+  assert steps_of(tmp_path)[-1] == str(when) and not stages.is_finished(tmp_path, 4)
+  stages.train(config, tmp_path, sample)
+  assert seen == [(step, ["samples"]) for step in range(when, 5, 2)]
+  assert stages.is_finished(tmp_path, 4)
+  assert_identical(checkpoint.load(tmp_path, ("trained",)).state["trained"], whole[1].trained)
+
+
+def test_what_an_earlier_step_owed_is_due_again_when_it_is_reached(tmp_path):
+  """The step was not saved, so that the run goes on from one before it."""
+  owed.note(tmp_path, 3, ["samples"])
+  assert owed.at(tmp_path, 3) == ["samples"] and not owed.at(tmp_path, 2)
+  seen = []
+  loop.train(tiny_runs.decoder_stage(sample_every=3), tmp_path, lambda *given: seen.append(given[4]))
+  assert seen == [3, 4] and not owed.at(tmp_path, 3)
 
 
 def test_a_frozen_tower_that_nobody_taught_is_told_of(whole, tmp_path, caplog):
