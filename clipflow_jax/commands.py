@@ -291,13 +291,13 @@ def info(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
   from clipflow_jax.data import inspect
-  from clipflow_jax.training import loop
+  from clipflow_jax.training import beginnings, loop
 
   output = options.output or Path("inspected")
   for stage in config_file.stages(config_file.load(options.config, options.overrides)):
     if "model" not in stage:
       raise UserError("clipflow info --data takes the config of a stage or of a run, such as configs/joint.py")
-    pipeline = loop.make_pipeline(stage, [start.meta for start in loop.beginnings(stage)])
+    pipeline = loop.make_pipeline(stage, [start.meta for start in beginnings.load(stage)])
     print(f"{stage.name}: {inspect.write(pipeline, output, stage.name)}")
   print(f"pages and pictures: {output}")
 

@@ -34,7 +34,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import adapters, checkpoint, features, optimizer, owed, plan, state, step
+from clipflow_jax.training import beginnings, checkpoint, features, optimizer, owed, plan, state, step
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     told = [checkpoint.described(workdir)]
     compare(config, workdir)
   else:
-    starts = beginnings(config, ("averaged", "frozen"))
+    starts = beginnings.load(config, ("averaged", "frozen"))
     told = [start.meta for start in starts]
   pipeline = make_pipeline(config, told)
   chat = pipeline.chat
@@ -135,9 +135,9 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     if restored:
       batches.set_state(restored.data_state)
     # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
-    taken = _take(abstract, starts, sharding.of_parameters(abstract, mesh), scales) if starts else {}
+    taken = beginnings.take(abstract, starts, sharding.of_parameters(abstract, mesh), scales) if starts else {}
     if not restored:
-      _warn_of_the_untaught(set(state.flatten(abstract)) - taken.keys(), scales, pipeline, objective)
+      beginnings.warn_of_the_untaught(set(state.flatten(abstract)) - taken.keys(), scales, pipeline, objective)
 
     # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
     cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)
@@ -292,11 +292,6 @@ def compare(config: ConfigDict, workdir: Path) -> None:
     log.warning("the config differs from the checkpoint's: %s", named)
 
 
-def beginnings(config: ConfigDict, names: tuple[str, ...] = ()) -> list[checkpoint.Restored]:
-  """What `config.init_from` names, in its order: of each state the parts `names`, as `checkpoint.load`."""
-  return [checkpoint.load(path.strip(), names) for path in config.init_from.split(",") if path.strip()]
-
-
 def make_pipeline(config: ConfigDict, told: Sequence[Mapping[str, Any]] = ()) -> Pipeline:
   """What `config.data` says, with the tokenizer of the first of checkpoints' `meta` that has one, or one of its own.
 
@@ -353,55 +348,6 @@ def _init(model: ClipFlow, example: Batch, seed: int) -> Params:
     example = dataclasses.replace(example, images=images, features=None)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
   return model.init(jax.random.key(seed), zeros, method="everything")["params"]
-
-
-def _take(
-  ours: Params, starts: Sequence[checkpoint.Restored], shardings: Params, scales: Mapping[str, float]
-) -> dict[str, jax.Array]:
-  """{path: array} of the parameters that other runs have at our path and shape, of the first that has each.
-
-  In the dtype in which they were kept: on the devices they take no more room than there. What was taken and left is
-  logged. UserError where it is nothing, or where what shall stay frozen is there in another shape.
-  """
-  flat, places = state.flatten(ours), state.flatten(shardings)
-  taken: dict[str, jax.Array] = {}
-  others: dict[str, tuple[int, ...]] = {}  # {path: shape} of what is there in another shape
-  for start in starts:
-    theirs = state.flatten(adapters.plain(start))
-    new = {
-      path: distributed.place(np.asarray(theirs[path]), places[path])
-      for path, leaf in flat.items()
-      if path in theirs and path not in taken and theirs[path].shape == leaf.shape
-    }
-    taken |= new
-    others |= {path: np.shape(theirs[path]) for path in flat.keys() & theirs.keys() - taken.keys()}
-    log.info("init_from step %d: took %d parameters of %d", start.step, len(new), len(flat))
-    if left := sorted(theirs.keys() - new):
-      log.info("  left there: %s", ", ".join(left))
-  if not taken:
-    raise UserError("config.init_from has no parameter of this model: none is of the same name and shape")
-  unlike = sorted(path for path in others.keys() - taken.keys() if not path.startswith("statistics/"))
-  for path in unlike:
-    told = f"{path} has shape {flat[path].shape} here, {others[path]} in init_from"
-    if not scales.get(path, 1.0):
-      raise UserError(f"{told}, and stays as it begins: at random. Give the model the fields of init_from's")
-    log.warning("%s: it begins anew", told)
-  if fresh := sorted(flat.keys() - taken):
-    log.info("  fresh here: %s", ", ".join(fresh))
-  return taken
-
-
-def _warn_of_the_untaught(
-  fresh: set[str], scales: Mapping[str, float], pipeline: Pipeline, objective: Objective
-) -> None:
-  """A warning where what a stage learns beside is frozen and begins at random. fresh: the paths that begin so."""
-  used = {
-    "clip_model/vision_tower/": any(part.role != "text" for part in pipeline.parts),
-    "language_model/text/": any(objective.weights.get(name) for name in ("language", "flow")),
-  }
-  for part, needed in used.items():
-    if needed and any(path.startswith(part) and not scales.get(path, 0.0) for path in fresh):
-      log.warning("%s is frozen, and begins at random: name a run that taught it, config.init_from=DIR", part[:-1])
 
 
 def _tokenizer(config: ConfigDict, told: Sequence[Mapping[str, Any]], parts: tuple[mixture.Part, ...]):

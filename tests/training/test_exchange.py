@@ -21,7 +21,7 @@ from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.interop import huggingface
 from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.transformer import Transformer
-from clipflow_jax.training import checkpoint, exchange, loop
+from clipflow_jax.training import beginnings, checkpoint, exchange, loop
 from clipflow_jax.training.state import flatten, merge
 from configs import presets, warm
 from tests import tiny, tiny_runs
@@ -156,7 +156,7 @@ def test_an_imported_text_tower_comes_only_with_its_own_tokenizer(imported, towe
   if "language model" in stage:
     warm.start(config, str(imported))
   warm.tower(config, str(tower if "without" in stage else reader))
-  chat = loop.make_pipeline(config, [start.meta for start in loop.beginnings(config)]).chat
+  chat = loop.make_pipeline(config, [start.meta for start in beginnings.load(config)]).chat
   if stage == "captions":
     assert config.model.clip.text.pooling == "last" and config.data.length == config.model.clip.text.length
     assert chat.begin is chat.image is None
