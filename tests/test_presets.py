@@ -100,9 +100,9 @@ def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str,
 def test_named_hardware_says_how_every_stack_is_computed():
   of_import = ConfigDict(dict(clip=dict(vision=dict(layers=2)), transformer=dict(layers=2), drawer=dict(layers=2)))
   presets.computed_on(hardware.make("h100x8"), of_import)  # a model that an import wrote says nothing of it
-  assert of_import.kernel == "flash" and of_import.drawer.remat == "full" and of_import.drawer.unroll
+  assert of_import.kernel == "flash" and of_import.drawer.remat == "dots" and of_import.drawer.unroll
   for part in (of_import.clip.vision, of_import.transformer):
-    assert (part.remat, part.unroll) == ("full", True)
+    assert (part.remat, part.unroll) == ("dots", True)
   assert not scaled("joint", "8b", "v5p-512").model.transformer.unroll
 
 

@@ -175,10 +175,10 @@ def test_offloading_to_nowhere_is_refused():
   importlib.util.find_spec("jax_cuda13_plugin") is None,
   reason="no compiler for GPUs is installed: pip install '.[plan]'",
 )
-def test_every_mode_is_planned_for_a_gpu_that_is_not_here(trained: Path, tmp_path: Path):
+def test_a_base_in_four_bits_is_planned_for_a_gpu_that_is_not_here(trained: Path, tmp_path: Path):
   """What is trained and what lies in four bits is told, of the step as that GPU's compiler makes it."""
   memory = {}
-  for mode in ("full", "lora", "qlora"):
+  for mode in ("full", "qlora"):
     config, file = f"configs/finetune.py:from={trained},batch=2,rank=2,tile=8,mode={mode}", tmp_path / f"{mode}.json"
     command = [sys.executable, "-m", "clipflow_jax.cli", "plan", f"--config={config}", "--hardware=h100x1"]
     said = subprocess.run([*command, f"--json={file}"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -186,5 +186,6 @@ def test_every_mode_is_planned_for_a_gpu_that_is_not_here(trained: Path, tmp_pat
     report = json.loads(file.read_text())
     assert report["fits"] and report["predicted_step_s"] > 0
     memory[mode] = report["memory_gib"]
-  assert memory["lora"]["trained"] == memory["qlora"]["trained"] < memory["full"]["trained"] / 2
-  assert memory["qlora"]["frozen"] < memory["lora"]["frozen"]
+  assert memory["qlora"]["trained"] < memory["full"]["trained"] / 2
+  held = [sum(kinds[name] for name in ("trained", "frozen", "moments")) for kinds in memory.values()]
+  assert held[1] < 0.6 * held[0]  # a tiny vocabulary is much of a tiny model
