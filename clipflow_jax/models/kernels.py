@@ -41,9 +41,9 @@ class Reach(flax.struct.PyTreeNode):
     return cls(segments, first, jax.lax.cummin(jnp.where(ends, slots, slots[-1]), axis=1, reverse=True))
 
   def range(self) -> tuple[jax.Array, jax.Array]:
-    """(the first slot that each sees, the one behind the last), i32[B,S]; padding sees none. None falls along a row."""
-    slots, word = jnp.arange(self.first.shape[1], dtype=jnp.int32), self.segments > 0
-    return jnp.where(word, self.first, slots), jnp.where(word, self.last + 1, slots)
+    """(the first slot that each sees, the one behind the last), i32[B,S]; padding sees none."""
+    word = self.segments > 0
+    return jnp.where(word, self.first, 0), jnp.where(word, self.last + 1, 0)
 
 
 Mask = jax.Array | Reach | None

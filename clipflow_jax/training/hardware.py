@@ -22,7 +22,7 @@ class Chip:
   link, one way), network_bandwidth (between slices, or between GPU hosts): bytes/s. torus: dimensions of the ICI
   network, 0 where every chip of a host reaches every other at link_bandwidth. ring: multiples of so many chips in a row
   close to one, others are a line. host: chips that share a host. products: the share of peak_flops at which a large
-  matrix product runs.
+  matrix product runs. options: of the compile-only client: which of its devices is a chip, or what a GPU is.
   """
 
   peak_flops: float
@@ -35,9 +35,7 @@ class Chip:
   devices: int = 1
   host: int = 4
   products: float = REACHED
-  options: tuple[
-    tuple[str, str], ...
-  ] = ()  # of the compile-only client: which of its devices is a chip, or what a GPU is
+  options: tuple[tuple[str, str], ...] = ()
 
   def bandwidth(self, coords: np.ndarray, bounds: np.ndarray, networks: int) -> float:
     """Bytes/s at which a chip takes part in a collective of one group.
