@@ -46,14 +46,8 @@ SERVE = [
 ]
 
 # The compilers of chips that are not there, for `clipflow plan`. Those of GPUs without the libraries that run there,
-# which are twice as many gigabytes: in an environment of its own.
-PLAN = [
-  "jax[tpu]>=0.10,<0.12",
-  "jax-cuda13-plugin>=0.10,<0.12",
-  "jax-cuda13-pjrt>=0.10,<0.12",
-  "nvidia-cuda-nvcc>=13,<14",
-  "nvidia-nvvm>=13,<14",
-]
+# which are gigabytes more: in an environment of its own.
+PLAN = ["jax[tpu,cuda13-local]>=0.10,<0.12", "nvidia-cuda-nvcc>=13,<14", "nvidia-nvvm>=13,<14"]
 
 EXTRAS = {
   "gpu": ["jax[cuda12]>=0.10,<0.12"],
