@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from clipflow_jax.batch import Batch
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import NAMES, Objective
 from clipflow_jax.parallel import sharding
-from clipflow_jax.training import optimizer, state, step
+from clipflow_jax.training import optimizer, program, state, step
 from tests import tiny
 
 VOCABULARY = 1024
@@ -45,29 +44,6 @@ def stages() -> dict[str, ConfigDict]:
 STAGES = stages()
 
 
-def abstract_batch(config: ConfigDict, model: ClipFlow) -> Batch:
-  """The batch that the config's data would be, by shape."""
-  size = model.clip["vision"]["image_size"]
-  b, s, n = config.data.batch_size, config.data.length, config.data.images_per_row
-
-  def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  return Batch(
-    tokens=of(b, s),
-    segments=of(b, s),
-    order=of(b, s),
-    positions=of(b, s, 3),
-    loss_weights=of(b, s, dtype=jnp.float32),
-    image_index=of(b, s),
-    image_roles=of(b, n),
-    image_segments=of(b, n),
-    image_order=of(b, n),
-    image_positions=of(b, n),
-    images=of(b, n, size, size, 3, dtype=jnp.uint8),
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Traced:
   """What one config makes, by shape."""
@@ -82,7 +58,7 @@ class Traced:
 def trace(name: str) -> Traced:
   config = STAGES[name]
   model = ClipFlow(**with_vocabulary(config.model.to_dict(), VOCABULARY))
-  batch = abstract_batch(config, model)
+  batch = program.abstract_batch(config, model)
   init = functools.partial(model.init, method="everything")
   params = jax.eval_shape(init, jax.random.key(0), batch)["params"]
   scales = state.multipliers(params, config.train)

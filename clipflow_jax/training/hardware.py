@@ -57,21 +57,23 @@ class Chip:
     return speed or self.link_bandwidth * 2 * self.torus  # two devices of one chip: no slower than all its links
 
 
-def _hopper(name: str, memory_bytes: int, memory_bandwidth: float, l2_bytes: int) -> tuple[tuple[str, str], ...]:
-  """XLA's description of a GPU of compute capability 9.0 as its SXM part, in the text format of its protocol buffer.
+def _hopper(sheet: str, name: str, gib: float, bandwidth: float, l2_bytes: int) -> Chip:
+  """An SXM GPU of compute capability 9.0: sheet names its row of PEAK_FLOPS, the rest is what the CUDA driver tells.
 
-  Numbers are those that the CUDA driver tells of such a device.
+  The compiler is told in the text format of XLA's protocol buffer. Of the memory JAX takes the share that the presets
+  set (XLA_PYTHON_CLIENT_MEM_FRACTION). Products: 797 TFLOP/s, as measured on an H200.
   """
   per_block = "threads_per_block_limit: 1024 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448"
   per_core = "threads_per_core_limit: 2048 shared_memory_per_core: 233472 fpus_per_core: 128"
   registers = "registers_per_core_limit: 65536 registers_per_block_limit: 65536"
   grid = "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 threads_per_warp: 32"
-  memory = f"memory_bandwidth: {memory_bandwidth:.0f} device_memory_size: {memory_bytes} l2_cache_size: {l2_bytes}"
+  memory = f"memory_bandwidth: {bandwidth:.0f} device_memory_size: {gib * GIB:.0f} l2_cache_size: {l2_bytes}"
   capability = "cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }"
   device = f"core_count: 132 clock_rate_ghz: 1.98 {per_block} {per_core} {registers} {grid} {memory} {capability}"
   library = "dnn_version_info { major: 9 minor: 10 }"
   text = f'platform_name: "CUDA" device_description_str: "{name}" {library} gpu_device_info {{ {device} }}'
-  return (("target_config", text),)
+  options = (("target_config", text),)
+  return Chip(PEAK_FLOPS[sheet], 0.92 * gib, bandwidth, 450e9, 50e9, host=8, products=0.81, options=options)
 
 
 # Sources: cloud.google.com/tpu/docs, a page for each version, has FLOP/s, memory, its bandwidth, and the bandwidth of
@@ -88,28 +90,8 @@ CHIPS = {
   "v5p": Chip(PEAK_FLOPS["TPU v5"], 95, 2765e9, 100e9, 6.25e9, products=0.9, torus=3),
   "v6e": Chip(PEAK_FLOPS["TPU v6"], 32, 1638e9, 100e9, 12.5e9, products=0.7, torus=2, ring=16, host=8),
   "tpu7x": Chip(2 * PEAK_FLOPS["TPU7x"], 192, 7380e9, 100e9, 12.5e9, products=0.8, torus=3, devices=2),
-  # Memory: what the driver tells, of which JAX takes the share that the presets set (XLA_PYTHON_CLIENT_MEM_FRACTION).
-  # Products: 797 TFLOP/s, as measured on an H200.
-  "h100": Chip(
-    PEAK_FLOPS["NVIDIA H100"],
-    0.92 * 79.6,
-    3350e9,
-    450e9,
-    50e9,
-    host=8,
-    products=0.81,
-    options=_hopper("NVIDIA H100 80GB HBM3", 85_520_809_984, 3350e9, 52_428_800),
-  ),
-  "h200": Chip(
-    PEAK_FLOPS["NVIDIA H200"],
-    0.92 * 140.4,
-    4800e9,
-    450e9,
-    50e9,
-    host=8,
-    products=0.81,
-    options=_hopper("NVIDIA H200", 150_755_868_672, 4800e9, 62_914_560),
-  ),
+  "h100": _hopper("NVIDIA H100", "NVIDIA H100 80GB HBM3", 79.6, 3350e9, 52_428_800),
+  "h200": _hopper("NVIDIA H200", "NVIDIA H200", 140.4, 4800e9, 62_914_560),
   # A stand-in that only proves that a mesh compiles: nothing is predicted of it.
   "cpu": Chip(float("nan"), float("nan"), float("nan"), float("nan"), float("nan"), host=1 << 20),
 }
