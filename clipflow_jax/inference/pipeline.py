@@ -320,7 +320,7 @@ class ClipFlow:
     """CLIP embeddings f32[N,E] at unit norm."""
 
     def run(params, images):
-      return self.model.apply({"params": params}, images, method=lambda m, x: m.see(x).embedding)
+      return self.model.apply({"params": params}, images, method=lambda m, x: m.see(x, "embedding").embedding)
 
     return self.batched(("embed_image",), run, (self._images(images),))
 

@@ -213,7 +213,7 @@ def _both(module: Clip) -> Any:
   """Shapes of the parameters of both towers."""
 
   def touch(bound: Clip, images: jax.Array, tokens: jax.Array, mask: jax.Array) -> None:
-    bound.see(images, False)
+    bound.see(images, "embedding")
     bound.embed_text(tokens, mask)
 
   size, length = module.vision["image_size"], module.text["length"]

@@ -12,7 +12,7 @@ from flax import linen as nn
 from clipflow_jax.models.layers import Linear
 from clipflow_jax.models.text import TextTower
 from clipflow_jax.models.transformer import Transformer
-from clipflow_jax.models.vision import Seen, VisionTower
+from clipflow_jax.models.vision import Seen, VisionTower, Want
 
 
 class Clip(nn.Module):
@@ -44,9 +44,9 @@ class Clip(nn.Module):
       self.caption_connector = CaptionConnector(self.captioner["width"], self.dtype)
       self.pixel_readout = PixelReadout(self.vision["patch_size"], self.dtype)
 
-  def see(self, images: jax.Array, with_features: bool = True) -> Seen:
-    """images u8[B,H,W,3] -> Seen."""
-    return self.vision_tower(images, with_features)
+  def see(self, images: jax.Array, want: Want = "features") -> Seen:
+    """images u8[B,H,W,3] -> Seen, as far as `VisionTower` is asked for it."""
+    return self.vision_tower(images, want)
 
   def embed_text(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """tokens i32[B,S], mask bool[B,S] -> f32[B,E], unit norm."""

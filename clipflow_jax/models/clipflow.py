@@ -23,7 +23,7 @@ from clipflow_jax.models.layers import GridPositions, Linear, grid_positions, to
 from clipflow_jax.models.pixel_decoder import PixelDecoder
 from clipflow_jax.models.time import TimeTokens
 from clipflow_jax.models.transformer import Context, Transformer
-from clipflow_jax.models.vision import Seen, Standardise
+from clipflow_jax.models.vision import Seen, Standardise, Want
 from clipflow_jax.parallel.sharding import shard
 
 
@@ -204,14 +204,17 @@ class ClipFlow(nn.Module):
 
   # Features.
 
-  def see(self, images: jax.Array) -> Seen:
-    """images u8[B,H,W,3] -> what the tower makes of them, features raw. UserError for those of another size."""
+  def see(self, images: jax.Array, want: Want = "features") -> Seen:
+    """images u8[B,H,W,3] -> what the tower makes of them, features raw, as far as `VisionTower` is asked for it.
+
+    UserError for pictures of another size.
+    """
     height, width, side = *images.shape[1:3], self.clip["vision"]["image_size"]
     if (height, width) != (side, side):
       raise UserError(
         f"pictures are {width} x {height}, model.clip.vision.image_size {side}: set data.source.size to it"
       )
-    return self.clip_model.see(images)
+    return self.clip_model.see(images, want)
 
   def standardise(self, raw: jax.Array) -> jax.Array:
     """Raw features f32[...,T,C] -> standardised by the stored statistics."""

@@ -11,9 +11,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from clipflow_jax.models.kernels import attend
-from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, standardise
-from clipflow_jax.models.remat import scan
+from clipflow_jax.models.kernels import attend, mask_at
+from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, at_slot, standardise
+from clipflow_jax.models.remat import remat, scan
 from clipflow_jax.models.rotary import turn
 from clipflow_jax.parallel.sharding import shard
 
@@ -33,7 +33,8 @@ ACTIVATIONS = {
 class EncoderAttention(nn.Module):
   """x f[B,S,D], mask bool[B,S or 1,S] or None -> f[B,S,D]. qk_norm: as in ViT-22B (Dehghani et al. 2023).
 
-  sub_norm: a norm before the last matrix (Wang et al. 2022). rotation: of queries and keys, or None.
+  sub_norm: a norm before the last matrix (Wang et al. 2022). rotation: of queries and keys, or None. read: the one slot
+  of `at_slot` that is asked for, f[B,1,D].
   """
 
   heads: int
@@ -44,18 +45,21 @@ class EncoderAttention(nn.Module):
   sub_norm: bool = False
 
   @nn.compact
-  def __call__(self, x, mask, rotation=None):
-    def project(name):
+  def __call__(self, x, mask, rotation=None, read=None):
+    def project(name, x=x):
       y = Linear(x.shape[-1], self.key_bias or name != "key", dtype=self.dtype, name=name)(x)
       return shard(y.reshape(*x.shape[:2], self.heads, -1), "rows", None, "heads")
 
-    q, k = project("query"), project("key")
+    q, k = project("query", x if read is None else at_slot(x, read)), project("key")
     if self.qk_norm:
       q, k = RMSNorm(dtype=self.dtype, name="query_norm")(q), RMSNorm(dtype=self.dtype, name="key_norm")(k)
     if rotation is not None:
-      q, k = turn(q, rotation), turn(k, rotation)
+      of_query = rotation if read is None else jax.tree.map(lambda part: at_slot(part[None], read), rotation)
+      q, k = turn(q, of_query), turn(k, rotation)
     q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(project("value"), "value")
-    out = checkpoint_name(attend(q, k, v, mask, self.kernel), "attention")
+    # The kernels are for many queries.
+    seen = (mask, self.kernel) if read is None else (mask_at(mask, read), "xla")
+    out = checkpoint_name(attend(q, k, v, *seen), "attention")
     if self.sub_norm:
       out = nn.LayerNorm(1e-6, dtype=self.dtype, name="inner_norm")(out)
     return Linear(x.shape[-1], True, dtype=self.dtype, name="out")(out)
@@ -77,7 +81,7 @@ class CrossAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Attention and GELU network, residual. x f[B,S,D], mask and rotation as `EncoderAttention` -> f[B,S,D].
+  """Attention and GELU network, residual. x f[B,S,D], mask, rotation and read as `EncoderAttention` -> f[B,S or 1,D].
 
   activation: a name of ACTIVATIONS. layer_scale: what is added is weighted by channel (Touvron et al. 2021, CaiT).
   post_norm: what is added is normed, not what is read. gated: SwiGLU in place of the GELU network. sub_norm, key_bias:
@@ -98,7 +102,7 @@ class EncoderBlock(nn.Module):
   key_bias: bool = True
 
   @nn.compact
-  def __call__(self, x, mask, rotation=None):
+  def __call__(self, x, mask, rotation=None, read=None):
     def norm(name):
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
 
@@ -119,7 +123,8 @@ class EncoderBlock(nn.Module):
 
     own = dict(key_bias=self.key_bias, sub_norm=self.sub_norm)
     attention = EncoderAttention(self.heads, self.qk_norm, self.kernel, self.dtype, **own, name="attention")
-    x = shard(x + added("attention", lambda y: attention(y, mask, rotation), x), "rows")
+    attended = added("attention", lambda y: attention(y, mask, rotation, read), x)
+    x = shard((x if read is None else at_slot(x, read)) + attended, "rows")
     return shard(x + added("mlp", network, x), "rows")
 
 
@@ -129,6 +134,9 @@ class Encoder(nn.Module):
   x f[B,S,D], mask and rotation as `EncoderAttention`, layer_weights f32[layers]
   -> (f[B,S,D], f32[B,S,D]: the weighted sum of each layer's output, with `feature_norm` under an affine-free LayerNorm,
   or None).
+
+  read: the one slot that is asked for, as of `at_slot`, in place of layer_weights -> (f[B,1,D], None). The last layer
+  then makes no other: of 24 layers this spares some 3.5 %.
   """
 
   layers: int
@@ -149,7 +157,7 @@ class Encoder(nn.Module):
   key_bias: bool = True
 
   @nn.compact
-  def __call__(self, x, mask=None, layer_weights=None, rotation=None):
+  def __call__(self, x, mask=None, layer_weights=None, rotation=None, read=None):
     def body(block, carry, weight):
       x, total = carry
       x = block(x, mask, rotation)
@@ -162,12 +170,19 @@ class Encoder(nn.Module):
       # For the gradient of places, a sum over rows, XLA would lay rows innermost on GPUs: each layer then turns what it
       # multiplies round and back.
       x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
-    layers = scan(body, self.layers, self.remat, self.unroll)
     own = dict(activation=self.activation, layer_scale=self.layer_scale, post_norm=self.post_norm, gated=self.gated)
     own |= dict(sub_norm=self.sub_norm, key_bias=self.key_bias)
     block = EncoderBlock(
       self.heads, self.mlp, self.qk_norm, self.norm_eps, self.kernel, self.dtype, **own, name="layers"
     )
-    total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
-    (x, total), _ = layers(block, (x, total), layer_weights)
-    return x, total
+    if read is None or self.is_initializing():  # then for the stack of parameters, whatever is read
+      total = None if layer_weights is None else jnp.zeros(x.shape, jnp.float32)
+      (x, total), _ = scan(body, self.layers, self.remat, self.unroll)(block, (x, total), layer_weights)
+      return x, total
+
+    def of(some, body):  # by these layers of the stack
+      return nn.map_variables(body, "params", lambda params: jax.tree.map(lambda stacked: stacked[some], params))
+
+    (x, _), _ = of(slice(-1), scan(body, self.layers - 1, self.remat, self.unroll))(block, (x, None), None)
+    last = remat(lambda block, x: block(x, mask, rotation, read), self.remat, unroll=True)
+    return of(-1, last)(block, x), None

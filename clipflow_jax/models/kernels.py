@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.models.layers import at_slot
 from clipflow_jax.parallel.sharding import on_mesh, spec
 
 # Kernel -> where it runs; (): anywhere.
@@ -47,6 +48,15 @@ class Reach(flax.struct.PyTreeNode):
 
 
 Mask = jax.Array | Reach | None
+
+
+def mask_at(mask: Mask, slot: int | jax.Array) -> jax.Array | None:
+  """What one slot of each row sees, as of `at_slot`: bool[B,1,K], or None for all. mask: as of `attend`."""
+  if isinstance(mask, Reach):
+    first, end = (at_slot(bound, slot)[..., None] for bound in mask.range())
+    slots = jnp.arange(mask.segments.shape[1])
+    return (first <= slots) & (slots < end)
+  return mask if mask is None or mask.shape[1] == 1 else at_slot(mask, slot)
 
 
 def attend(

@@ -48,6 +48,13 @@ def flat_rows(x: jax.Array) -> jax.Array:
   return x if on_mesh() else x.reshape(-1, x.shape[-1])
 
 
+def at_slot(x: jax.Array, slot: int | jax.Array) -> jax.Array:
+  """x f[B,S,...] at one slot, the same of every row or of each its own, i32[B] -> f[B,1,...]."""
+  if isinstance(slot, int):
+    return jax.lax.slice_in_dim(x, slot, slot + 1, axis=1)
+  return jnp.take_along_axis(x, slot.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+
 class RMSNorm(nn.Module):
   """Root-mean-square norm over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
 

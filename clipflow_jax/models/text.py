@@ -63,21 +63,21 @@ class TextTower(nn.Module):
       name="encoder",
     )
     seen: Mask = None
+    read: jax.Array | int | None = None
     if self.pooling == "mean":
       together = self.kernel == "flash"  # which sees slots that lie together, and a caption's words do
       seen = sight(self.kernel, mask.astype(jnp.int32), jnp.zeros_like(tokens)) if together else mask[:, None, :]
     if self.pooling == "end":
       order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
       seen = sight(self.kernel, jnp.ones_like(order), order)
-    x, _ = encoder(shard(x, "rows"), seen)
-    x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
-    return unit(Linear(self.embedding, self.projection_bias, name="projection")(self._pool(x, tokens, mask)))
-
-  def _pool(self, x: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+      read = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=1)
     if self.pooling == "last":
-      return x[:, -1]
-    if self.pooling == "end":
-      at = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=1)
-      return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
-    words = mask[..., None].astype(jnp.float32)
-    return (x * words).sum(axis=1) / jnp.maximum(words.sum(axis=1), 1)
+      read = tokens.shape[1] - 1
+    x, _ = encoder(shard(x, "rows"), seen, read=read)
+    x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(x)
+    if read is None:
+      words = mask[..., None].astype(jnp.float32)
+      x = (x * words).sum(axis=1) / jnp.maximum(words.sum(axis=1), 1)
+    else:
+      x = x[:, 0]
+    return unit(Linear(self.embedding, self.projection_bias, name="projection")(x))

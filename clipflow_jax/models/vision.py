@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -20,13 +20,14 @@ from clipflow_jax.parallel.sharding import shard
 
 @flax.struct.dataclass
 class Seen:
-  """What the tower makes of a picture."""
+  """What the tower makes of a picture, as far as it was asked for."""
 
-  tokens: jax.Array  # f[B,T,C] the last layer's tokens
   embedding: jax.Array  # f32[B,E] unit norm
-  features: jax.Array | None  # f32[B,T,C] mean over chosen layers' tokens, where asked for
+  tokens: jax.Array | None  # f[B,T,C] the last layer's tokens
+  features: jax.Array | None  # f32[B,T,C] mean over chosen layers' tokens
 
 
+Want = Literal["features", "tokens", "embedding"]
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -59,7 +60,8 @@ class VisionTower(nn.Module):
   the first layer (CLIP). has_mask: DINOv2 has trained a token for hidden patches; it is kept for those who train it
   further. post_norm, gated, sub_norm, key_bias: as `EncoderBlock`. rope_span: queries and keys of patches are turned by
   row and column too, as on a grid of so many a side (0: they are not).
-  images u8[B,H,W,3] -> Seen. with_features costs a norm a layer, and a contrastive loss wants none.
+  images u8[B,H,W,3] -> Seen. want: the first of its fields that is asked for, in the order "features", "tokens",
+  "embedding"; it has those behind. Features cost a norm a layer; of the last layer a class token needs itself alone.
   """
 
   image_size: int
@@ -99,7 +101,7 @@ class VisionTower(nn.Module):
     return (self.image_size // self.patch_size) ** 2
 
   @nn.compact
-  def __call__(self, images: jax.Array, with_features: bool = True) -> Seen:
+  def __call__(self, images: jax.Array, want: Want = "features") -> Seen:
     if self.width % self.heads:  # not before: of an imported drawer's features the tower may be a size alone
       raise UserError(
         f"model.clip.vision.width {self.width} is no multiple of heads {self.heads}; change one of the two"
@@ -138,15 +140,16 @@ class VisionTower(nn.Module):
       self.key_bias,
       name="encoder",
     )
-    weights = self._layer_weights() if with_features else None
-    tokens, features = encoder(shard(x.astype(self.dtype), "rows"), None, weights, self._rotation(first))
+    weights = self._layer_weights() if want == "features" else None
+    read = 0 if want == "embedding" and self.pooling == "class" else None
+    tokens, features = encoder(shard(x.astype(self.dtype), "rows"), None, weights, self._rotation(first), read)
     pooled = tokens[:, :1] if self.pooling == "class" else tokens
     embedding = self._pool(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="out_norm")(pooled))
     if self.embedding:
       embedding = Linear(self.embedding, self.projection_bias, name="projection")(embedding)
     if features is not None:
       features = self._pool_features(features[:, first:])
-    return Seen(tokens[:, first:], unit(embedding), features)
+    return Seen(unit(embedding), None if want == "embedding" else tokens[:, first:], features)
 
   def _normalise(self, images: jax.Array) -> jax.Array:
     if self.mean == self.std == HALF:

@@ -72,7 +72,8 @@ def losses(
   chunk: as in `match`; vocabulary_chunk: as `chunk` of `language.predict_next`.
   """
   clip = model.clip_model
-  seen: Seen = clip.see(batch.images[:, 0], with_features=False)
+  aside = weights.get("caption") or weights.get("readout")
+  seen: Seen = clip.see(batch.images[:, 0], "tokens" if aside else "embedding")
   sums: Sums = {}
   if weights.get("contrastive"):
     # Only the caption's own words: to their mean what frames it in the stream says nothing.

@@ -127,7 +127,7 @@ def describe(config: ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.Abstract
     hardware=dict(config.hardware.to_dict(), chips=chips),
     mesh=dict(mesh.shape),
     batch_size=config.data.batch_size,
-    remat=str(config.model.transformer.get("remat", "none")),
+    remat=str((config.model.get("transformer") or config.model.clip.vision).get("remat", "none")),
     parameters={
       name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(getattr(traced.state, name)))
       for name in ("trained", "frozen")

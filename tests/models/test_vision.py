@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.models.layers import standardise
-from clipflow_jax.models.vision import Seen, VisionTower
+from clipflow_jax.models.vision import Seen, VisionTower, Want
 from tests import tiny
 
 FIELDS = tiny.FIELDS["clip"]["vision"]
@@ -16,8 +16,8 @@ IMAGES = tiny.batch().images[0]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def see(params, layers: tuple[int, ...], with_features: bool = True) -> Seen:
-  return VisionTower(**FIELDS, feature_layers=layers).apply({"params": params}, IMAGES, with_features)
+def see(params, layers: tuple[int, ...], want: Want = "features") -> Seen:
+  return VisionTower(**FIELDS, feature_layers=layers).apply({"params": params}, IMAGES, want)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,34 @@ def test_features_are_the_mean_of_the_chosen_layers_each_standardised(params):
     np.testing.assert_allclose(one.features.std(axis=-1), 1, atol=1e-4)
 
 
-def test_without_features_the_rest_is_the_same(params):
-  short, whole = see(params, (), False), see(params, ())
-  assert short.features is None
-  np.testing.assert_allclose(short.tokens, whole.tokens, atol=1e-6)
-  np.testing.assert_allclose(short.embedding, whole.embedding, atol=1e-6)
+def test_what_is_not_asked_for_is_left_out_and_the_rest_is_the_same(params):
+  whole, tokens, embedding = see(params, ()), see(params, (), "tokens"), see(params, (), "embedding")
+  assert tokens.features is None and embedding.features is None and embedding.tokens is None
+  np.testing.assert_allclose(tokens.tokens, whole.tokens, atol=1e-6)
+  for short in (tokens, embedding):
+    np.testing.assert_allclose(short.embedding, whole.embedding, atol=1e-6)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_of_the_last_layer_a_class_token_is_made_alone(layers, remat, unroll):
+  """The same embedding and the same gradients as where all tokens are made, for less work."""
+  fields = dict(FIELDS, layers=layers, has_class=True, pooling="class", rope_span=2, remat=remat, unroll=unroll)
+  tower = VisionTower(**fields)
+  params = tiny.random_params(jax.eval_shape(lambda: tower.init(jax.random.key(0), IMAGES)["params"]))
+
+  def judged(want):
+    def loss(params):
+      embedding = tower.apply({"params": params}, IMAGES, want).embedding
+      return (embedding * np.linspace(-1, 1, embedding.size).reshape(embedding.shape)).sum()
+
+    return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+
+  alone, among_all = judged("embedding"), judged("tokens")
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), alone(params), among_all(params))
+  if unroll:  # of a loop each layer's work is counted once
+    assert alone.cost_analysis()["flops"] < 0.9 * among_all.cost_analysis()["flops"]
 
 
 def test_embeddings_have_unit_norm_and_tell_pictures_apart(params):
