@@ -14,8 +14,10 @@ task: what is learned.
   both          the two, as many examples of each
   edit          to change a picture as words say: {"file": "after.png", "before": "a.png", "caption": "make it red"}
   talk          to answer without a picture: the one task of an imported language model
-data: a folder with captions.jsonl (captions, or LLaVA's conversations), a .jsonl file, what `clipflow prepare` wrote,
-or .tar files or their folder, such as BLIP3o-60k's pairs of caption and picture.
+data: a folder with captions.jsonl (captions, or conversations as LLaVA's), a .jsonl file or a JSON array of the same,
+what `clipflow prepare` wrote, or .tar files or their folder, such as BLIP3o-60k's pairs of caption and picture.
+Conversations are learned in their order, about one picture, several (data.images_per_row at once) or none. Nothing is
+drawn from them: task=draw and task=both want captions.
 """
 
 from __future__ import annotations

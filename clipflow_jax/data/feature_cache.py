@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipflow_jax.data import feature_statistics
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import BadRecord, Example, said
+from clipflow_jax.data.example import BadRecord, Dialogue, Example, said
 from clipflow_jax.data.feature_statistics import Statistics, Sums
 from clipflow_jax.errors import UserError, make_folder
 from clipflow_jax.models.vision import Standardise, VisionTower
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST, REQUEST, STATISTICS = "manifest.json", "request.json", "statistics.npz"
 FEATURES = ".features"
-TEXTS = ("id", "captions", "description", "questions")  # fields of an Example
+TEXTS = ("id", "captions", "description", "questions")  # fields of an Example; its dialogue's turns are there too
 DTYPES = ("bfloat16", "int8")
 STEP = 1 / 16  # of int8, in deviations of a (token, channel): each has a scale of its own by being standardised
 LENGTH = 1024  # records of a source that a shard is made of
@@ -89,12 +89,14 @@ class FeatureSource:
       raise BadRecord(f"{self._files[shard]}:{i}", "cut short: the file has become shorter")
     if features.dtype == np.int8:
       features = (features * np.float32(STEP)).astype(jnp.bfloat16)
-    return Example(image=features, **self._fields(i))
+    fields = self._fields(i)
+    turns, pictures = fields.pop("turns", ()), fields.pop("pictures", 1)
+    return Example(image=features, **fields, dialogue=Dialogue(turns, features[None][:pictures]) if turns else None)
 
   def texts(self, i: int) -> tuple[str, ...]:
     """What is said in example i, its features not read."""
     fields = self._fields(i)
-    return said(fields["captions"], fields["description"], fields["questions"])
+    return said(fields["captions"], fields["description"], fields["questions"], fields.get("turns", ()))
 
   def _fields(self, i: int) -> dict[str, Any]:
     return msgpack.unpackb(self._texts[i], use_list=False)
@@ -219,7 +221,10 @@ def write_shard(file: Path, examples: Iterator[tuple[list[Example], np.ndarray]]
   with raw.open("wb") as out:
     for some, features in examples:
       for example in some:
-        writer.write(msgpack.packb({name: getattr(example, name) for name in TEXTS}))
+        fields = {name: getattr(example, name) for name in TEXTS}
+        if example.dialogue:
+          fields |= {"turns": example.dialogue.turns, "pictures": len(example.dialogue.images)}
+        writer.write(msgpack.packb(fields))
       if dtype == "bfloat16":
         out.write(features.astype(jnp.bfloat16).tobytes())
       else:
@@ -313,8 +318,11 @@ def _encoded(
   records = grain.MapDataset.source(which).map(bad.guard(lambda i: source[int(i)])).to_iter_dataset()
   waiting: tuple[list[Example], jax.Array] | None = None
   for examples in records.batch(rows, batch_fn=list):
-    if any(example.before is not None for example in examples):
-      raise UserError("edits have two pictures, of which features are not cached: train on them without data.features")
+    for example in examples:
+      if example.before is not None or (example.dialogue and len(example.dialogue.images) > 1):
+        raise UserError(
+          f"{example.id} has several pictures, whose features are not cached: train on such without data.features"
+        )
     images = np.stack([example.image for example in examples])
     if images.shape[1] != side:
       raise UserError(f"pictures of {images.shape[1]} pixels are not the {side} of the tower: set data.source.size")

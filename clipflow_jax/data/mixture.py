@@ -182,7 +182,8 @@ def _texts(source: Source, i: int) -> tuple[str, ...]:
   if hasattr(source, "texts"):
     return source.texts(i)
   example = source[i]
-  return said(example.captions, example.description, example.questions)
+  turns = example.dialogue.turns if example.dialogue else ()
+  return said(example.captions, example.description, example.questions, turns)
 
 
 class Order(grain.transforms.DatasetSelectionMap):

@@ -17,14 +17,14 @@ from clipflow_jax.data.records import Record
 from clipflow_jax.data.stored import StoredSource, find_files
 from clipflow_jax.errors import UserError
 
-TEXTS = (*records.CAPTION_KEYS, "captions", "conversations")
+TEXTS = (*records.CAPTION_KEYS, "captions", *records.TURN_KEYS)
 GROUPS = 4  # row groups kept decoded: enough for threads that read in order
 _LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class ParquetSource(StoredSource):
-  """Parquet files with columns `image` (bytes, or a struct with `bytes`) and those that `records.texts` reads.
+  """Parquet files with columns `image` (bytes, a struct with `bytes`, or a list of them) and those of `records.record`.
 
   Covers BLIP3o's image + txt, LLaVA's image + conversations, and pairs of pictures with what was done to the first, as
   MagicBrush's: image="target_img", before="source_img", caption="instruction". Ids are `file name/row`, or those of a
@@ -83,9 +83,12 @@ class ParquetSource(StoredSource):
       raise BadRecord(where, f"cannot be read: {error}") from error
     named = fields.get(self.caption)
     texts = {"captions" if isinstance(named, list) else "caption": named} if self.caption else fields
-    captions, questions = records.texts({"conversations": fields.get("conversations")} | texts, where)
-    pictures = [_picture(fields[column], where) for column in (self.image, self.before) if column]
-    return Record(_id(fields.get("id"), file, row - start), captions, questions, pictures[0], where, *pictures[1:])
+    texts |= {key: fields.get(key) for key in records.TURN_KEYS}
+    shown = fields[self.image]
+    shown = shown if isinstance(shown, list) else [] if shown is None and _talks(fields) else [shown]
+    before = _picture(fields[self.before], where) if self.before else None
+    id = _id(fields.get("id"), file, row - start)
+    return records.record(id, texts, [_picture(picture, where) for picture in shown], where, before=before)
 
   @property
   def _own(self) -> dict[str, str]:
@@ -94,7 +97,7 @@ class ParquetSource(StoredSource):
 
   @property
   def _texts(self) -> tuple[str, ...]:
-    return ("conversations",) if self.caption else TEXTS
+    return records.TURN_KEYS if self.caption else TEXTS
 
   def _check(self, names: Sequence[str], file: Path) -> None:
     for column, setting in self._own.items():
@@ -107,6 +110,10 @@ class ParquetSource(StoredSource):
 
 def _id(own: Any, file: Path, row: int) -> str:
   return f"{file.stem}/{row}" if own is None else records.clean(str(own))
+
+
+def _talks(fields: dict[str, Any]) -> bool:
+  return any(fields.get(key) for key in records.TURN_KEYS)
 
 
 def _picture(value: Any, where: str) -> bytes:

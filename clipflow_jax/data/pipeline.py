@@ -18,7 +18,7 @@ import numpy as np
 from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.example import IMAGE_MARKER, BadRecord, Dialogue, Example
 from clipflow_jax.data.mixture import Order, Part
 from clipflow_jax.data.sequence import CAPTION, Conversation, Layout
 from clipflow_jax.data.text import Chat
@@ -31,8 +31,13 @@ TOGETHER = 8
 
 
 def converse(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
-  """The description, or as often all questions: what is said of a picture must be read from it, not from before."""
-  if example.questions and rng.random() >= 0.5:
+  """The description, or as often what else is said: a conversation as it was held, or all questions in any order.
+
+  What is said of a picture must be read from it, not from before.
+  """
+  if (example.questions or example.dialogue) and (not example.description or rng.random() >= 0.5):
+    if example.dialogue:
+      return sequence.held(example.dialogue, _phrasing(part.ask, rng))
     told = tuple(example.questions[i] for i in rng.permutation(len(example.questions)))
   else:
     told = _described(example, part, rng)
@@ -40,16 +45,20 @@ def converse(example: Example, part: Part, rng: Rng, drop_text: float) -> Conver
 
 
 def ask(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
-  """One of the questions; where there are none, the description."""
+  """One of the questions, or a conversation up to one of its answers; where there are none, the description."""
+  if example.dialogue:
+    until = example.dialogue.until(int(rng.integers(example.dialogue.answers)))
+    return sequence.held(until, _phrasing(part.ask, rng))
   known = example.questions or _described(example, part, rng)
   return sequence.read(example.image, (known[int(rng.integers(len(known)))],), _phrasing(part.ask, rng))
 
 
 def draw(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """Draw one of the captions; with probability drop_text the text is empty, for guidance and unconditional drawing."""
+  captions = _captions(example)
   if rng.random() < drop_text:
     return sequence.drawn("", example.image)
-  text = str(rng.choice(example.captions))
+  text = str(rng.choice(captions))
   return sequence.drawn(_phrasing(part.draw, rng).replace(CAPTION, text), example.image)
 
 
@@ -64,11 +73,14 @@ def edit(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversati
 
 def caption(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
   """A caption for CLIP."""
-  return sequence.words(str(rng.choice(example.captions)), example.image)
+  return sequence.words(str(rng.choice(_captions(example))), example.image)
 
 
 def talk(example: Example, part: Part, rng: Rng, drop_text: float) -> Conversation:
-  """Questions and answers without a picture; where there are none, the description as an answer to nothing."""
+  """What is said, without its pictures; where nothing is, the description as an answer to nothing."""
+  if example.dialogue:
+    turns = tuple((role, text.replace(IMAGE_MARKER, "").strip()) for role, text in example.dialogue.turns)
+    return sequence.held(Dialogue(turns, example.dialogue.images[:0]))
   return sequence.talked(example.questions or (("", example.description),), example.image)
 
 
@@ -81,6 +93,15 @@ TASKS: dict[str, Callable[[Example, Part, Rng, float], Conversation]] = {
   "edit": edit,
 }
 PICTURES = dict.fromkeys(TASKS, 1) | {"talk": 0, "edit": 2}  # that an example of a task takes in its row
+
+
+def _captions(example: Example) -> tuple[str, ...]:
+  if not example.captions:
+    raise BadRecord(
+      example.id,
+      'no caption: a conversation alone is neither drawn nor for CLIP; give its source role="understand", or a caption',
+    )
+  return example.captions
 
 
 def _described(example: Example, part: Part, rng: Rng) -> tuple[tuple[str, str], ...]:

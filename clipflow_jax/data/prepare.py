@@ -167,7 +167,9 @@ def _statistics(rows: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, Any]
   }
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def _spread(values: np.ndarray) -> dict[str, float] | None:
+  if not len(values):
+    return None
   return {
     "min": int(values.min()),
     "median": float(np.median(values)),
@@ -177,7 +179,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def contact_sheet(source: StoredSource, columns: int = 8, rows: int = 6) -> Image.Image:
-  """Up to columns x rows evenly spaced examples, each with the start of its caption, for the eye to judge."""
+  """Up to columns x rows evenly spaced examples, each with the start of what is said of it, for the eye to judge."""
   chosen = np.linspace(0, len(source) - 1, min(columns * rows, len(source))).astype(int)
   side, lines, line = 128, 3, 12
   sheet = Image.new("RGB", (columns * side, -(-len(chosen) // columns) * (side + lines * line)), "white")
@@ -186,7 +188,7 @@ def contact_sheet(source: StoredSource, columns: int = 8, rows: int = 6) -> Imag
     x, y = cell % columns * side, cell // columns * (side + lines * line)
     example = source[i]
     sheet.paste(Image.fromarray(example.image).resize((side - 8, side - 8)), (x + 4, y + 4))
-    text = textwrap.wrap(example.description, 22, max_lines=lines, placeholder=" …")
+    text = textwrap.wrap(source.texts(i)[0], 22, max_lines=lines, placeholder=" …")
     draw.multiline_text((x + 4, y + side - 3), "\n".join(text), "black", font, spacing=1)
   return sheet
 

@@ -72,18 +72,19 @@ class PreparedSource(StoredSource):
 
 
 def pack(record: Record) -> bytes:
-  """A record with its pictures in memory, as it lies in a shard: msgpack of {"id", "captions", "questions", "image"},
-  and of an edit "before"."""
-  fields = {"id": record.id, "captions": record.captions, "questions": record.questions, "image": record.picture}
+  """A record with its pictures in memory, as it lies in a shard: msgpack of {"id", "captions", "turns", "images"}, and
+  of an edit "before"."""
+  fields = {"id": record.id, "captions": record.captions, "turns": record.turns, "images": record.pictures}
   return msgpack.packb(fields if record.before is None else fields | {"before": record.before})
 
 
 def unpack(data: bytes) -> Record:
-  """Inverse of `pack`."""
+  """Inverse of `pack`. Shards of earlier releases have one "image", and "questions" with their answers for turns."""
   fields = msgpack.unpackb(data, use_list=False)
-  return Record(
-    fields["id"], fields["captions"], fields["questions"], fields["image"], fields["id"], fields.get("before")
-  )
+  if "questions" in fields:
+    both = (turn for question, answer in fields["questions"] for turn in (("user", question), ("assistant", answer)))
+    fields |= {"turns": tuple(both), "images": (fields["image"],)}
+  return Record(fields["id"], fields["captions"], fields["turns"], fields["images"], fields["id"], fields.get("before"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,30 +1,38 @@
-"""The texts of one picture, from whatever fields a data set keeps them in."""
+"""The texts of pictures, from whatever fields a data set keeps them in."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.example import IMAGE_MARKER, BadRecord, Turns
 
-IMAGE_MARKER = "<image>"  # where LLaVA's conversations put the picture
-ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CAPTION_KEYS = ("caption", "txt", "text")  # ours, BLIP3o's and WebDataset's, that of many others
+TURN_KEYS = ("conversations", "messages")  # LLaVA's, that of most others
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One captioned picture as it is stored."""
+  """One captioned picture, or a conversation about one, several or none, as it is stored."""
 
   id: str
-  captions: tuple[str, ...]  # at least one
-  questions: tuple[tuple[str, str], ...]  # (question, answer)
-  picture: bytes | Path  # an encoded picture, or where one is
-  name: str  # where the picture lies, for messages
-  before: bytes | Path | None = None  # as picture: of an edit, the one that the captions tell how to change
+  captions: tuple[str, ...]
+  turns: Turns  # of an `example.Dialogue`; where there is no caption, at least two
+  pictures: tuple[bytes | Path, ...]  # encoded pictures, or where they are; a captioned one stands alone
+  name: str  # where they lie, for messages
+  before: bytes | Path | None = None  # as pictures: of an edit, the one that the captions tell how to change
+
+  @property
+  def questions(self) -> tuple[tuple[str, str], ...]:
+    """The first question about a single picture, with its answer: it alone needs nothing before it."""
+    if len(self.pictures) != 1 or [role for role, _ in self.turns[:2]] != ["user", "assistant"]:
+      return ()
+    question, answer = (text for _, text in self.turns[:2])
+    return ((question, answer),) if question and IMAGE_MARKER not in question else ()
 
 
 def parse(line: bytes | str, where: str) -> dict[str, Any]:
@@ -48,18 +56,44 @@ def decode_text(data: bytes, where: str) -> str:
     raise BadRecord(where, f"not UTF-8: {error}") from error
 
 
-def texts(fields: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-  """(captions, questions) of {"caption": ..., "captions": [...] or "conversations": [...]}.
+def record(
+  id: str,
+  fields: Mapping[str, Any],
+  pictures: Sequence[bytes | Path],
+  where: str,
+  name: str = "",
+  before: bytes | Path | None = None,
+) -> Record:
+  """The Record of pictures and of {"caption": ..., "captions": [...] or "conversations": [...]}.
 
-  "txt" and "text" are captions too. Conversations are turns in LLaVA's form, {"from": "human" or "gpt", "value": ...},
-  or {"role": "user" or "assistant", "content": ...}; each question with its answer stands alone. Without captions the
-  first answer is the caption. Other keys are ignored. Raises BadRecord(where, ...).
+  "txt" and "text" are captions too, "messages" are conversations: turns in LLaVA's form, {"from": "human" or "gpt",
+  "value": ...}, or {"role": "user" or "assistant", "content": a text, or parts such as {"type": "text", "text": ...}
+  and {"type": "image"}}, or of role "system". IMAGE_MARKERs say where the pictures stand; without any they come before
+  the first words. Other keys are ignored. where: the record lies, name: its
+  pictures do, if not there. Raises BadRecord(where, ...).
   """
-  turns = _turns(fields.get("conversations"), where)
-  captions = _captions(fields, where) or [answer for _, answer in turns[:1]]
-  if not captions:
+  captions, turns = _captions(fields, where), _turns(fields, where)
+  if not captions and not turns:
     raise BadRecord(where, "no caption: give 'caption', 'captions' or 'conversations' with an answer")
-  return tuple(captions), tuple((question, answer) for question, answer in turns if question)
+  if captions and len(pictures) != 1:
+    raise BadRecord(where, f"a caption of {len(pictures)} pictures: it is of one")
+  return Record(id, tuple(captions), _placed(turns, len(pictures), where), tuple(pictures), name or where, before)
+
+
+def _placed(turns: list[tuple[str, str]], pictures: int, where: str) -> Turns:
+  """The turns with a marker for each picture; with none for a single one that stands beside the first words."""
+  if not turns:
+    return ()
+  first = [role for role, _ in turns].index("user")
+  role, text = turns[first]
+  marked = sum(said.count(IMAGE_MARKER) for _, said in turns)
+  if pictures == 1 and marked == text.count(IMAGE_MARKER) <= 1:
+    turns = [*turns[:first], (role, clean(text)), *turns[first + 1 :]]
+  elif pictures and not marked:
+    turns = [*turns[:first], (role, IMAGE_MARKER * pictures + text), *turns[first + 1 :]]
+  elif marked != pictures:
+    raise BadRecord(where, f"pictures not placed: {marked} {IMAGE_MARKER} in the words for {pictures} pictures")
+  return tuple(turns)
 
 
 def clean(text: str) -> str:
@@ -81,23 +115,34 @@ def _captions(fields: Mapping[str, Any], where: str) -> list[str]:
   return [text for text in (" ".join(clean(text).split()) for text in single + more) if text]
 
 
-def _turns(conversation: Any, where: str) -> list[tuple[str, str]]:
-  """Pairs (question, answer); the question is empty where only the picture was shown."""
-  if conversation is None:
-    return []
+def _turns(fields: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+  """(role, text) from the first of the user's on, or the system's before, up to the last answer; markers are kept.
+
+  What one says twice in turn is one turn. An answer that is empty, or to nothing, is left out.
+  """
+  conversation: Any = next((fields[key] for key in TURN_KEYS if fields.get(key) is not None), [])
   if not isinstance(conversation, list):
     raise BadRecord(where, "conversation not a list of turns")
-  pairs, question = [], None
+  turns: list[tuple[str, str]] = []
   for turn in conversation:
     turn = turn if isinstance(turn, dict) else {}
     role = ROLES.get(str(turn.get("from", turn.get("role"))))
-    text = turn.get("value", turn.get("content"))
-    if role is None or not isinstance(text, str):
+    text = _words(turn.get("value", turn.get("content")))
+    if role is None or text is None:
       raise BadRecord(where, f"conversation not understood: a turn has a role of {', '.join(ROLES)} and a text")
-    text = clean(text)
-    if role == "question":
-      question = text
-    elif role == "answer" and question is not None and text:
-      pairs.append((question, text))
-      question = None
-  return pairs
+    text = encodable(text).strip() if role == "user" else clean(text)
+    if role == "user" or (text and (role == "system" or any(role == "user" for role, _ in turns))):
+      before = turns.pop()[1] if turns and turns[-1][0] == role else ""
+      turns.append((role, "\n".join(filter(None, (before, text)))))
+  while turns and turns[-1][0] != "assistant":
+    turns.pop()
+  return turns
+
+
+def _words(content: Any) -> str | None:
+  """A turn's text, or that of its parts, of which pictures are markers; None for what is neither."""
+  if not isinstance(content, list):
+    return content if isinstance(content, str) else None
+  parts = [part if isinstance(part, dict) else {} for part in content]
+  words = [IMAGE_MARKER if part.get("type") == "image" else part.get("text") for part in parts]
+  return "".join(words) if all(isinstance(word, str) for word in words) else None

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from clipflow_jax.batch import INPUT, TARGET, Batch
+from clipflow_jax.data.example import IMAGE_MARKER, Dialogue
 from clipflow_jax.data.text import IMAGE, Chat
 from clipflow_jax.errors import UserError
 
@@ -207,6 +208,15 @@ def read(image: np.ndarray, exchanges: tuple[tuple[str, str], ...], ask: str = A
   for i, (question, answer) in enumerate(exchanges):
     turns += [("user", question if i else beside(question, ask)), ("assistant", answer)]
   return Conversation(tuple(turns), image[None], (INPUT,))
+
+
+def held(dialogue: Dialogue, ask: str = ASK) -> Conversation:
+  """A conversation as it was held, its pictures read where they stand, or a single one beside the first words."""
+  turns = [(role, text.replace(IMAGE, "").replace(IMAGE_MARKER, IMAGE)) for role, text in dialogue.turns]
+  if len(dialogue.images) and not dialogue.marked:
+    first = [role for role, _ in turns].index("user")
+    turns[first] = ("user", beside(turns[first][1], ask))
+  return Conversation(tuple(turns), dialogue.images, (INPUT,) * len(dialogue.images))
 
 
 def talked(exchanges: tuple[tuple[str, str], ...], image: np.ndarray) -> Conversation:

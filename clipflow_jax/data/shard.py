@@ -54,9 +54,9 @@ class Filters:
       raise LeftOut(record.name, f"too long: {width} x {height} pixels, the limit is {self.max_aspect:g} times")
 
   def captions(self, record: Record) -> tuple[str, ...]:
-    """Those of a fitting length. Raises LeftOut where none is."""
+    """Those of a fitting length. Raises LeftOut where there are some and none is."""
     kept = tuple(caption for caption in record.captions if self.min_caption <= len(caption) <= self.max_caption)
-    if not kept:
+    if record.captions and not kept:
       kind = "short caption" if len(record.captions[0]) < self.min_caption else "long caption"
       raise LeftOut(record.name, f"{kind}: not from {self.min_caption} to {self.max_caption} characters")
     return kept
@@ -139,12 +139,17 @@ class Job:
   def convert(self, i: int) -> tuple[bytes, Row]:
     """Item i of the source as it lies in a shard, and what is known of it. Raises BadRecord, also LeftOut."""
     record = self.source.record(i)
+    if not record.pictures:
+      raise LeftOut(record.name, "no picture: words alone need no preparing, learn them from their own file")
     captions = self.filters.captions(record)
-    with images.opened(record.picture, record.name) as image:
-      width, height = image.size
-      self.filters.check(record, width, height)
-      pixels = images.square(image, self.source.size, fit=self.source.fit)
-    picture, (mean, square) = _encode(pixels, self.format), moments(pixels)
+    sides, every = [], []
+    for picture in record.pictures:
+      with images.opened(picture, record.name) as image:
+        self.filters.check(record, *image.size)
+        sides.append(min(image.size))
+        every.append(images.square(image, self.source.size, fit=self.source.fit))
+    pixels = every[0]
+    mean, square = moments(pixels)
     before = record.before
     if before is not None:
       before = _encode(images.decode(before, self.source.size, fit=self.source.fit, name=record.name), self.format)
@@ -155,11 +160,12 @@ class Job:
       look=look(pixels).tobytes().hex(),
       mean=mean.tolist(),
       square=square.tolist(),
-      side=min(width, height),
+      side=min(sides),
       words=words,
-      questions=len(record.questions),
+      questions=sum(role == "assistant" for role, _ in record.turns),
     )
-    return prepared.pack(dataclasses.replace(record, captions=captions, picture=picture, before=before)), row
+    pictures = tuple(_encode(each, self.format) for each in every)
+    return prepared.pack(dataclasses.replace(record, captions=captions, pictures=pictures, before=before)), row
 
   def _converted(self, indices: Sequence[int]) -> Iterator[tuple[bytes, Row] | BadRecord]:
     """The results of `convert` in order, errors in their places; few are held at a time."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipflow_jax.data import images
-from clipflow_jax.data.example import Example, said
+from clipflow_jax.data.example import Dialogue, Example, said
 from clipflow_jax.data.records import Record
 from clipflow_jax.errors import UserError
 
@@ -24,7 +24,7 @@ Paths = str | Path | Sequence[str | Path]
 
 @dataclasses.dataclass(frozen=True)
 class StoredSource:
-  """Captioned pictures on disk, in any order; each format says where its records lie and reads one of them.
+  """Captioned pictures, and conversations, on disk in any order; each format says where its records lie and reads one.
 
   An example belongs to the test split when a hash says so, of its id or, where pictures have names, of its picture's:
   the split depends on no order and no other record, and every caption of a picture falls on the same side. A record
@@ -68,16 +68,23 @@ class StoredSource:
 
   def __getitem__(self, i: int) -> Example:
     record = self.record(i)
-    image, before = (
-      None if file is None else images.decode(file, self.size, fit=self.fit, name=record.name)
-      for file in (record.picture, record.before)
+    shown = [images.decode(file, self.size, fit=self.fit, name=record.name) for file in record.pictures]
+    before = None if record.before is None else images.decode(record.before, self.size, fit=self.fit, name=record.name)
+    every = np.stack(shown) if shown else np.zeros((0, self.size, self.size, 3), np.uint8)
+    return Example(
+      record.id,
+      shown[0] if shown else np.zeros(every.shape[1:], np.uint8),
+      record.captions,
+      "".join(record.captions[:1]),
+      record.questions,
+      before,
+      Dialogue(record.turns, every) if record.turns else None,
     )
-    return Example(record.id, image, record.captions, record.captions[0], record.questions, before)
 
   def texts(self, i: int) -> tuple[str, ...]:
     """What is said in example i, its picture not decoded. Raises BadRecord."""
     record = self.record(i)
-    return said(record.captions, record.captions[0], record.questions)
+    return said(record.captions, "".join(record.captions[:1]), (), record.turns)
 
   def record(self, i: int) -> Record:
     """Item i as it is stored, its picture not decoded. Raises BadRecord."""

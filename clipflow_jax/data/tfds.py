@@ -117,9 +117,9 @@ class TfdsSource(StoredSource):
     except Exception as error:  # of the shard's own checksums, of what a damaged record says
       raise BadRecord(id, f"cannot be read: {error}") from error
     found = _texts(_get(fields, self._fields.text) if self._fields.text else "", self._classes, id)
-    captions, questions = records.texts({"captions": [self._fields.caption.replace("{}", text) for text in found]}, id)
+    captions = {"captions": [self._fields.caption.replace("{}", text) for text in found]}
     picture = _get(fields, self._fields.image)
-    return Record(id, captions, questions, picture if isinstance(picture, bytes) else _png(picture), id)
+    return records.record(id, captions, [picture if isinstance(picture, bytes) else _png(picture)], id)
 
 
 def _texts(value: Any, classes: tuple[str, ...], id: str) -> list[str]:

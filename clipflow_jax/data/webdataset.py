@@ -32,7 +32,7 @@ NONE = (-1, 0)
 
 @dataclasses.dataclass(frozen=True)
 class WebDatasetSource(StoredSource):
-  """Tar files of NAME.jpg (.jpeg, .png, .webp) beside NAME.txt, a caption, or NAME.json, fields for `records.texts`.
+  """Tar files of NAME.jpg (.jpeg, .png, .webp) beside NAME.txt, a caption, or NAME.json, fields for `records.record`.
 
   Of an edit NAME.before.jpg is the picture before it, and the caption tells what shall become of that.
   Nothing is unpacked: the headers are walked through once per process, and a record is a few reads at known offsets.
@@ -74,9 +74,8 @@ class WebDatasetSource(StoredSource):
     fields = {} if rest is None else records.parse(rest, where)
     # Both may be there: then the JSON tells where the picture is from.
     if caption is not None and (text := records.decode_text(caption, where)).strip():
-      fields = {"caption": text, "conversations": fields.get("conversations")}
-    captions, questions = records.texts(fields, where)
-    return Record(self._id(row), captions, questions, picture, where, before)
+      fields = {"caption": text} | {key: fields.get(key) for key in records.TURN_KEYS}
+    return records.record(self._id(row), fields, [picture], where, before=before)
 
 
 def _bytes(path: Path, start: int, length: int, where: str) -> bytes | None:

@@ -134,9 +134,9 @@ def of_examples(examples: Iterable[Example], what: str) -> list[Item]:
       question, answer = example.questions[0]
       kind = " ".join(question.lower().split()[:2])
       made.append(Item(example.id, example.image, question, (answer,), category=kind))
-    elif what == "captions":
+    elif what == "captions" and example.description:
       made.append(Item(example.id, example.image, answers=(example.description,)))
-    elif what == "prompts":
+    elif what == "prompts" and example.captions:
       made.append(Item(example.id, example.image, example.captions[0]))
   return made
 

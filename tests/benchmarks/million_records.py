@@ -39,7 +39,7 @@ def write(folder: Path, count: int) -> None:
     records = range(start, min(start + SHARD, count))
     writer = ArrayRecordWriter(str(file), "group_size:1")
     for i in records:
-      writer.write(prepared.pack(Record(f"record {i}", (f"number {i % 100}",), (), picture, "")))
+      writer.write(prepared.pack(Record(f"record {i}", (f"number {i % 100}",), (), (picture,), "")))
     writer.close()
     shards.append({"file": file.name, "records": len(records), "bytes": file.stat().st_size, "sha256": ""})
   np.save(folder / prepared.INDEX, np.array([share(f"record {i}") for i in range(count)]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.data import feature_cache
-from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.example import BadRecord, Dialogue, Example
 from clipflow_jax.data.feature_cache import STEP, FeatureSource
 from clipflow_jax.data.feature_statistics import Statistics
 from clipflow_jax.data.folder import FolderSource
@@ -47,6 +47,19 @@ class AllBad(Pictures):
 
   def __getitem__(self, i: int) -> Example:
     raise BadRecord(str(i), "broken")
+
+
+class Talks(Pictures):
+  """A conversation about each of the first, about none of another, or about too many."""
+
+  def __init__(self, pictures: int = 1):
+    super().__init__(4)
+    self.pictures = pictures
+
+  def __getitem__(self, i: int) -> Example:
+    image = super().__getitem__(i).image
+    images = np.stack([image] * self.pictures)[: 0 if i == 3 else None]
+    return Example(str(i), image, dialogue=Dialogue((("user", "which?"), ("assistant", str(i))), images))
 
 
 class Edits(Pictures):
@@ -158,6 +171,17 @@ def test_a_count_takes_the_first_of_each_source(params, tmp_path):
   assert [FeatureSource(tmp_path / "few", "data.source")[i].id for i in range(4)] == ["0", "1", "2", "3"]
 
 
+def test_conversations_come_back_with_the_features_of_their_picture(params, tmp_path):
+  write(params, tmp_path / "talks", source=Talks())
+  source = FeatureSource(tmp_path / "talks", "data.source")
+  for i in range(4):
+    found = source[i]
+    assert found.dialogue.turns == (("user", "which?"), ("assistant", str(i)))
+    assert found.dialogue.images.shape == (i < 3, TOKENS, WIDTH)
+    np.testing.assert_array_equal(found.dialogue.images, found.image[None][: i < 3])
+    assert source.texts(i) == ("which?", str(i))
+
+
 def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
   said = [
     (dict(dtype="float16"), r"dtype 'float16' of cached features is unknown; choose one of bfloat16, int8"),
@@ -172,7 +196,8 @@ def test_what_cannot_be_cached_is_refused(params, written, tmp_path):
       dict(source=AllBad(), max_bad_fraction=1.0),
       r"data.source: none of its pictures could be read, see data_errors in",
     ),
-    (dict(source=Edits()), r"edits have two pictures, of which features are not cached"),
+    (dict(source=Edits()), r"0 has several pictures, whose features are not cached"),
+    (dict(source=Talks(2)), r"0 has several pictures, whose features are not cached"),
     (dict(source=Pictures(side=24)), r"pictures of 24 pixels are not the 16 of the tower: set data.source.size"),
   ]
   for i, (fields, says) in enumerate(said):

@@ -15,7 +15,7 @@ from PIL import Image
 from clipflow_jax.batch import INPUT, TARGET, Batch
 from clipflow_jax.data import text
 from clipflow_jax.data.bad_records import BadRecords
-from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.example import BadRecord, Dialogue, Example
 from clipflow_jax.data.mixture import DESCRIBE, Part
 from clipflow_jax.data.pipeline import TASKS, Pipeline
 from clipflow_jax.data.sequence import Layout
@@ -190,6 +190,51 @@ def test_one_question_is_asked_in_the_words_of_its_source_or_the_description_whe
   expected = {"how?": "so", "what?": "that", DESCRIBE: "all"}
   assert found.keys() == {(("user", asked + IMAGE), ("assistant", told)) for asked, told in expected.items()}
   assert min(found.values()) == pytest.approx(30, abs=15)
+
+
+HELD = (("system", "be brief"), ("user", "is it?"), ("assistant", "yes"), ("user", "why?"), ("assistant", "so"))
+
+
+def test_a_conversation_is_learned_in_its_order_and_its_answers_are_no_descriptions(chat):
+  image = Constant()[0].image
+  example = Example("held", image, dialogue=Dialogue(HELD, image[None]))
+  captioned = dataclasses.replace(example, captions=("one",), description="all")
+  part = Part(Constant(), ask=("{question}{picture}",))
+
+  def turns(task: str, example: Example) -> collections.Counter:
+    return collections.Counter(TASKS[task](example, part, np.random.default_rng(i), 0.0).turns for i in range(60))
+
+  shown = (HELD[0], ("user", f"is it?{IMAGE}"), *HELD[2:])
+  assert turns("converse", example) == {shown: 60}
+  described = (("user", DESCRIBE + IMAGE), ("assistant", "all"))
+  found = turns("converse", captioned)
+  assert found.keys() == {shown, described} and min(found.values()) == pytest.approx(30, abs=12)
+  found = turns("ask", example)
+  assert found.keys() == {shown[:3], shown} and min(found.values()) == pytest.approx(30, abs=12)
+  assert turns("talk", example) == {HELD: 60}
+
+
+def test_a_conversation_has_its_pictures_where_it_says(chat):
+  images = np.stack([np.full((24, 24, 3), i, np.uint8) for i in range(3)])
+  turns = (("user", "<image> or <image>?"), ("assistant", "both"), ("user", "and\n<image>"), ("assistant", "no"))
+  example = Example("held", images[0], dialogue=Dialogue(turns, images))
+  part = Part(Constant())
+  made = TASKS["converse"](example, part, np.random.default_rng(0), 0.0)
+  assert made.turns[0] == ("user", f"{IMAGE} or {IMAGE}?") and made.turns[2] == ("user", f"and\n{IMAGE}")
+  assert made.roles == (INPUT,) * 3
+  np.testing.assert_array_equal(made.images, images)
+  asked = [TASKS["ask"](example, part, np.random.default_rng(i), 0.0) for i in range(20)]
+  assert {(len(one.turns), len(one.images)) for one in asked} == {(2, 2), (4, 3)}
+  talked = TASKS["talk"](example, part, np.random.default_rng(0), 0.0)
+  assert (talked.turns[0], len(talked.images)) == (("user", "or ?"), 0)
+
+
+def test_a_conversation_without_a_caption_is_not_drawn_from(chat):
+  example = Example("held", Constant()[0].image, dialogue=Dialogue(HELD, Constant()[0].image[None]))
+  for task in ("draw", "caption"):
+    for i in range(20):  # nor in the place of an empty text
+      with pytest.raises(BadRecord, match='held: no caption: .*role="understand"'):
+        TASKS[task](example, Part(Constant()), np.random.default_rng(i), 0.5)
 
 
 def test_an_edit_is_read_and_drawn_in_one_example_and_loses_words_and_picture_together(chat):

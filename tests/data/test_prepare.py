@@ -8,12 +8,13 @@ import pickle
 import signal
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 from PIL import Image
 
 from clipflow_jax import cli
-from clipflow_jax.data import sources
+from clipflow_jax.data import prepared, sources
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.folder import FolderSource
@@ -48,6 +49,27 @@ def pictures(tmp_path) -> Path:
   lines = [json.dumps(record) for record in records]
   (folder / "captions.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n")
   return folder
+
+
+def test_conversations_keep_their_order_and_all_their_pictures(tmp_path):
+  turns = [("user", "<image> or <image>?"), ("assistant", "The second."), ("user", "Why?"), ("assistant", "So.")]
+  messages = [{"role": role, "content": text} for role, text in turns]
+  lines = [{"id": "two", "images": ["0.png", "1.png"], "messages": messages}, {"messages": messages[2:]}]
+  for i in range(2):
+    Image.new("L", (20, 20), i).save(tmp_path / f"{i}.png")
+  (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  statistics = run(tmp_path / "talk.jsonl", tmp_path / "out")
+  assert (statistics["left_out"], statistics["questions"]) == ({"no picture": 1}, 2)
+  (example,) = PreparedSource(tmp_path / "out", 16, "all")
+  assert (example.id, example.captions, example.dialogue.turns) == ("two", (), tuple(turns))
+  assert example.dialogue.images[:, 0, 0, 0].tolist() == [0, 1]
+
+
+def test_shards_of_an_earlier_release_are_read():
+  fields = {"id": "a", "captions": ("x",), "questions": (("how?", "so"), ("why?", "thus")), "image": b"picture"}
+  found = prepared.unpack(msgpack.packb(fields))
+  assert found.turns == (("user", "how?"), ("assistant", "so"), ("user", "why?"), ("assistant", "thus"))
+  assert (found.id, found.captions, found.pictures, found.before) == ("a", ("x",), (b"picture",), None)
 
 
 def quiet(_: str) -> None:
@@ -191,7 +213,7 @@ def test_pictures_may_be_stored_as_jpeg_which_is_smaller_and_nearly_the_same(tmp
     run(folder, tmp_path / format, size=64, format=format)
   png, jpeg = (PreparedSource(tmp_path / format, 64, "all") for format in ("png", "jpeg"))
   assert np.abs(png[2].image.astype(int) - jpeg[2].image).mean() < 8
-  assert len(jpeg.record(2).picture) < len(png.record(2).picture) / 2
+  assert len(jpeg.record(2).pictures[0]) < len(png.record(2).pictures[0]) / 2
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset", "prepared"])
@@ -460,7 +482,7 @@ def test_the_command_prepares_by_its_options(tmp_path, capsys):
   assert cli.main(["prepare", "--source=webdataset", f"--input={tar}", f"--output={tmp_path / 'out'}", *options]) == 0
   assert "1 pictures" in capsys.readouterr().out
   source = PreparedSource(tmp_path / "out", 16, "all")
-  assert [source[i].id for i in range(len(source))] == ["a/2"] and source.record(0).picture[8:12] == b"WEBP"
+  assert [source[i].id for i in range(len(source))] == ["a/2"] and source.record(0).pictures[0][8:12] == b"WEBP"
   left_out = json.loads((tmp_path / "out" / "statistics.json").read_text())["left_out"]
   assert left_out == {"duplicate": 1, "short caption": 1, "too long": 1}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import pickle
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipflow_jax.data import folder as folder_source
 from clipflow_jax.data import images, sources
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.folder import FolderSource
-from clipflow_jax.data.records import parse, texts
+from clipflow_jax.data.records import parse, record
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.errors import UserError
 from tests import tiny_data
@@ -74,21 +76,73 @@ def test_an_edit_has_the_picture_before_it_which_lies_in_the_folder_too(tmp_path
   ("role", "text", "human", "gpt"),
   [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")],
 )
-def test_conversations_become_questions(tmp_path, role, text, human, gpt):
+def test_a_conversation_is_kept_as_it_was_held_and_is_no_caption(tmp_path, role, text, human, gpt):
   turns = [(human, "<image>\nWhat is it?"), (gpt, "A cat."), (human, "Which\ncolour?"), (gpt, "Red.")]
   record = {"file": "0.png", "conversations": [{role: who, text: said} for who, said in turns]}
   example = one(tmp_path / "a", record)
-  assert example.questions == (("What is it?", "A cat."), ("Which\ncolour?", "Red."))
-  assert example.captions == (example.description,) == ("A cat.",)
+  wanted = (("user", "What is it?"), ("assistant", "A cat."), ("user", "Which\ncolour?"), ("assistant", "Red."))
+  assert example.dialogue.turns == wanted
+  np.testing.assert_array_equal(example.dialogue.images, example.image[None])
+  assert (example.captions, example.description, example.questions) == ((), "", (("What is it?", "A cat."),))
   example = one(tmp_path / "b", record | {"caption": "a red cat"})
-  assert example.captions == ("a red cat",)
-  assert len(example.questions) == 2
+  assert (example.captions, example.description) == (("a red cat",), "a red cat")
+  assert example.dialogue.turns == wanted
 
 
-def test_an_answer_to_the_bare_picture_is_a_caption_and_no_question(tmp_path):
+def test_an_answer_to_the_bare_picture_is_no_question(tmp_path):
   turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>"}]
   example = one(tmp_path / "a", {"file": "0.png", "conversations": [*turns, {"from": "gpt", "value": "a cat <image>"}]})
-  assert (example.captions, example.questions) == (("a cat",), ())
+  assert example.dialogue.turns == (("system", "Be brief."), ("user", ""), ("assistant", "a cat"))
+  assert example.questions == ()
+
+
+def test_a_conversation_may_be_about_several_pictures_or_none(tmp_path):
+  turns = [{"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "The second."}]
+  lines = [
+    {"images": ["0.png", "2.png"], "messages": turns},
+    {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]},
+    {"images": ["0.png"], "messages": turns},
+    {"messages": turns},
+    {"images": ["0.png", "1.png"], "caption": "two"},
+    {"images": ["0.png", "3.png"], "messages": turns},
+  ]
+  folder = write_folder(tmp_path / "a", lines, pictures=3)
+  (several, none), errors = read(FolderSource(folder, size=8, split="all"))
+  assert several.dialogue.turns == (("user", "<image> or <image>?"), ("assistant", "The second."))
+  assert several.dialogue.images[:, 0, 0, 0].tolist() == [0, 2]
+  assert (several.id, several.image[0, 0, 0], several.questions) == ("a/0.png", 0, ())
+  assert none.dialogue.turns == (("user", "Hello."), ("assistant", "Good day."))
+  assert (none.dialogue.images.shape, none.image.shape, none.questions) == ((0, 8, 8, 3), (8, 8, 3), ())
+  assert none.id == "a/captions.jsonl:2"
+  assert [error.kind for error in errors] == [
+    *["pictures not placed"] * 2,
+    "a caption of 2 pictures",
+    "missing file",
+  ]
+
+
+@pytest.mark.parametrize("chunk", [7, 2**22])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_one_array_of_all_records_is_read_as_lines_of_them_are(tmp_path, monkeypatch, chunk, mark):
+  monkeypatch.setattr(folder_source, "CHUNK", chunk)
+  lines = [*captioned(2), {"file": "2.png", "caption": 'snow ☃, ] and ["\\'}, {"file": "0.png"}]
+  folder = write_folder(tmp_path / "a", lines, pictures=3)
+  (folder / "array.json").write_text(mark + json.dumps(lines, indent=1, ensure_ascii=False), newline="\r\n")
+  (as_lines, bad), (as_array, worse) = (
+    read(FolderSource(folder / name, size=8, split="all")) for name in ("captions.jsonl", "array.json")
+  )
+  assert len(as_lines) == 3 and [(one.id, one.captions) for one in as_array] == [
+    (one.id, one.captions) for one in as_lines
+  ]
+  assert [error.name.rpartition("/")[2] for error in (*bad, *worse)] == ["captions.jsonl:4", "array.json:4"]
+
+
+def test_what_breaks_an_array_is_one_bad_record_behind_those_before_it(tmp_path):
+  folder = write_folder(tmp_path / "a", [], pictures=3)
+  (folder / "array.json").write_text(json.dumps(captioned(2))[:-1] + ', {"file": "2.png", "capt')
+  examples, errors = read(FolderSource(folder / "array.json", size=8, split="all"))
+  assert len(examples) == 2
+  assert [(error.name.rpartition("/")[2], error.kind) for error in errors] == [("array.json:3", "not JSON")]
 
 
 BAD = {
@@ -132,16 +186,46 @@ def test_lines_that_cannot_be_read_are_bad_records_with_their_number(tmp_path):
         )
       ),
     ).map(lambda value: json.dumps(value).encode()),
-  )
+  ),
+  pictures=st.integers(0, 3),
 )
-def test_any_line_is_a_record_or_a_bad_record(line):
+def test_any_line_is_a_record_or_a_bad_record(line, pictures):
   try:
-    captions, questions = texts(parse(line, "here"), "here")
+    found = record("id", parse(line, "here"), [b"picture"] * pictures, "here")
   except BadRecord as error:
     assert error.name == "here" and error.why
     return
-  assert captions and all(captions)
-  json.dumps([*captions, *questions], ensure_ascii=False).encode("utf-8")
+  assert (found.captions or found.turns) and all(found.captions)
+  json.dumps([*found.captions, *found.turns], ensure_ascii=False).encode("utf-8")
+
+
+SAID = st.sampled_from(["", " ", "a cat", "what <image>?", "<image>", "<image>\n<image> which?", "\ud83d"])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), SAID)), pictures=st.integers(0, 3))
+def test_of_any_turns_those_that_can_be_learned_are_kept_in_order_with_a_place_for_each_picture(turns, pictures):
+  held = {"messages": [{"role": role, "content": said} for role, said in turns]}
+  try:
+    found = record("id", held, [b"picture"] * pictures, "here").turns
+  except BadRecord as error:
+    assert error.kind in ("no caption", "pictures not placed")
+    return
+  roles = [role for role, _ in found]
+  assert roles[-1] == "assistant" and "user" in roles[: roles.index("assistant")]
+  assert all(one != other for one, other in itertools.pairwise(roles))
+  assert sum(said.count("<image>") for _, said in found) in ({0, 1} if pictures == 1 else {pictures})
+  assert all(said for role, said in found if role != "user")
+  words = [said for _, said in turns if said == "a cat"]
+  assert sum(said.count("a cat") for _, said in found) <= len(words)
+
+
+def test_a_turn_may_be_of_parts_and_what_one_says_twice_is_one_turn():
+  parts = [{"type": "image"}, {"type": "text", "text": "what is"}, {"type": "text", "text": " it?"}]
+  turns = [("system", "Be brief."), ("user", "Hello."), ("user", parts), ("assistant", "A cat."), ("user", "And?")]
+  held = {"messages": [{"role": role, "content": content} for role, content in turns]}
+  found = record("id", held, [b"picture"], "here")
+  assert found.turns == (("system", "Be brief."), ("user", "Hello.\nwhat is it?"), ("assistant", "A cat."))
 
 
 def test_half_surrogates_are_dropped_from_texts(tmp_path):
@@ -195,9 +279,9 @@ def test_texts_are_read_without_the_picture(tmp_path, monkeypatch):
   lines = [{"file": "0.png", "captions": ["a cat", "one cat"], "conversations": turns}]
   source = FolderSource(write_folder(tmp_path / "a", lines), size=8, split="all")
   example = source[0]
-  wanted = (*example.captions, example.description, *example.questions[0])
+  assert example.questions == (("what is it?", "a cat"),)
   monkeypatch.setattr(images, "decode", None)
-  assert source.texts(0) == wanted == ("a cat", "one cat", "a cat", "what is it?", "a cat")
+  assert source.texts(0) == ("a cat", "one cat", "a cat", "what is it?", "a cat")
 
 
 def test_the_split_is_a_partition_that_depends_on_the_id_alone(tmp_path):
@@ -230,7 +314,7 @@ def test_lines_that_share_a_picture_are_of_one_split_whatever_their_ids(tmp_path
   data = [(f"{i // 5}.png", tiny_data.picture(i // 5), {"id": i, "caption": f"line {i}"}) for i in range(100)]
   folder = tiny_data.folder(tmp_path / "a", data)
   train, test = (FolderSource(folder, split=split, test_fraction=0.3) for split in ("train", "test"))
-  seen = [{source.record(i).picture for i in range(len(source))} for source in (train, test)]
+  seen = [{source.record(i).pictures for i in range(len(source))} for source in (train, test)]
   assert all(seen) and not seen[0] & seen[1]
 
 
@@ -325,5 +409,5 @@ def test_a_jsonl_file_of_llava_conversations_is_read_beside_its_pictures(tmp_pat
   (folder / "llava.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   Image.new("L", (8, 8)).save(tmp_path / "b.png")
   examples, errors = read(FolderSource(folder / "llava.jsonl", size=8, split="all"))
-  assert [(one.id, one.captions, one.questions) for one in examples] == [("n1", ("Grey.",), (("What?", "Grey."),))]
+  assert [(one.id, one.captions, one.questions) for one in examples] == [("n1", (), (("What?", "Grey."),))]
   assert [error.kind for error in errors] == ["outside its folder"]
