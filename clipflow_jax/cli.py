@@ -248,12 +248,17 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(
     commands.export,
-    "write a workdir's language model, or its CLIP, as transformers reads it",
+    "write a workdir's model whole, or its language model or CLIP as transformers reads it",
     "clipflow export --workdir=runs/joint --output=exported",
   )
   sub.add_argument("--workdir", type=_folder, required=True)
   sub.add_argument("--output", type=Path, required=True)
-  sub.add_argument("--family", help="a model_type of transformers, such as qwen3 or clip; by default what fits")
+  sub.add_argument(
+    "--family",
+    help="a model_type of transformers, such as qwen3 or clip; clipflow: the whole model, as a workdir without what "
+    "only training needs; by default what fits of transformers",
+  )
+  sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="cast the weights to it; by default as they are")
   sub.add_argument("--adapters", action="store_true", help="what its adapters learned alone, as peft reads it")
 
   sub = command(

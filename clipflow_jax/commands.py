@@ -266,10 +266,12 @@ def export(options: argparse.Namespace) -> None:
   from clipflow_jax.training import exchange
 
   if options.adapters:
+    if options.family or options.dtype:
+      raise UserError("--adapters are written as peft reads them: leave out --family and --dtype")
     count = exchange.give_out_adapters(options.workdir, options.output)
     print(f"exported the {count} matrices of the adapters of {options.workdir} into {options.output}")
     return
-  family = exchange.give_out(options.workdir, options.output, options.family)
+  family = exchange.give_out(options.workdir, options.output, options.family, options.dtype)
   print(f"exported {options.workdir} as {family} into {options.output}")
 
 

@@ -95,6 +95,9 @@ RUN_BY = {
     "tests/evaluation/test_command.py::test_folders_are_compared_and_what_was_found_is_written"
   ),
   "export --workdir --output": "tests/training/test_exchange.py::test_what_was_trained_goes_out_as_it_came",
+  "export --workdir --family --dtype --output": (
+    "tests/training/test_handing_on.py::test_in_half_the_bits_statistics_and_norms_are_as_they_were"
+  ),
   "export --workdir --adapters --output": (
     "tests/training/test_finetune.py::test_adapters_go_to_peft_and_come_back_bit_for_bit"
   ),

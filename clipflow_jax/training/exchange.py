@@ -1,7 +1,8 @@
 """Models of others as workdirs that a run can start from, and what a run has trained as models of others.
 
 An imported workdir holds one checkpoint at step 0 with the part that was imported under the paths that it has in
-ClipFlow, its tokenizer, and model.json: the fields of `config.model` that fit it.
+ClipFlow, its tokenizer, and model.json: the fields of `config.model` that fit it. A whole model goes out as such a
+workdir, at the step that it had.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.models.vision import VisionTower
 from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.adapters import Adapters
-from clipflow_jax.training.state import Params, flatten, nest
+from clipflow_jax.training.state import Params, flatten, matrices_in, nest, split
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL = "model.json"
+CARD = "README.md"
+WHOLE = "clipflow"  # the family of a workdir
 # A module that comes in -> (its path in ClipFlow's parameters, its path in config.model).
 PLACES: dict[type[nn.Module], tuple[str, str]] = {
   Transformer: ("language_model", "transformer"),
@@ -76,18 +79,18 @@ def bring_in(
   with written_whole(output) as scratch:
     meta = {"config": _config(config, fields), "tokenizer": _tokenizer(folder, module), "words": said}
     flat = {f"{inside}/{path}".lstrip("/"): leaf for path, leaf in flatten(params).items()}
-    state = {"step": np.zeros((), np.int32), "trained": nest(flat), "frozen": {}, "ema": None, "opt_state": {}}
-    checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
-    checkpoints.save(0, state, data_state={}, meta=meta)
-    checkpoints.close()
+    _write(scratch, meta, nest(flat), {})
     (scratch / MODEL).write_text(json.dumps(fields, indent=2))
   return module, params
 
 
-def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
+def give_out(workdir: Path, output: Path, family: str | None = None, dtype: str | None = None) -> str:
   """Writes a workdir's language model, or its CLIP, as a folder that transformers reads. Returns the family's name.
 
-  family: a `model_type`; None takes the language model where there is one. UserError as `huggingface.save`.
+  family: a `model_type`; None takes the language model where there is one; WHOLE writes all of the model, averaged
+  where an average was kept and with adapters merged, as a workdir without what only training needs. dtype: "float32" or
+  "bfloat16", of the weights; of a whole model's matrices and embeddings, for what else it has is little and delicate.
+  None keeps what they are. UserError as `huggingface.save`.
   """
   refuse(output)
   read = checkpoint.load(stages.newest(workdir), ("averaged", "frozen"))
@@ -95,11 +98,35 @@ def give_out(workdir: Path, output: Path, family: str | None = None) -> str:
   with tempfile.TemporaryDirectory() as scratch:
     words = text.from_files(read.meta["tokenizer"], Path(scratch)) if read.meta["tokenizer"] else None
   model = text.with_vocabulary(read.meta["config"]["model"], len(words) if words else 0)
+  if family == WHOLE:
+    _give_out_whole(workdir, output, read, matrices_in(params, dtype) if dtype else params, model)
+    return family
   module, flat = _part(model, params, _kind(model, family))
+  if dtype:
+    flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
   said = read.meta.get("words", {}) if isinstance(module, huggingface.WRITES) else {}
   name = huggingface.save(output, module, nest(flat), family=family, tokenizer=words, **said)
-  (output / "README.md").write_text(_card(workdir, name))
+  (output / CARD).write_text(_card(workdir, name))
   return name
+
+
+def _give_out_whole(
+  workdir: Path, output: Path, read: checkpoint.Restored, params: Params, model: dict[str, Any]
+) -> None:
+  """Writes `params` with what the checkpoint `read` tells beside them. What the run trained stays told apart."""
+  learned = {path.removesuffix(adapters.A) for path in flatten(read.state["averaged"])}
+  trained, frozen = split(params, {path: float(path in learned) for path in flatten(params)})
+  fields = dict(model)
+  for kind in (Transformer, Clip):  # what `from` and `tower` take of it is what they take of an import
+    _, place = PLACES[kind]
+    if model.get(place):
+      fields[place] = _alike(kind, model[place])
+  with written_whole(output) as scratch:
+    meta = read.meta | {"config": read.meta["config"] | {"adapters": {}}}
+    _write(scratch, meta, trained, frozen, step=read.step)
+    (scratch / MODEL).write_text(json.dumps(fields, indent=2))
+    card = workdir / CARD  # of a model that was itself handed on
+    (scratch / CARD).write_text(card.read_text() if card.is_file() else _card(workdir, WHOLE))
 
 
 def give_out_adapters(workdir: Path, output: Path) -> int:
@@ -142,17 +169,8 @@ def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
   rank = next(leaf.shape[-1] for path, leaf in learned.items() if path.endswith(adapters.A))
   where = "|".join(sorted(path.removesuffix(f"/kernel{adapters.A}") for path in learned if path.endswith(adapters.A)))
   config = read.meta["config"] | {"adapters": {"rank": rank, "alpha": alpha, "where": where}}
-  state = {
-    "step": np.zeros((), np.int32),
-    "trained": nest(learned),
-    "frozen": nest(plain),
-    "ema": None,
-    "opt_state": {},
-  }
   with written_whole(output) as scratch:
-    checkpoints = checkpoint.Checkpoints(scratch / "checkpoints")
-    checkpoints.save(0, state, data_state={}, meta=read.meta | {"config": config})
-    checkpoints.close()
+    _write(scratch, read.meta | {"config": config}, nest(learned), nest(plain))
   return len(learned)
 
 
@@ -201,6 +219,14 @@ def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:
   else:
     method, inputs = see, (pictures(module.image_size),)
   return jax.jit(lambda p, *x: module.apply({"params": p}, *x, method=method))(params, *inputs)
+
+
+def _write(workdir: Path, meta: dict[str, Any], trained: Params, frozen: Params, step: int = 0) -> None:
+  """A workdir's one checkpoint, of what is drawn and read with: no average beside it, and no optimizer."""
+  state = {"step": np.asarray(step, np.int32), "trained": trained, "frozen": frozen, "ema": None, "opt_state": {}}
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  checkpoints.save(step, state, data_state={}, meta=meta)
+  checkpoints.close()
 
 
 def _tokenizer(folder: Path, module: nn.Module) -> dict[str, str]:
@@ -293,11 +319,14 @@ def _part(model: dict[str, Any], params: Params, kind: type[nn.Module]) -> tuple
     fields = (fields or {}).get(name)
   if not fields:
     raise UserError(f"this run has no {place}, which a family of that kind is made of")
-  beyond = OURS[kind]
-  fields = {name: value for name, value in fields.items() if not name.startswith(beyond)}
   prefix = f"{inside}/" if inside else ""
   flat = {path.removeprefix(prefix): leaf for path, leaf in flatten(params).items() if path.startswith(prefix)}
-  return kind(**fields), {path: leaf for path, leaf in flat.items() if not path.startswith(beyond)}
+  return kind(**_alike(kind, fields)), _alike(kind, flat)
+
+
+def _alike(kind: type[nn.Module], named: dict[str, Any]) -> dict[str, Any]:
+  """Fields or flat parameters of a module of that kind without what no other model has."""
+  return {name: value for name, value in named.items() if not name.startswith(OURS[kind])}
 
 
 def _card(workdir: Path, family: str) -> str:

@@ -91,12 +91,15 @@ def create(
   if frozen_dtype not in ("float32", "bfloat16"):
     raise UserError(f"frozen_dtype {frozen_dtype!r} is unknown; choose float32 or bfloat16")
   trained, frozen = split(params, scales)
-  matrices = {path for path in flatten(frozen) if path.endswith(("kernel", "embedding"))}
-  frozen = nest(
-    {path: leaf.astype(frozen_dtype) if path in matrices else leaf for path, leaf in flatten(frozen).items()}
-  )
+  frozen = matrices_in(frozen, frozen_dtype)
   copy = jax.tree.map(jnp.copy, trained) if ema else None  # its own buffers: both are donated
   return TrainState(jnp.zeros((), jnp.int32), trained, frozen, copy, tx.init(trained))
+
+
+def matrices_in(params: Params, dtype: str) -> Params:
+  """The parameters with matrices and embeddings in that dtype; norms, biases and measured statistics as they are."""
+  flat = flatten(params)
+  return nest({p: leaf.astype(dtype) if p.endswith(("kernel", "embedding")) else leaf for p, leaf in flat.items()})
 
 
 def set_aside(state: TrainState, parts: Iterable[str]) -> tuple[TrainState, Params]:

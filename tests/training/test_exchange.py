@@ -100,6 +100,9 @@ def test_what_was_trained_goes_out_as_it_came(folder, trained, tmp_path):
   words = [AutoTokenizer.from_pretrained(str(path)) for path in (folder, tmp_path / "out")]
   assert words[0].get_vocab() == words[1].get_vocab() and words[0].chat_template == words[1].chat_template
   assert "Nothing was measured of it" in (tmp_path / "out" / "README.md").read_text()
+  exchange.give_out(trained, tmp_path / "half", "qwen2", "bfloat16")
+  half = flatten(huggingface.load(tmp_path / "half")[1])
+  assert all(np.array_equal(leaf, theirs[path].astype(jnp.bfloat16)) for path, leaf in half.items())
 
 
 def siglip(path: Path, tokenizer: Any = None) -> Path:

@@ -81,6 +81,17 @@ def test_what_draws_and_reads_is_a_plain_model_with_the_adapters_in_it(adapted, 
   assert changed == {path for path in before if re.fullmatch(f"{finetune.READS}/kernel", path)}
 
 
+def test_a_whole_model_is_handed_on_with_its_adapters_merged(adapted, tmp_path: Path):
+  _, workdir = adapted
+  assert exchange.give_out(workdir, tmp_path / "whole", exchange.WHOLE) == "clipflow"
+  read = checkpoint.load(tmp_path / "whole", ("trained", "frozen"))
+  assert read.meta["config"]["adapters"] == {} and read.step == 2
+  learned = state.flatten(read.state["trained"])
+  assert learned and all(re.fullmatch(f"{finetune.READS}/kernel", path) for path in learned)
+  before, after = (ClipFlow.from_checkpoint(path).params for path in (workdir, tmp_path / "whole"))
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_adapters_go_to_peft_and_come_back_bit_for_bit(adapted, trained: Path, tmp_path: Path):
   _, workdir = adapted
   assert exchange.give_out_adapters(workdir, tmp_path / "peft") == 14
