@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
   loads(sub, required=True)
   sub.add_argument("--image", type=Path)
   sub.add_argument("--message")
+  sub.add_argument("--tokens", type=int, default=64, help="most that an answer may have (default %(default)d)")
+  sub.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words; 1: as likely as they are")
+  sub.add_argument("--seed", type=int, default=0, help="which words, at a temperature above 0")
 
   sub = command(
     commands.serve,

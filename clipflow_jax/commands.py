@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,31 +78,14 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
+  from clipflow_jax.inference import batching, talk, text
+
+  text.check(options.tokens, options.temperature)
+  batching.seeds_of(1, options.seed)
   model = _load(options.workdir, options.weights)
-  messages: list[dict] = []
-  first: list[dict] = []
-  if options.image:
-    first = [{"type": "image", "image": _picture(options.image, model.image_size)}]
-  while True:
-    try:
-      words = input("> ") if options.message is None else options.message
-    except EOFError:
-      return
-    except UnicodeDecodeError as error:
-      raise UserError(f"cannot read the message: {error}") from error
-    asked = {"role": "user", "content": [*first, {"type": "text", "text": words}]}
-    try:
-      answer = model.chat([*messages, asked])
-    except UserError as error:
-      if options.message is not None:
-        raise
-      print(f"clipflow: {error}", file=sys.stderr)  # the conversation goes on without it
-      continue
-    messages += [asked, {"role": "assistant", "content": answer}]
-    first = []
-    print(answer)
-    if options.message is not None:
-      return
+  picture = _picture(options.image, model.image_size) if options.image else None
+  how = dict(new=options.tokens, temperature=options.temperature, seed=options.seed)
+  talk.hold(model, options.message, picture, **how)
 
 
 def serve(options: argparse.Namespace) -> None:

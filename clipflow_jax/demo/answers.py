@@ -22,7 +22,7 @@ from clipflow_jax.inference.forming import Forming
 from clipflow_jax.inference.pipeline import ClipFlow, Message
 
 MOST_CHARACTERS = 2000  # of a prompt or a question: longer ones fit no model here, and cost time to cut into tokens
-MOST_WORDS = 64  # tokens of an answer
+MOST_WORDS = 256  # tokens of an answer, as many as over HTTP
 SIDE = 360  # small pictures are shown about so large
 
 

@@ -99,3 +99,14 @@ def seeds_of(n: int, seed: int | Sequence[int]) -> np.ndarray:
 def keys_of(seeds: jax.Array) -> jax.Array:
   """key[N] of seeds and places u32[N,2]."""
   return jax.vmap(lambda one: jax.random.fold_in(jax.random.key(one[0]), one[1]))(seeds)
+
+
+def listed(what: str, texts: Sequence[str], n: int | None = None) -> list[str]:
+  """The texts as a list. UserError for one text in the place of a list, for none, or for others than n."""
+  if isinstance(texts, str):
+    raise UserError(f"{what} are the one text {texts[:40]!r}: give a list of them")
+  if not len(texts):
+    raise UserError(f"nothing to do: there are no {what}")
+  if n is not None and len(texts) != n:
+    raise UserError(f"{len(texts)} {what} for {n}: give one for each")
+  return list(texts)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipflow_jax.batch import Batch
-from clipflow_jax.models.clipflow import ClipFlow
+from clipflow_jax.data import sequence
+from clipflow_jax.inference.batching import listed
+from clipflow_jax.models.clipflow import ClipFlow as Model
+
+if TYPE_CHECKING:
+  from clipflow_jax.inference.pipeline import ClipFlow
 
 
 @flax.struct.dataclass
@@ -19,14 +29,14 @@ class Likelihood:
   greedy: jax.Array  # bool whether each is the likeliest: what greedy decoding would write
 
 
-def likelihood(model: ClipFlow, params, rows: Batch, features: jax.Array | None, *, end: int | None) -> Likelihood:
+def likelihood(model: Model, params, rows: Batch, features: jax.Array | None, *, end: int | None) -> Likelihood:
   """Likelihood of the words with loss_weights > 0 in rows of one example each; features f32[B,N,T,C] of their pictures.
 
   end: a token that is not counted although it has weight, as the end of a turn in comparisons with other programs; None
   counts all. Pure; jit it with model and end closed over.
   """
 
-  def run(bound: ClipFlow) -> Likelihood:
+  def run(bound: Model) -> Likelihood:
     hidden, _ = bound.read(rows, features)
     logits = bound.logits(hidden[:, :-1])
     targets = rows.tokens[:, 1:]
@@ -40,3 +50,35 @@ def likelihood(model: ClipFlow, params, rows: Batch, features: jax.Array | None,
     )
 
   return model.apply({"params": params}, method=run)
+
+
+def told(
+  model: ClipFlow,
+  questions: Sequence[str],
+  answers: Sequence[str],
+  images: np.ndarray | None,
+  *,
+  features: np.ndarray | None,
+  end: bool,
+) -> Likelihood:
+  """As `ClipFlow.likelihood`: the questions with their answers as rows, through one program."""
+  model.need("transformer", "tell how likely words are")
+  questions = listed("questions", questions)
+  answers = listed("answers", answers, len(questions))
+  looked = [model.blank()] * len(questions) if images is None else model.checked(images)
+  pairs = zip(looked, questions, answers, strict=True)
+  if images is None and features is None:
+    rows = model.rows([sequence.talked(((q, a),), x) for x, q, a in pairs])
+  else:
+    rows = model.rows([sequence.read(x, ((q, a),), model.wording.ask) for x, q, a in pairs])
+  if features is not None:
+    rows = dataclasses.replace(rows, images=None, features=np.asarray(features, np.float32)[:, None])
+  not_counted = None if end else model.tokenizer.end
+
+  def run(params, rows):
+    seen = model.model.apply({"params": params}, rows, method="features") if rows.image_roles.shape[1] else None
+    found = likelihood(model.model, params, rows, seen, end=not_counted)
+    return jnp.stack([found.log_p, found.tokens, found.greedy], axis=1)
+
+  log_p, tokens, greedy = model.batched(("likelihood", end), run, (rows,)).T
+  return Likelihood(log_p, tokens.astype(np.int32), greedy > 0)

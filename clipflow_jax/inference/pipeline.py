@@ -20,7 +20,7 @@ from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, likelihood, rerank, text
-from clipflow_jax.inference.batching import Programs, bucket, keys_of, seeds_of
+from clipflow_jax.inference.batching import Programs, bucket, keys_of, listed, seeds_of
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
 from clipflow_jax.inference.weights import int8
@@ -189,7 +189,7 @@ class ClipFlow:
     if sampling.guidance != 1.0 and sampling.guide != "text":
       self.need("early head" if sampling.guide == "early" else "separate drawer", "be guided by it")
     prompts = listed("prompts", prompts)
-    asked = [*self._worded(prompts, images), sequence.drawn("", self._blank())]
+    asked = [*self._worded(prompts, images), sequence.drawn("", self.blank())]
     both = self.rows(asked)  # together, so that they are of one length
     return sampling, jax.tree.map(lambda x: x[:-1], both), jax.tree.map(lambda x: x[-1:], both)
 
@@ -199,7 +199,7 @@ class ClipFlow:
 
   def _worded(self, prompts: Sequence[str], images: np.ndarray | None) -> list[Conversation]:
     """The prompts, and the pictures that they are of, as the run's data words them."""
-    blank = self._blank()
+    blank = self.blank()
     if images is None:
       # What is drawn of no text was asked for by none.
       texts = [self.wording.draw.replace(sequence.CAPTION, prompt) if prompt else "" for prompt in prompts]
@@ -207,7 +207,7 @@ class ClipFlow:
     self.check_edits()
     if len(images) != len(prompts):
       raise UserError(f"{len(images)} pictures for {len(prompts)} prompts: give one for each")
-    pairs = zip(self._images(images), prompts, strict=True)
+    pairs = zip(self.checked(images), prompts, strict=True)
     return [sequence.edited(picture, prompt, blank, self.wording.edit) for picture, prompt in pairs]
 
   def check_edits(self) -> None:
@@ -232,7 +232,7 @@ class ClipFlow:
     def run(params, images):
       return self.model.apply({"params": params}, images, method=lambda m, x: m.standardise(m.see(x).features))
 
-    return self.batched(("encode",), run, (self._images(images),))
+    return self.batched(("encode",), run, (self.checked(images),))
 
   def caption(self, images: np.ndarray, new: int = 64) -> list[str]:
     """A full description of each picture, of so many tokens at most."""
@@ -241,16 +241,16 @@ class ClipFlow:
   def answer(self, images: np.ndarray, questions: Sequence[str], new: int = 64) -> list[str]:
     """An answer to one question about each picture, of so many tokens at most."""
     questions = listed("questions", questions, len(images))
-    pairs = zip(self._images(images), questions, strict=True)
+    pairs = zip(self.checked(images), questions, strict=True)
     return self._write([sequence.asked(picture, question, self.wording.ask) for picture, question in pairs], new)
 
-  def chat(self, messages: list[Message], new: int = 64) -> str:
+  def chat(self, messages: list[Message], new: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
     """The assistant's next words after messages in the usual form, pictures among them as u8[H,W,3] or PIL images.
 
-    new: tokens at most.
+    new: tokens at most. temperature: 0 for the likeliest words; above, they are drawn, and the seed says which.
     """
     self.need("transformer", "chat")
-    return self._write([self.conversation(messages)], new)[0]
+    return self._write([self.conversation(messages)], new, temperature, seed)[0]
 
   def slots(self, asked: list[Message] | str, before: np.ndarray | None = None) -> int:
     """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done.
@@ -277,7 +277,7 @@ class ClipFlow:
       else:
         inside = (IMAGE if part["type"] == "image" else part["text"] for part in parts)
         turns.append((message["role"], "".join(inside)))
-    images = np.stack(pictures) if pictures else self._blank()[None][:0]
+    images = np.stack(pictures) if pictures else self.blank()[None][:0]
     return Conversation(tuple(turns), images, (1,) * len(pictures))
 
   def likelihood(
@@ -293,26 +293,7 @@ class ClipFlow:
 
     With neither it is about words alone. end: the end of the answer counts as one more of its tokens.
     """
-    self.need("transformer", "tell how likely words are")
-    questions = listed("questions", questions)
-    answers = listed("answers", answers, len(questions))
-    looked = [self._blank()] * len(questions) if images is None else self._images(images)
-    pairs = zip(looked, questions, answers, strict=True)
-    if images is None and features is None:
-      rows = self.rows([sequence.talked(((q, a),), x) for x, q, a in pairs])
-    else:
-      rows = self.rows([sequence.read(x, ((q, a),), self.wording.ask) for x, q, a in pairs])
-    if features is not None:
-      rows = dataclasses.replace(rows, images=None, features=np.asarray(features, np.float32)[:, None])
-    not_counted = None if end else self.tokenizer.end
-
-    def run(params, rows):
-      seen = self.model.apply({"params": params}, rows, method="features") if rows.image_roles.shape[1] else None
-      found = likelihood.likelihood(self.model, params, rows, seen, end=not_counted)
-      return jax.numpy.stack([found.log_p, found.tokens, found.greedy], axis=1)
-
-    log_p, tokens, greedy = self.batched(("likelihood", end), run, (rows,)).T
-    return Likelihood(log_p, tokens.astype(np.int32), greedy > 0)
+    return likelihood.told(self, questions, answers, images, features=features, end=end)
 
   # Comparing.
 
@@ -322,13 +303,13 @@ class ClipFlow:
     def run(params, images):
       return self.model.apply({"params": params}, images, method=lambda m, x: m.see(x, "embedding").embedding)
 
-    return self.batched(("embed_image",), run, (self._images(images),))
+    return self.batched(("embed_image",), run, (self.checked(images),))
 
   def embed_text(self, texts: Sequence[str]) -> np.ndarray:
     """CLIP embeddings f32[N,E] at unit norm. What the tower cannot read of a long text is left out."""
     texts = listed("texts", texts)
     self.need("text tower", "embed texts")
-    blank = self._blank()
+    blank = self.blank()
     layout = Layout(self.model.clip["text"]["length"], 1, self.model.grid, self.tokenizer.pad)
     rows = sequence.stack(
       [
@@ -357,25 +338,32 @@ class ClipFlow:
     layout = dataclasses.replace(layout, length=min(self.longest, bucket(longest, self.shortest)))
     return sequence.stack([sequence.pack([example], layout) for example in examples])
 
-  def _write(self, conversations: Sequence[Conversation], new: int) -> list[str]:
+  def _write(
+    self, conversations: Sequence[Conversation], new: int, temperature: float = 0.0, seed: int = 0
+  ) -> list[str]:
     self.need("transformer", "write")
-    if new < 1:
-      raise UserError(f"{new} tokens are no answer; let it write at least 1")
+    text.check(new, temperature)
     room = bucket(new)
     rows = self.rows(conversations, prompt=True)
 
-    def run(params, rows):
-      features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
-      return text.generate(self.model, params, rows, features, new=room, end=self.tokenizer.end)
+    heat = np.full(len(conversations), temperature, np.float32)
 
-    written = self.batched(("write", room), run, (rows,))
+    def run(params, rows, heat, seeds):
+      features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
+      choose = text.sampled(heat, keys_of(seeds)) if temperature else text.greedy
+      return text.generate(self.model, params, rows, features, new=room, end=self.tokenizer.end, choose=choose)
+
+    items = (rows, heat, seeds_of(len(conversations), seed))
+    written = self.batched(("write", room, temperature > 0), run, items)
     return [self.tokenizer.decode(ids[:new].tolist()) for ids in written]
 
-  def _blank(self) -> np.ndarray:
+  def blank(self) -> np.ndarray:
+    """A black picture u8[H,W,3] for rows that show none; without a tower u8[0,0,3]."""
     side = self.image_size if self.model.clip else 0
     return np.zeros((side, side, 3), np.uint8)
 
-  def _images(self, images: np.ndarray) -> np.ndarray:
+  def checked(self, images: np.ndarray) -> np.ndarray:
+    """Pictures as an array. UserError for what is not u8[N,H,W,3] at the model's size."""
     images = np.asarray(images)
     size = self.image_size
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
@@ -407,14 +395,3 @@ class ClipFlow:
   def batched(self, name: tuple, run: Callable, items: tuple, *constant: Any) -> np.ndarray:
     """run(params, *items, *constant) over items' first axis, as `Programs.over`. name: of what `run` computes."""
     return self.programs.over(name, run, self.params, items, *constant, size=self.batch_size)
-
-
-def listed(what: str, texts: Sequence[str], n: int | None = None) -> list[str]:
-  """The texts as a list. UserError for one text in the place of a list, for none, or for others than n."""
-  if isinstance(texts, str):
-    raise UserError(f"{what} are the one text {texts[:40]!r}: give a list of them")
-  if not len(texts):
-    raise UserError(f"nothing to do: there are no {what}")
-  if n is not None and len(texts) != n:
-    raise UserError(f"{len(texts)} {what} for {n}: give one for each")
-  return list(texts)

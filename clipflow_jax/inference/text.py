@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from clipflow_jax.batch import Batch
+from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.models.transformer import Context
 from clipflow_jax.training.state import Params
@@ -23,6 +25,14 @@ class Writing(flax.struct.PyTreeNode):
   slot: jax.Array  # i32[] where in the context's buffer it goes
   position: jax.Array  # i32[B] its rotary time
   context: Context  # with room for what will be written
+
+
+def check(new: int, temperature: float) -> None:
+  """UserError where so many words are no answer, or none can be chosen at that temperature."""
+  if new < 1:
+    raise UserError(f"{new} tokens are no answer; let it write at least 1")
+  if not 0 <= temperature < math.inf:
+    raise UserError(f"temperature {temperature} chooses no words; give 0 for the likeliest, or more")
 
 
 def greedy(logits: jax.Array, position: jax.Array) -> jax.Array:
@@ -102,9 +112,19 @@ def go_on(
   return jax.lax.while_loop(going, write, start)[1:]
 
 
-def generate(model: ClipFlow, params, prompts: Batch, features: jax.Array | None, *, new: int, end: int) -> jax.Array:
-  """Greedy continuation i32[B,new] of B prompts, `end` once a row has ended; features f32[B,N,T,C] of their pictures.
+def generate(
+  model: ClipFlow,
+  params,
+  prompts: Batch,
+  features: jax.Array | None,
+  *,
+  new: int,
+  end: int,
+  choose: Choose = greedy,
+) -> jax.Array:
+  """Continuation i32[B,new] of B prompts, `end` once a row has ended; features f32[B,N,T,C] of their pictures.
 
   Pure; jit it with model, new and end closed over.
   """
-  return go_on(model, params, begin(model, params, prompts, features, room=new), new=new, end=end)[1]
+  writing = begin(model, params, prompts, features, room=new, choose=choose)
+  return go_on(model, params, writing, new=new, end=end, choose=choose)[1]

@@ -20,6 +20,7 @@ from PIL import Image
 
 from clipflow_jax import cli
 from clipflow_jax.data import images
+from clipflow_jax.demo.answers import MOST_WORDS
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests import tiny_runs
 
@@ -197,7 +198,7 @@ def test_the_answer_about_a_picture_streams_and_is_what_chat_says(visit, model, 
     {"type": "image", "image": images.decode(red, model.image_size)},
     {"type": "text", "text": "what colour is it?"},
   ]
-  answer = model.chat([{"role": "user", "content": parts}])
+  answer = model.chat([{"role": "user", "content": parts}], MOST_WORDS)
   shown = " ".join(answer.split())  # a page makes any white space a blank, a random model's tabs too
   visit.wait_for_function("answer => noted.at(-1) == answer", arg=shown)
   partly = visit.evaluate("noted")

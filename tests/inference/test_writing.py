@@ -38,6 +38,7 @@ def test_words_are_the_same_alone_and_in_any_company_at_any_heat(model):
   (alone,) = written(model, HOW, temperature=1.0, seed=7)
   longer, beside = written(model, WHERE, HOW, temperature=1.0, seed=7)
   assert beside[-1] == alone[-1] != longer[-1]
+  assert alone[-1].text == model.chat(HOW, temperature=1.0, seed=7)
   (other,) = written(model, HOW, temperature=1.0, seed=8)
   (cold,) = written(model, HOW)
   assert len({alone[-1].text, other[-1].text, cold[-1].text}) == 3
