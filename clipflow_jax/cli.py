@@ -134,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--guidance", type=float)
   sub.add_argument("--seed", type=int, default=0)
   sub.add_argument(
-    "--output", type=Path, default=Path("drawn.png"), help="the picture, or a sheet of several; .npy: their features"
+    "--output",
+    default="drawn.png",
+    help="the picture, or a sheet of several; FOLDER/: a picture each, with captions.jsonl; .npy: their features",
   )
 
   sub = command(

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipflow_jax import config_file
+from clipflow_jax import config_file, files
 from clipflow_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def train(options: argparse.Namespace) -> None:
 def draw(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from clipflow_jax.inference import batching, image, rerank, show
+  from clipflow_jax.inference import batching, drawings, image, rerank, show
 
   prompts = list(options.prompt)
   if options.prompts:
@@ -62,19 +62,32 @@ def draw(options: argparse.Namespace) -> None:
     raise UserError(f"--count={options.count} draws nothing; choose 1 or more")
   prompts = [prompt for prompt in prompts or [""] for _ in range(options.count)]
   # What can be known to be wrong before a model is loaded.
-  show.check(options.output)
+  output = Path(options.output)
+  folder = options.output.endswith("/") or output.is_dir()
+  if folder and options.image:
+    raise UserError(f"--image changes a picture, of which no prompt is the caption: give --output=FILE, not {output}/")
+  if folder:
+    lines = drawings.plan(output, prompts, options.seed)
+  else:
+    show.check(output)
   sampling = {name: value for name in ("steps", "guidance") if (value := getattr(options, name)) is not None}
   image.Sampling(**sampling)
   batching.seeds_of(1, options.seed)
   rerank.check(options.best_of, options.judge)
   model = _load(options.workdir, options.weights)
-  how = dict(sampling, seed=options.seed, best_of=options.best_of, judge=options.judge)
+  how = dict(sampling, best_of=options.best_of, judge=options.judge)
+  if folder:
+    whose = dict(workdir=str(options.workdir.resolve()), weights=options.weights)
+    drawn = drawings.draw(model, output, lines, whose, **how)
+    print(f"drew {drawn} picture(s) into {output}, where {len(lines) - drawn} were already")
+    return
   if options.image:
     how["images"] = np.stack([_picture(options.image, model.image_size)] * len(prompts))
   # Features are all that can be had where there is no pixel decoder.
-  drawn = (model.draw_features if options.output.suffix == show.ARRAY else model.draw)(prompts, **how)
-  show.save(options.output, drawn, [prompt or "(no prompt)" for prompt in prompts])
-  print(f"drew {len(drawn)} picture(s) into {options.output}")
+  draw = model.draw_features if output.suffix == show.ARRAY else model.draw
+  pictures = draw(prompts, seed=options.seed, **how)
+  show.save(output, pictures, [prompt or "(no prompt)" for prompt in prompts])
+  print(f"drew {len(pictures)} picture(s) into {output}")
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -351,7 +364,7 @@ def _write_json(path: Path, found: dict) -> None:
 
 def _write_text(path: Path, text: str) -> None:
   try:
-    path.write_text(text, encoding="utf-8")
+    files.write_text(path, text)
   except OSError as error:
     raise UserError(f"cannot write {path}: {error}") from error
 

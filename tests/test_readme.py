@@ -20,6 +20,9 @@ MARKS = ("# needs the network", "# needs a pod", "# needs a GPU")
 # A command, as `kind` writes it -> the test that runs it, or what it calls, at a small size.
 RUN_BY = {
   "draw --workdir --prompt --output": "tests/test_cli.py::test_draw_writes_a_picture",
+  "draw --workdir --prompts --output": (
+    "tests/inference/test_drawings.py::test_every_picture_is_that_of_its_caption_and_seed"
+  ),
   "draw --workdir --prompt": "tests/test_cli.py::test_draw_writes_a_picture",
   "draw --workdir --prompt --best-of": (
     "tests/inference/test_rerank.py::test_the_pipeline_decodes_the_best_of_its_candidates"

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import bars as bars_
 from clipflow_jax.evaluation import captioning, classification, compositional, images, page, vqa
 from clipflow_jax.evaluation.page import Artefacts, Drawing, Reading
+from clipflow_jax.files import write, write_text
 from clipflow_jax.inference import show
 
 if TYPE_CHECKING:
@@ -230,17 +231,6 @@ def _samples(drawings: Sequence[Drawing]) -> Image.Image:
 def _lines(reading: Reading) -> str:
   mark = "right" if reading.right else "wrong"
   return f"{reading.question}\n  wrote ({mark}): {reading.written}\n  truth: {reading.truth}\n"
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-  """Atomically: under another name first, so that no reader ever meets half a file."""
-  partial = path.with_name(f".partial-{path.name}")
-  save(partial)
-  os.replace(partial, path)
-
-
-def write_text(path: Path, text: str) -> None:
-  write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _commit() -> str:

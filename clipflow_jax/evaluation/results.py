@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipflow_jax import files
 from clipflow_jax.evaluation import page, report
 from clipflow_jax.evaluation.suite import Done, Run, checkpoint
 from clipflow_jax.evaluation.tasks import Answer
@@ -31,8 +32,8 @@ def write(run: Run, done: Mapping[str, Done]) -> dict[str, Any]:
   text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
   run.directory.mkdir(parents=True, exist_ok=True)
   shown = {name: list(_shown(run, name, one)) for name, one in done.items()}
-  report.write_text(run.directory / "index.html", page.results(result, shown))
-  report.write_text(run.directory / "RESULT.json", text)
+  files.write_text(run.directory / "index.html", page.results(result, shown))
+  files.write_text(run.directory / "RESULT.json", text)
   return result
 
 
@@ -46,7 +47,7 @@ def _shown(run: Run, name: str, done: Done) -> Iterator[tuple[str, str, Answer]]
       image = item.look(run.model.image_size)
     if image is not None:
       file = f"pictures/{name}_{number:02d}.png"
-      report.write(run.directory / file, Image.fromarray(np.asarray(image)).save)
+      files.write(run.directory / file, Image.fromarray(np.asarray(image)).save)
     yield file, item.question, answer
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.files import write
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -67,10 +68,10 @@ def save(path: Path, drawn: np.ndarray, captions: Sequence[str]) -> None:
   their captions; to ARRAY whatever they are. UserError."""
   try:
     if path.suffix == ARRAY:
-      np.save(path, drawn)
+      write(path, lambda partial: np.save(partial, drawn))
     else:
       sheet = Image.fromarray(drawn[0]) if len(drawn) == 1 else grid(drawn, min(8, len(drawn)), captions)
-      sheet.save(path)
+      write(path, sheet.save)
   except (OSError, ValueError) as error:  # a disk that is full; more pictures than the format takes
     raise UserError(f"cannot write {path}: {error}") from error
 
