@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from clipflow_jax import commands
 from clipflow_jax.bench.frame import SUBJECTS
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, local
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,16 +47,28 @@ def _whole(least: int) -> Callable[[str], int]:
   return read
 
 
+def _local(text: str) -> str:
+  """Paths on this machine, as they are said."""
+  try:
+    return local(text)
+  except UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path(text: str) -> Path:
+  return Path(_local(text))
+
+
 def _folder(text: str) -> Path:
   """A folder by its name; an empty one, as of a variable that is not set, would be the one that we are in."""
   if not text.strip():
     raise argparse.ArgumentTypeError("it is empty: name a folder")
-  return Path(text)
+  return _path(text)
 
 
 def _written(text: str) -> Path:
   """A file that can be written at the end: what comes before may take hours."""
-  path = Path(text)
+  path = _path(text)
   if path.is_dir() or not path.parent.is_dir():
     raise argparse.ArgumentTypeError(f"{text!r} cannot be written: give a file in a folder that is there")
   return path
@@ -125,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
   )
   loads(sub, required=True)
   sub.add_argument("--prompt", action="append", default=[], help="may be repeated; none draws unconditionally")
-  sub.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
-  sub.add_argument("--image", type=Path, help="a picture, of which the prompts say what shall become of it")
+  sub.add_argument("--prompts", type=_path, help="a text file, one prompt a line")
+  sub.add_argument("--image", type=_path, help="a picture, of which the prompts say what shall become of it")
   sub.add_argument("--count", type=int, default=1, help="pictures of each prompt")
   sub.add_argument("--best-of", type=int, default=1, help="candidates of each, of which the best is decoded")
   sub.add_argument("--judge", default="caption", help="whose best: caption, yes or clip (default %(default)s)")
@@ -135,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--seed", type=int, default=0)
   sub.add_argument(
     "--output",
+    type=_local,
     default="drawn.png",
     help="the picture, or a sheet of several; FOLDER/: a picture each, with captions.jsonl; .npy: their features",
   )
@@ -145,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     'clipflow chat --workdir=quickstart --image=drawn.png --message="what colour is the circle?"',
   )
   loads(sub, required=True)
-  sub.add_argument("--image", type=Path)
+  sub.add_argument("--image", type=_path)
   sub.add_argument("--message")
   sub.add_argument("--tokens", type=int, default=64, help="most that an answer may have (default %(default)d)")
   sub.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words; 1: as likely as they are")
@@ -158,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   loads(sub, required=True)
   listens(sub, port=8000)
-  sub.add_argument("--auth", type=Path, help="a file with one line: the API key that clients have to send")
+  sub.add_argument("--auth", type=_path, help="a file with one line: the API key that clients have to send")
   sub.add_argument("--batch", type=int, default=16, help="answers computed together (default %(default)d)")
   sub.add_argument("--queue", type=int, default=128, help="answers that may wait; then 429 (default %(default)d)")
 
@@ -169,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   loads(sub, required=True)
   listens(sub, port=7860)
-  sub.add_argument("--auth", type=Path, help="a file of lines USER:PASSWORD: who may come in")
+  sub.add_argument("--auth", type=_path, help="a file of lines USER:PASSWORD: who may come in")
 
   sub = command(
     commands.evaluate,
@@ -181,12 +194,14 @@ def _parser() -> argparse.ArgumentParser:
   tables = "--config=configs/evaluate.py:table=understanding and table=generation have more"
   sub.add_argument("--tasks", default="", help=f"names in the config, with commas between; all: every one; {tables}")
   sub.add_argument(
-    "--real", type=Path, help="a folder: fid,kid,is,precision_recall,fd_dinov2,cmmd,clip_distance; .npz: fid"
+    "--real", type=_path, help="a folder: fid,kid,is,precision_recall,fd_dinov2,cmmd,clip_distance; .npz: fid"
   )
-  sub.add_argument("--fake", type=Path, help="the folder that is compared with it")
+  sub.add_argument("--fake", type=_path, help="the folder that is compared with it")
   sub.add_argument("--statistics", type=_written, help="write those of --real to this .npz, and compare nothing")
-  sub.add_argument("--inception", help="the folder with Inception's weights for FID, in safetensors")
-  sub.add_argument("--dinov2", help="the folder or hub id of DINOv2 for fd_dinov2, such as facebook/dinov2-large")
+  sub.add_argument("--inception", type=_local, help="the folder with Inception's weights for FID, in safetensors")
+  sub.add_argument(
+    "--dinov2", type=_local, help="the folder or hub id of DINOv2 for fd_dinov2, such as facebook/dinov2-large"
+  )
   sub.add_argument("--resize", default="torch-fidelity", help="torch-fidelity or clean-fid (default %(default)s)")
   sub.add_argument("--json", type=_written, help="also write what was found to this file")
   sub.add_argument("--n", type=_whole(2), default=1000, help="pictures behind each score, 2 or more")
@@ -199,8 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow prepare --source=folder --input=photos,drawings --output=data --size=60",
   )
   sub.add_argument("--source", default="folder", help="folder, parquet, webdataset, tfds:NAME or prepared")
-  sub.add_argument("--input", required=True, help="files or folders, separated by commas; of tfds, where its data lies")
-  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument(
+    "--input", type=_local, required=True, help="files or folders, separated by commas; of tfds, where its data lies"
+  )
+  sub.add_argument("--output", type=_path, required=True)
   sub.add_argument("--size", type=int, default=60, help="pixels of the square pictures written")
   sub.add_argument("--fit", choices=["crop", "pad"], default="crop", help="how a picture becomes square")
   sub.add_argument("--format", choices=["png", "jpeg", "webp"], default="png", help="how pictures are stored")
@@ -222,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     config="",
   )
   sub.add_argument("--workdir", type=_folder, required=True, help="the run, or the imported weights, with the tower")
-  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument("--output", type=_path, required=True)
   sub.add_argument("--dtype", choices=["bfloat16", "int8"], default="bfloat16", help="what features are kept in")
   sub.add_argument("--count", type=int, default=0, help="pictures of each source (default: all)")
   sub.add_argument("--rows", type=int, default=64, help="pictures that a device sees at once (default %(default)d)")
@@ -244,12 +261,14 @@ def _parser() -> argparse.ArgumentParser:
     "make a workdir of pretrained weights, for init_from",
     "clipflow import --from=Qwen/Qwen3-0.6B --output=qwen --check",
   )
-  sub.add_argument("--from", dest="source", required=True, help="a folder that save_pretrained wrote, or a hub id")
-  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument(
+    "--from", dest="source", type=_local, required=True, help="a folder that save_pretrained wrote, or a hub id"
+  )
+  sub.add_argument("--output", type=_path, required=True)
   sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; by default as it is")
   sub.add_argument("--check", action="store_true", help="run it once and print what comes out")
   sub.add_argument("--config", help="the config file of what it is to be used as, such as configs/blip3o.py")
-  sub.add_argument("--base", type=Path, help="the workdir that adapters of peft, then named by --from, are beside")
+  sub.add_argument("--base", type=_path, help="the workdir that adapters of peft, then named by --from, are beside")
 
   sub = command(
     commands.export,
@@ -257,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     "clipflow export --workdir=runs/joint --output=exported",
   )
   sub.add_argument("--workdir", type=_folder, required=True)
-  sub.add_argument("--output", type=Path, required=True)
+  sub.add_argument("--output", type=_path, required=True)
   sub.add_argument(
     "--family",
     help="a model_type of transformers, such as qwen3 or clip; clipflow: the whole model, as a workdir without what "
@@ -290,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     "--data", action="store_true", help="write what the model will see of the config's data: pages, PNGs"
   )
   sub.add_argument(
-    "--output", type=Path, help="an HTML page of the workdir; of --data, the folder it writes (default inspected)"
+    "--output", type=_path, help="an HTML page of the workdir; of --data, the folder it writes (default inspected)"
   )
   return parser
 

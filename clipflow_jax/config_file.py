@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clipflow_jax.errors import UserError
+from clipflow_jax.errors import UserError, local
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 def load(path: str, overrides: list[str]) -> ConfigDict:
   """The config of "file.py[:arg]" with "--config.a.b=value" overrides. Files are sought here, then beside the package.
 
-  Raises UserError for a missing file, an unknown key or a value of another type.
+  Raises UserError for a missing file, an unknown key, a value of another type, or an address in place of a path.
   """
   from absl import flags
   from ml_collections import ConfigDict, config_flags
 
+  local(path)
   sys.path[:0] = [str(Path(__file__).parent.parent)]  # configs import each other as `configs.x`
   name, _, argument = path.partition(":")
   places = [Path(name), Path(__file__).parent.parent / name]
@@ -40,6 +42,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     raise UserError(f"config {path}: {_why(error, found)}") from error
   if not isinstance(config, ConfigDict):
     raise UserError(f"config {path}: get_config returns {config!r}, which is no ConfigDict")
+  _check_paths(config.to_dict())
   for stage in stages(config):
     if "file" in stage:
       stage.file = path
@@ -62,6 +65,23 @@ def set_environment(config: ConfigDict) -> None:
   for name, value in wanted[0].items():
     given = os.environ.get(name, "")
     os.environ[name] = f"{value} {given}".strip() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") else given or value
+
+
+def _check_paths(fields: Mapping[str, Any], before: str = "") -> None:
+  """UserError for an address among the settings, but for those that jax takes and those of a user's own source."""
+  kind = str(fields.get("kind", ""))
+  if ":" in kind and not kind.startswith("tfds:"):
+    return
+  for key, value in fields.items():
+    if isinstance(value, Mapping):
+      if key != "environment":
+        _check_paths(value, f"{before}{key}.")
+    elif key != "compilation_cache":
+      for one in value if isinstance(value, list | tuple) else [value]:
+        try:
+          local(one if isinstance(one, str) else "")
+        except UserError as error:
+          raise UserError(f"config.{before}{key}: {error}") from error
 
 
 def _why(error: Exception, file: Path) -> str:

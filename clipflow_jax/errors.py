@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ def resolve(setting: str, place: str) -> Any:
     raise UserError(
       f"{setting} is {place!r}, which cannot be imported: {error}; is its folder in PYTHONPATH?"
     ) from error
+
+
+def local(place: str) -> str:
+  """The path of a file or folder, or several with commas between, as given; "name=path" too. UserError for an address.
+
+  Files are opened as the machine's own: of gs://bucket/run they would be those of the folder gs: here.
+  """
+  if found := re.search(r"(?:^|[,=])\s*([a-z][a-z0-9+.-]*://[^,]*)", place, re.IGNORECASE):
+    raise UserError(
+      f"{found[1]} is an address, not a path: mount or download what is there and give its path "
+      "(launch/tpu/pod.sh and launch/gke mount buckets by gcsfuse)"
+    )
+  return place
 
 
 def make_folder(folder: Path) -> None:

@@ -177,6 +177,54 @@ def test_arguments_that_are_wrong_are_told_in_one_line(capsys, argv, says):
   assert says in fails(capsys, *argv)
 
 
+def options_of_paths() -> list[tuple[str, str]]:
+  """(command, option) of every path that can be said."""
+  (subparsers,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
+  kinds = (cli._local, cli._path, cli._folder, cli._written)
+  found = [(name, action) for name, sub in subparsers.choices.items() for action in sub._actions]
+  assert not [(name, action.option_strings) for name, action in found if action.type is Path]  # as they are read there
+  return [(name, action.option_strings[0]) for name, action in found if action.type in kinds]
+
+
+def test_an_address_in_place_of_a_path_is_told_in_one_line(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  options = options_of_paths()
+  assert {("train", "--workdir"), ("draw", "--output"), ("import", "--from"), ("prepare", "--input")} <= set(options)
+  for command, option in options:
+    said = fails(capsys, command, f"{option}=gs://bucket/run")
+    assert f"argument {option}: gs://bucket/run is an address, not a path: mount" in said and "gcsfuse" in said
+  assert list(tmp_path.iterdir()) == []
+  assert cli._path("runs/gs:/x") == Path("runs/gs:/x")
+
+
+@pytest.mark.parametrize(
+  ("config", "override", "says"),
+  [
+    ("configs/joint.py", "init_from=runs/a,gs://b/c", "config.init_from: gs://b/c is an address"),
+    ("configs/joint.py", "data.features=s3://b/c", "config.data.features: s3://b/c is an address"),
+    ("configs/folder.py:path=gs://b/c", "order=('contrastive',)", "gs://b/c is an address"),
+    ("configs/finetune.py:from=gs://b/c", "steps=1", "gs://b/c is an address"),
+    (
+      "configs/evaluate.py",
+      "tasks.zero_shot.classes=https://a.b/c",
+      "config.tasks.zero_shot.classes: https://a.b/c is",
+    ),
+  ],
+)
+def test_an_address_in_a_config_is_told_in_one_line(capsys, tmp_path, config, override, says):
+  assert says in fails(capsys, "train", f"--config={config}", f"--config.{override}", f"--workdir={tmp_path / 'run'}")
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_jax_or_a_source_of_ones_own_reads_may_be_an_address(tmp_path):
+  assert config_file.load("configs/joint.py", ["--config.compilation_cache=gs://b/c"]).compilation_cache == "gs://b/c"
+  (tmp_path / "mine.py").write_text(
+    "from configs import joint\n\ndef get_config(arg=''):\n  config = joint.get_config(arg)\n"
+    "  config.data.source = dict(kind='mine:Far', path='gs://b/c')\n  return config\n"
+  )
+  assert config_file.load(str(tmp_path / "mine.py"), []).data.source.path == "gs://b/c"
+
+
 def test_a_workdir_that_is_missing_or_empty_is_told_in_one_line(capsys, tmp_path):
   missing = tmp_path / "nowhere"
   for argv in (("draw",), ("chat", "--message=how?"), ("serve", "--port=0"), ("evaluate",)):
