@@ -49,7 +49,7 @@ def train(options: argparse.Namespace) -> None:
 def draw(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from clipflow_jax.inference import batching, drawings, image, rerank, show
+  from clipflow_jax.inference import batching, drawings, image, rerank, show, untaught
 
   prompts = list(options.prompt)
   if options.prompts:
@@ -78,16 +78,16 @@ def draw(options: argparse.Namespace) -> None:
   how = dict(sampling, best_of=options.best_of, judge=options.judge)
   if folder:
     whose = dict(workdir=str(options.workdir.resolve()), weights=options.weights)
-    drawn = drawings.draw(model, output, lines, whose, **how)
-    print(f"drew {drawn} picture(s) into {output}, where {len(lines) - drawn} were already")
+    count = drawings.draw(model, output, lines, whose, **how)
+    print(f"drew {count} picture(s) into {output}, where {len(lines) - count} were already")
     return
   if options.image:
     how["images"] = np.stack([_picture(options.image, model.image_size)] * len(prompts))
-  # Features are all that can be had where there is no pixel decoder.
-  draw = model.draw_features if output.suffix == show.ARRAY else model.draw
-  pictures = draw(prompts, seed=options.seed, **how)
-  show.save(output, pictures, [prompt or "(no prompt)" for prompt in prompts])
-  print(f"drew {len(pictures)} picture(s) into {output}")
+  features = output.suffix == show.ARRAY  # all that can be had where there is no pixel decoder
+  drawn = (model.draw_features if features else model.draw)(prompts, seed=options.seed, **how)
+  show.save(output, drawn, [prompt or "(no prompt)" for prompt in prompts])
+  print(f"drew {len(drawn)} picture(s) into {output}")
+  untaught.warn(model, untaught.DRAWS, *([] if features else [untaught.DECODES]))
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from clipflow_jax.data.folder import CAPTIONS
 from clipflow_jax.errors import UserError, make_folder
 from clipflow_jax.files import write, write_text
-from clipflow_jax.inference import batching
+from clipflow_jax.inference import batching, untaught
 
 if TYPE_CHECKING:
   from clipflow_jax.inference.pipeline import ClipFlow
@@ -62,6 +62,7 @@ def draw(model: ClipFlow, folder: Path, lines: Sequence[dict[str, Any]], said: d
   make_folder(folder)
   try:
     _agree(folder, said | how | {"step": model.step, "steps": sampling.steps, "guidance": sampling.guidance})
+    untaught.warn(model, untaught.DRAWS, untaught.DECODES)
     held, drawn = _held(folder), 0
     for part in parts:
       missing = {line["file"] for line in part} - held.keys()

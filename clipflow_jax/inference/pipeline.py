@@ -23,12 +23,13 @@ from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.batching import Programs, bucket, keys_of, listed, seeds_of
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
+from clipflow_jax.inference.untaught import untaught
 from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import adapters, checkpoint, stages
-from clipflow_jax.training.state import Params
+from clipflow_jax.training.state import Params, flatten
 
 # {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
 Message = dict[str, Any]
@@ -61,6 +62,7 @@ class ClipFlow:
     self.shortest, self.longest = 16, max(ROW, config.data.length if "data" in config else 0, longest)
     self.wording = mixture.wording(config.data.source if "data" in config else {})
     self.programs = Programs()
+    self.untaught: frozenset[str] = frozenset()  # of `untaught.PARTS`, those that are known to have learned nothing
 
   @classmethod
   def from_checkpoint(cls, path: Path | str, batch_size: int = 64, weights: str = "") -> ClipFlow:
@@ -73,6 +75,7 @@ class ClipFlow:
       raise UserError(f"weights {weights!r} are unknown; choose int8, or leave it out for those of the checkpoint")
     read = checkpoint.load(stages.newest(path), ("averaged", "frozen"))
     params = adapters.plain(read)
+    nothing = untaught(params, flatten(read.state["averaged"]))
     if weights:
       params = int8(params)
     if not read.meta["tokenizer"]:
@@ -88,7 +91,9 @@ class ClipFlow:
     model = Model(**dict(clip={}) | fields | dict(kernel="xla"))
     # What an imported language model can read at once.
     positions = read.meta.get("words", {}).get("config", {}).get("max_position_embeddings", 0)
-    return cls(model, jax.device_put(params), chat, config, read.step, batch_size, min(positions, LONGEST))
+    loaded = cls(model, jax.device_put(params), chat, config, read.step, batch_size, min(positions, LONGEST))
+    loaded.untaught = nothing
+    return loaded
 
   @property
   def image_size(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.inference import writing
+from clipflow_jax.inference import untaught, writing
 from clipflow_jax.inference.pipeline import ClipFlow, Message
 
 
@@ -36,6 +36,8 @@ def hold(
         raise
       print(f"clipflow: {error}", file=sys.stderr)
       continue
+    if not messages:
+      untaught.warn(model, untaught.TALKS)
     messages += [asked, {"role": "assistant", "content": answer}]
     seen = []
 
