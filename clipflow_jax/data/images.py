@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -16,6 +18,10 @@ from clipflow_jax.data.example import BadRecord
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # A small file can claim any size; this much takes 256 MiB as RGBA. Below Pillow's own limit.
 MAX_PIXELS = 2**26
+# Each scan of a JPEG goes over all of its pixels again, and ten bytes may be one. Encoders write ten; libtiff's limit.
+MAX_SCANS = 100
+# What may end the coded pixels of a JPEG: in them 0xFF is followed by 0 or the number of a restart.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 # EXIF's orientations that are not upright, and what makes them so.
 TURNS = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,6 +53,8 @@ def opened(source: bytes | Path, name: str) -> Iterator[Image.Image]:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise BadRecord(name, f"too large: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
+      if image.format in ("JPEG", "MPO") and (scans := _count_scans(image.fp)) > MAX_SCANS:
+        raise BadRecord(name, f"its pixels come in {scans} scans, the limit is {MAX_SCANS}; save it anew")
       yield image
   except BadRecord:
     raise
@@ -56,6 +64,19 @@ def opened(source: bytes | Path, name: str) -> Iterator[Image.Image]:
     raise BadRecord(name, f"not a picture: none of {', '.join(FORMATS)}") from error
   except Exception as error:  # on damaged files Pillow's readers raise nearly anything
     raise BadRecord(name, f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _count_scans(file: IO[bytes]) -> int:
+  """The scans of the JPEG that a file begins with: not of thumbnails in it, nor of pictures or films behind it."""
+  place = file.tell()
+  file.seek(0)
+  data = file.read()
+  file.seek(place)
+  scans, at = 0, 2
+  while (found := _MARKER.search(data, at)) and found[0] != b"\xff\xd9":
+    scans += found[0] == b"\xff\xda"
+    at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])  # what a marker says of its length
+  return scans
 
 
 def square(image: Image.Image, size: int, *, fit: str = "crop") -> np.ndarray:

@@ -191,6 +191,46 @@ def test_decompression_bombs_are_refused_before_they_are_unpacked(side):
     decode(png_header(side, side), 8)
 
 
+def many_scans(more: int, coded: bytes | None = None) -> bytes:
+  """A progressive JPEG of six scans, of which the last comes so many times more, or its header with other pixels."""
+  data = encoded(plain("L", 128), "JPEG", progressive=True)
+  last = data[data.rindex(b"\xff\xda") : -2]
+  return data[:-2] + (last if coded is None else last[:10] + coded) * more + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(
+  "coded",
+  [
+    None,
+    b"",
+    b"\xff\xff",  # fill, which belongs to the next marker
+    b"\xff\xfe\x00\x04\xff\xd9",  # a comment of the end of all
+  ],
+)
+def test_a_small_jpeg_of_many_scans_is_refused_before_it_is_unpacked(tmp_path, coded):
+  file = tmp_path / "bomb.jpg"
+  for more, refused in ((94, False), (95, True)):
+    data = many_scans(more, coded)
+    file.write_bytes(data)
+    for source in (data, file):
+      if refused:
+        with pytest.raises(BadRecord, match="its pixels come in 101 scans, the limit is 100"):
+          decode(source, 8)
+      else:
+        np.testing.assert_allclose(decode(source, 8), 128, atol=1)
+
+
+def test_of_a_jpeg_only_its_own_scans_count():
+  scans = b"\xff\xda\x00\x02" * 200
+  picture = plain("L", 128)
+  video_behind = encoded(picture, "JPEG") + scans
+  in_a_thumbnail = encoded(picture, "JPEG", exif=b"Exif\0\0" + scans)
+  album = encoded(picture, "MPO", progressive=True, save_all=True, append_images=[picture] * 20)
+  assert album.count(b"\xff\xda") > images.MAX_SCANS and Image.open(io.BytesIO(album)).format == "MPO"
+  for data in (video_behind, in_a_thumbnail, album):
+    np.testing.assert_allclose(decode(data, 8), 128, atol=1)
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of some of the damage
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
