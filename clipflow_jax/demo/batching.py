@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -65,13 +66,14 @@ class Batcher:
   """A bounded queue before a computation that runs in one thread. Lives in one event loop, where `work` has to run.
 
   compute: see `Compute`; size: items computed together; wait: seconds that the first of a batch waits for company when
-  nothing else is to do; limit: items that may wait.
+  nothing else is to do; limit: items that may wait, those among them that are still being made.
   """
 
   def __init__(self, compute: Compute, *, size: int, wait: float = 0.005, limit: int = 128):
     self.compute, self.size, self.wait, self.limit = compute, size, wait, limit
     self.closed = False
     self._jobs: list[Job] = []
+    self._kept = 0  # places of items that are still being made
     self._news = asyncio.Event()
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     self._seconds = 1.0  # that a batch takes, of late
@@ -81,22 +83,43 @@ class Batcher:
     """Jobs that are not begun and that somebody waits for, the oldest first."""
     return [job for job in self._jobs if not job.dropped]
 
+  @property
+  def length(self) -> int:
+    """Items that wait, and those that are still being made and have their places."""
+    return len(self.waiting) + self._kept
+
+  @contextlib.contextmanager
+  def places(self, n: int) -> Iterator[None]:
+    """Keeps places for n items while they are made, which are then to be submitted at once. Raises as `submit`."""
+    self._check_room(n)
+    self._kept += n
+    try:
+      yield
+    finally:
+      self._kept -= n
+
   def submit(self, settings: Hashable, items: Sequence) -> list[Job]:
     """A job for each item, all or none. Only items of equal settings are computed together.
 
     Raises Full or Closed, and UserError for more items than may ever wait.
     """
-    if self.closed:
-      raise Closed("no more is taken: the server is about to stop")
-    if len(items) > self.limit:
-      raise UserError(f"{len(items)} at once do not fit a queue of {self.limit}; ask for fewer")
-    waiting = self.waiting
-    if len(waiting) + len(items) > self.limit:
-      raise Full(math.ceil(self._seconds * (1 + len(waiting) // self.size)))
+    self._check_room(len(items))
     jobs = [Job(settings, item) for item in items]
-    self._jobs = waiting + jobs
+    self._jobs = self.waiting + jobs
     self._news.set()
     return jobs
+
+  def check_open(self) -> None:
+    """Raises Closed."""
+    if self.closed:
+      raise Closed("no more is taken: the server is about to stop")
+
+  def _check_room(self, n: int) -> None:
+    self.check_open()
+    if n > self.limit:
+      raise UserError(f"{n} at once do not fit a queue of {self.limit}; ask for fewer")
+    if self.length + n > self.limit:
+      raise Full(math.ceil(self._seconds * (1 + self.length // self.size)))
 
   def close(self) -> None:
     """Takes no more. `work` returns when all that waits is done."""

@@ -37,7 +37,7 @@ from clipflow_jax.demo import schemas
 from clipflow_jax.demo.address import in_url
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, EditRequest, ImageRequest, Refused
-from clipflow_jax.demo.service import Draw, Drawn, Service, Talk, finished, first, written
+from clipflow_jax.demo.service import Service, finished, first, written
 from clipflow_jax.errors import UserError
 
 T = TypeVar("T")
@@ -93,23 +93,22 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
   @app.post("/v1/images/generations")
   async def generations(asked: ImageRequest, request: Request) -> dict:
     service.named(asked.model)
-    return await drawn(request, *service.drawing(asked))
+    return await drawn(request, service.draw(asked))
 
   @app.post("/v1/images/edits", dependencies=[Depends(_check_form)])
   async def edits(asked: Annotated[EditRequest, Form()], request: Request) -> dict:
     service.named(asked.model)
-    return await drawn(request, *await service.editing(asked))
+    return await drawn(request, await _unless_gone(request, service.edit(asked)))
 
-  async def drawn(request: Request, items: list[Drawn], settings: Draw) -> dict:
-    pictures = await _unless_gone(request, first(service.batcher.submit(settings, items)))
-    data = [{"b64_json": _png(picture), "seed": item.seed} for picture, item in zip(pictures, items)]
+  async def drawn(request: Request, jobs: list[Job]) -> dict:
+    pictures = await _unless_gone(request, first(jobs))
+    data = [{"b64_json": _png(picture), "seed": job.item.seed} for picture, job in zip(pictures, jobs)]
     return {"created": int(time.time()), "data": data}
 
   @app.post("/v1/chat/completions", response_model=None)
   async def completions(asked: ChatRequest, request: Request) -> dict | Response:
     service.named(asked.model)
-    item, prompt = await service.talk(asked)
-    (job,) = service.batcher.submit(Talk(), [item])
+    job, prompt = await _unless_gone(request, service.talk(asked))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     if asked.stream:
       usage = asked.stream_options is not None and asked.stream_options.include_usage

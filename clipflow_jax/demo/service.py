@@ -90,7 +90,7 @@ class Service:
     # Batches are filled up to one of these: each has to be compiled before the first answer.
     self.sizes = [*(4**i for i in range(8) if 4**i < most), most]
     self.batcher = Batcher(self._compute, size=most, wait=wait, limit=limit)
-    self.metrics.queue.set_function(lambda: len(self.batcher.waiting))
+    self.metrics.queue.set_function(lambda: self.batcher.length)
     self.ready = False
     self.worker: asyncio.Task | None = None
     self._unpacking = ThreadPoolExecutor(1)  # pictures one at a time: each may take much memory
@@ -153,7 +153,7 @@ class Service:
         self.model.slots(talk)
         yield Talk(), Asked(talk, NEW, 0.0, 0)
 
-  # From what is asked to jobs. These raise Refused.
+  # From what is asked to jobs. These raise Refused, and what `Batcher.submit` raises.
 
   def named(self, model: str | None) -> None:
     if model not in (None, self.name):
@@ -173,12 +173,18 @@ class Service:
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     return [Drawn(prompt, (seed + i) % 2**31, before) for i in range(asked.n)], settings
 
-  async def editing(self, asked: EditRequest) -> tuple[list[Drawn], Draw]:
-    self.model.check_edits()
-    before = await self._unpack(schemas.unpacked, await asked.image.read(), "image")
-    return self.drawing(asked, before)
+  def draw(self, asked: ImageRequest) -> list[Job]:
+    items, settings = self.drawing(asked)
+    return self.batcher.submit(settings, items)
 
-  async def talk(self, asked: ChatRequest) -> tuple[Asked, int]:
+  async def edit(self, asked: EditRequest) -> list[Job]:
+    self.model.check_edits()
+    with self.batcher.places(asked.n):
+      before = await self._unpack(schemas.unpacked, await asked.image.read(), "image")
+      items, settings = self.drawing(asked, before)
+    return self.batcher.submit(settings, items)
+
+  async def talk(self, asked: ChatRequest) -> tuple[Job, int]:
     """And how many slots the prompt takes."""
     parts = [part for message in asked.messages for part in message.content]
     characters = sum(len(part.text) for part in parts if part.type == "text")
@@ -188,23 +194,29 @@ class Service:
       if count > most:  # known before any is unpacked or cut into tokens
         too_long = f"the messages have {count} {what}; the limit is {most}"
         raise Refused(400, too_long, param="messages", code="context_length_exceeded")
-    messages = []
-    for message in asked.messages:
-      content: list[dict] = []
-      for part in message.content:
-        if part.type == "text":  # a special token in it would be taken for the template's
-          content.append({"type": "text", "text": self.model.tokenizer.without_special(part.text)})
-        else:
-          pixels = await self._unpack(schemas.picture, part.image_url.url)
-          content.append({"type": "image", "image": pixels})
-      messages.append({"role": message.role, "content": content})
+    with self.batcher.places(1):
+      messages = [
+        {"role": message.role, "content": [await self._part(part) for part in message.content]}
+        for message in asked.messages
+      ]
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     new = asked.max_completion_tokens or asked.max_tokens or NEW
-    return Asked(messages, new, asked.temperature, seed), self.model.slots(messages)
+    slots = self.model.slots(messages)
+    (job,) = self.batcher.submit(Talk(), [Asked(messages, new, asked.temperature, seed)])
+    return job, slots
+
+  async def _part(self, part: schemas.Part) -> dict[str, Any]:
+    if part.type == "text":  # a special token in it would be taken for the template's
+      return {"type": "text", "text": self.model.tokenizer.without_special(part.text)}
+    return {"type": "image", "image": await self._unpack(schemas.picture, part.image_url.url)}
 
   async def _unpack(self, how: Callable[..., np.ndarray], data: bytes | str, *param: str) -> np.ndarray:
-    in_thread = asyncio.get_running_loop().run_in_executor
-    return await in_thread(self._unpacking, how, data, self.model.image_size, *param)
+    def unpacked() -> np.ndarray:
+      self.batcher.check_open()  # what waited for its turn when the server was asked to stop shall not keep it
+      return how(data, self.model.image_size, *param)
+
+    # Given up before its turn it is passed over.
+    return await asyncio.get_running_loop().run_in_executor(self._unpacking, unpacked)
 
 
 async def first(jobs: list[Job]) -> list[Any]:

@@ -95,6 +95,27 @@ def test_of_the_queue_what_nobody_waits_for_takes_no_place():
   run(task())
 
 
+def test_what_is_still_being_made_has_its_place_in_the_queue():
+  async def task():
+    b = batcher(limit=3)
+    b.submit("a", [1])
+    with b.places(2):
+      assert b.length == 3 and len(b.waiting) == 1
+      with pytest.raises(Full):
+        b.submit("a", [2])
+      with pytest.raises(Full), b.places(1):
+        pytest.fail("there was a place")
+    b.submit("a", [2, 3])
+    assert b.length == 3
+    with pytest.raises(UserError, match="4 at once do not fit"), b.places(4):
+      pytest.fail("there was a place")
+    b.close()
+    with pytest.raises(Closed), b.places(0):
+      pytest.fail("there was a place")
+
+  run(task())
+
+
 def test_a_failure_reaches_those_of_its_batch_and_no_others():
   async def task():
     b = batcher()

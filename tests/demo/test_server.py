@@ -567,6 +567,80 @@ def test_work_is_given_up_for_a_client_that_has_gone(model):
     hold.set()
 
 
+class Unpacking:
+  """In the place of what unpacks a picture: remembers whose turn it was, and takes until `hold` is set."""
+
+  def __init__(self, monkeypatch):
+    self.begun: list[str] = []
+    self.hold = threading.Event()
+    monkeypatch.setattr(schemas, "picture", self)
+
+  def __call__(self, url: str, size: int) -> np.ndarray:
+    self.begun.append(url)
+    assert self.hold.wait(60)
+    return np.zeros((size, size, 3), np.uint8)
+
+
+@pytest.fixture
+def brief(model) -> Service:
+  """A service for two at most that wait, which computes nothing."""
+  service = Service(model, "tiny", size=1, limit=2)
+  service.batcher.compute = lambda settings, items: iter([[writing.Written("so", 1, "stop")] * len(items)])
+  return service
+
+
+def asks(picture: str) -> dict:
+  return {"model": "tiny", "max_tokens": 2, "messages": about(picture)}
+
+
+def eventually(condition) -> None:
+  deadline = time.monotonic() + 30
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def test_pictures_that_wait_to_be_unpacked_take_places_in_the_queue(brief, monkeypatch):
+  unpacking = Unpacking(monkeypatch)
+  with Running(brief) as running, futures.ThreadPoolExecutor(2) as threads:
+    answers = [threads.submit(httpx.post, running.url + CHAT, json=asks(name), timeout=60) for name in "ab"]
+    eventually(lambda: brief.batcher.length == 2)
+    assert metric(running, "clipflow_queue_length") == 2
+    for path, asked in ((CHAT, asks("c")), (CHAT, {"model": "tiny", "messages": HOW}), (DRAW, {"prompt": "a"})):
+      refused(running.http.post(path, json=asked), 429, "the queue is full", code="queue_full")
+    edit = running.http.post(EDIT, data={"prompt": "a"}, files={"image": ("a.png", png(Image.new("L", (9, 9))))})
+    refused(edit, 429, "the queue is full", code="queue_full")
+    unpacking.hold.set()
+    assert [answer.result().status_code for answer in answers] == [200, 200]
+    assert sorted(unpacking.begun) == ["a", "b"] and brief.batcher.length == 0
+
+
+def test_a_picture_whose_sender_has_gone_is_not_unpacked(brief, monkeypatch):
+  unpacking = Unpacking(monkeypatch)
+  with Running(brief) as running, futures.ThreadPoolExecutor(1) as thread:
+    first = thread.submit(httpx.post, running.url + CHAT, json=asks("a"), timeout=60)
+    eventually(lambda: unpacking.begun == ["a"])
+    with pytest.raises(httpx.ReadTimeout):
+      httpx.post(running.url + CHAT, json=asks("gone"), timeout=0.2)
+    eventually(lambda: f'clipflow_requests_total{{route="{CHAT}",status="499"}}' in running.http.get("/metrics").text)
+    assert brief.batcher.length == 1
+    unpacking.hold.set()
+    assert first.result().status_code == 200
+    assert running.http.post(CHAT, json=asks("b")).status_code == 200 and unpacking.begun == ["a", "b"]
+
+
+def test_asked_to_stop_it_unpacks_no_more_pictures(brief, monkeypatch):
+  unpacking = Unpacking(monkeypatch)
+  with Running(brief) as running, futures.ThreadPoolExecutor(2) as threads:
+    answers = [threads.submit(httpx.post, running.url + CHAT, json=asks(name), timeout=60) for name in "ab"]
+    eventually(lambda: brief.batcher.length == 2)
+    running.server.handle_exit(15, None)
+    unpacking.hold.set()
+    for answer in answers:
+      refused(answer.result(), 503, "about to stop")
+    assert len(unpacking.begun) == 1
+
+
 def test_among_many_clients_each_is_answered_as_if_alone(running):
   talks = [(CHAT, {"model": "tiny", "messages": HOW, "temperature": heat, "seed": 1}) for heat in (0.0, 1.0)]
   pool = [*talks, (DRAW, {"prompt": "a star", "seed": 1}), (DRAW, {"prompt": "a star", "seed": 2, "steps": 5})]
