@@ -17,6 +17,7 @@ import signal
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -121,9 +122,12 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
   return Gate(app, service, api_key)
 
 
-def _check_form(request: Request) -> None:
+async def _check_form(request: Request) -> None:
   if not request.headers.get("content-type", "").startswith("multipart/form-data"):
     raise Refused(400, "the body has to be a form with the picture's file: Content-Type: multipart/form-data")
+  for name, times in Counter(name.removesuffix("[]") for name, _ in (await request.form()).multi_items()).items():
+    if times > 1:  # of which otherwise the last would be taken
+      raise Refused(400, f"{name}: the form has {times}; give one", param=name)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -394,6 +394,13 @@ def test_an_edit_that_cannot_be_done_is_told_by_name(running, file, asked, says)
   refused(running.http.post(EDIT, data=asked, files=files), 400, says)
 
 
+@pytest.mark.parametrize("names", [("image", "image"), ("image[]", "image[]"), ("image", "image[]")])
+def test_an_edit_of_more_pictures_than_one_is_refused(running, names):
+  files = [(name, ("a.png", png(Image.new("L", (9, 9))))) for name in names]
+  answer = running.http.post(EDIT, data={"prompt": "make it red"}, files=files)
+  refused(answer, 400, "image: the form has 2; give one", param="image")
+
+
 def test_an_edit_that_is_no_form_or_too_large_is_refused(running):
   refused(running.http.post(EDIT, json={"prompt": "make it red"}), 400, "multipart/form-data")
   headers = {"Content-Type": "multipart/form-data"}
@@ -477,7 +484,8 @@ def test_with_a_key_only_those_who_have_it_may_ask(model, caplog):
   with Running(Service(model, "tiny", size=1), api_key="secret") as running:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer é".encode()}):
       refused(running.http.get("/v1/models", headers=headers), 401, "API key", code="invalid_api_key")
-    assert running.http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    headers = {"Authorization": "Bearer secret"}
+    assert running.http.get("/v1/models", headers=headers).status_code == 200
     assert running.http.get("/health").status_code == 200
   assert "secret" not in caplog.text
 
@@ -554,7 +562,9 @@ def test_work_is_given_up_for_a_client_that_has_gone(model):
         socket.create_connection((running.http.base_url.host, running.http.base_url.port))
       ) as client:
         body = json.dumps(asked)
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = (
+          f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
         client.sendall(f"{head}\r\n\r\n{body}".encode())
         while not service.batcher.waiting:
           time.sleep(0.01)
