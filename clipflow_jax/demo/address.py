@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 from clipflow_jax.errors import UserError
 
@@ -30,6 +31,14 @@ def check_closed(host: str, remedy: str) -> None:
   """UserError with the remedy where nobody is kept out and others than this machine reach what listens there."""
   if not is_loopback(host):
     raise UserError(f"--host={host} lets in whoever reaches this machine; {remedy}")
+
+
+def named(header: str) -> str:
+  """The host of a request's Host header, without its port; "" where it names none."""
+  try:
+    return urlsplit(f"//{header}").hostname or ""
+  except ValueError:
+    return ""
 
 
 def is_loopback(host: str) -> bool:

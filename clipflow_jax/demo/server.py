@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipflow_jax.data.sequence import TooLong
 from clipflow_jax.demo import schemas
-from clipflow_jax.demo.address import in_url
+from clipflow_jax.demo.address import in_url, is_loopback, named
 from clipflow_jax.demo.batching import Closed, Failed, Full, Job
 from clipflow_jax.demo.schemas import ChatRequest, EditRequest, ImageRequest, Refused
 from clipflow_jax.demo.service import Service, finished, first, written
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def make_app(service: Service, api_key: str | None = None) -> Gate:
-  """The app. With an api_key, what is under /v1 is for those who send it as a bearer token."""
+  """The app. With an api_key /v1 is for those who send it as a bearer token; without one all is for this machine."""
 
   @contextlib.asynccontextmanager
   async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -276,9 +276,12 @@ class Gate:
       self.service.metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
   def _refused(self, scope: Scope) -> ASGIApp | None:
+    headers = dict(scope["headers"])
+    host = headers.get(b"host", b"").decode("latin-1")
+    if not self.api_key and not is_loopback(named(host)):  # a name that another site lets point here is not ours
+      return _answer(Refused(400, f"the host {host!r} is not served: ask localhost, or serve with --auth=FILE"))
     if not scope["path"].startswith("/v1"):
       return None
-    headers = dict(scope["headers"])
     given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
     if self.api_key and not secrets.compare_digest(given, self.api_key.encode()):
       return _answer(Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key"))

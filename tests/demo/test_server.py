@@ -480,11 +480,22 @@ def test_two_hundred_malformed_requests_are_each_told_what_is_wrong(running):
   assert metric(running, 'clipflow_batch_size_count{kind="talk"}') == before  # none of them reached the model
 
 
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "0.0.0.0", "[::1", "[::2]", ""])
+def test_without_a_key_a_name_that_another_site_lets_point_here_is_not_answered(running, host):
+  for path in ("/health", "/metrics", "/v1/models"):
+    refused(running.http.get(path, headers={"Host": host}), 400, "is not served: ask localhost, or serve with --auth")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.2:80", "[::1]", "[::1]:8000"])
+def test_without_a_key_the_names_of_this_machine_are_answered(running, host):
+  assert running.http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
 def test_with_a_key_only_those_who_have_it_may_ask(model, caplog):
   with Running(Service(model, "tiny", size=1), api_key="secret") as running:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer é".encode()}):
       refused(running.http.get("/v1/models", headers=headers), 401, "API key", code="invalid_api_key")
-    headers = {"Authorization": "Bearer secret"}
+    headers = {"Authorization": "Bearer secret", "Host": "models.example"}
     assert running.http.get("/v1/models", headers=headers).status_code == 200
     assert running.http.get("/health").status_code == 200
   assert "secret" not in caplog.text
@@ -563,7 +574,7 @@ def test_work_is_given_up_for_a_client_that_has_gone(model):
       ) as client:
         body = json.dumps(asked)
         head = (
-          f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+          f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         )
         client.sendall(f"{head}\r\n\r\n{body}".encode())
         while not service.batcher.waiting:
