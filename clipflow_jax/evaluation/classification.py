@@ -54,11 +54,15 @@ def ensemble(model: ClipFlow, names: Sequence[str], templates: Sequence[str]) ->
 
 
 def per_class(scores: Scores, weights: np.ndarray, categories: np.ndarray) -> dict[str, float]:
-  """The means, and of `top1` the mean over classes, each class counting once (Oxford Flowers is reported so)."""
-  _, number = np.unique(categories, return_inverse=True)
+  """The means, and of `top1` the mean over classes, each class counting once (Oxford Flowers is reported so).
+
+  A class is what `label` numbers: categories may be other things, or none.
+  """
+  _, number = np.unique(scores["label"], return_inverse=True)
   total, right = (np.bincount(number, weights * x) for x in (np.ones(len(weights)), scores["top1"]))
   there = total > 0
-  return tasks.means(scores, weights, categories) | {"mean_per_class": float((right[there] / total[there]).mean())}
+  shares = {name: values for name, values in scores.items() if name != "label"}
+  return tasks.means(shares, weights, categories) | {"mean_per_class": float((right[there] / total[there]).mean())}
 
 
 class Classifier:
@@ -79,7 +83,11 @@ class Classifier:
       for row, label in zip(similar, labels, strict=True)
     ]
     return [
-      Answer({"top1": float(rank < 1), "top5": float(rank < 5)}, self.names[int(row.argmax())], self.names[label])
+      Answer(
+        {"top1": float(rank < 1), "top5": float(rank < 5), "label": float(label)},
+        self.names[int(row.argmax())],
+        self.names[label],
+      )
       for row, label, rank in zip(similar, labels, ahead, strict=True)
     ]
 

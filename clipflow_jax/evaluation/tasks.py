@@ -34,7 +34,7 @@ def means(scores: Scores, weights: np.ndarray, categories: np.ndarray) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a model made of one item. scores: numbers whose sums over items the metrics are made of."""
+  """What a model made of one item. scores: numbers that the task's summary makes metrics of."""
 
   scores: Mapping[str, float]
   written: str = ""

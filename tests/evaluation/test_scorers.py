@@ -73,7 +73,8 @@ def test_every_way_tells_colours_apart(how):
   }[how]()
   answers = classifier.score(PICTURES)
   assert [answer.written for answer in answers] == [item.answers[0] for item in PICTURES]
-  assert all(answer.scores == {"top1": 1.0, "top5": 1.0} for answer in answers)
+  labels = [float(COLOURS.index(item.answers[0])) for item in PICTURES]
+  assert [answer.scores for answer in answers] == [{"top1": 1.0, "top5": 1.0, "label": label} for label in labels]
 
 
 def test_examples_in_context_stand_before_the_question_the_same_wherever_the_item_stands():
@@ -104,8 +105,8 @@ def test_ranks_count_classes_ahead_and_of_equals_the_first():
   similar = np.array([[0.0, 7, 6, 5, 4, 3, 2], [1] * 7, [1] * 7])
   classifier = classification.Classifier(lambda images: similar[: len(images)], names, 2)
   asked = [Item(str(i), picture("red"), answers=(names[label],)) for i, label in enumerate((5, 0, 5))]
-  found = [answer.scores for answer in classifier.score(asked)]
-  assert found == [{"top1": 0.0, "top5": 1.0}, {"top1": 1.0, "top5": 1.0}, {"top1": 0.0, "top5": 0.0}]
+  found = [(answer.scores["top1"], answer.scores["top5"]) for answer in classifier.score(asked)]
+  assert found == [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0)]
 
 
 def test_what_is_not_finite_is_never_right():
@@ -145,9 +146,23 @@ def test_folders_that_are_named_as_classes_only_in_part_are_refused(tmp_path):
 
 
 def test_the_mean_per_class_counts_each_class_once():
-  scores = {"top1": np.array([1.0, 1, 1, 0]), "top5": np.ones(4)}
-  found = classification.per_class(scores, np.array([1.0, 1, 1, 2]), np.array(["a", "a", "a", "b"]))
+  scores = {"top1": np.array([1.0, 1, 1, 0]), "top5": np.ones(4), "label": np.array([0.0, 0, 0, 1])}
+  found = classification.per_class(scores, np.array([1.0, 1, 1, 2]), np.array([""] * 4))
   assert found == {"top1": 0.6, "top5": 1.0, "mean_per_class": 0.5}
+
+
+@pytest.mark.parametrize("categories", [("", "", "", ""), ("easy", "hard", "easy", "hard"), ("hard",) * 3 + ("easy",)])
+def test_the_mean_per_class_is_of_the_classes_whatever_the_categories(tmp_path, categories):
+  lines = [
+    dict(id=str(i), file="a.png", answers=["red" if i < 3 else "blue"], category=category)
+    for i, category in enumerate(categories)
+  ]
+  (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  Image.fromarray(picture("red")).save(tmp_path / "a.png")
+  asked = items.read(tmp_path, COLOURS)
+  always_red = classification.Classifier(lambda images: np.tile([1.0, 0, 0], (len(images), 1)), COLOURS, 2)
+  found = tasks.summarise(always_red.score(asked), asked, always_red.summary, resamples=0)["metrics"]
+  assert {name: one["value"] for name, one in found.items()} == {"top1": 0.75, "top5": 1.0, "mean_per_class": 0.5}
 
 
 def test_a_class_that_is_unknown_or_has_no_example_is_told():
