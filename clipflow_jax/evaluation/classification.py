@@ -108,12 +108,17 @@ def by_clip(model: ClipFlow, names: Sequence[str], templates: Sequence[str]) -> 
 
 
 def by_words(model: ClipFlow, names: Sequence[str], question: str) -> Classifier:
-  """Zero-shot: the class whose name the language model most likely answers to the question. A pass for each name."""
+  """Zero-shot: the class whose name the language model most likely answers to the question. A pass for each name.
+
+  The tower looks at each picture once, and names are judged of one picture at a time: there may be a thousand.
+  """
 
   def similar(images: np.ndarray) -> np.ndarray:
-    repeated = np.repeat(images, len(names), axis=0)
-    found = model.likelihood([question] * len(repeated), list(names) * len(images), repeated)
-    return np.asarray(found.log_p).reshape(len(images), -1)
+    return np.stack([ranked(features) for features in model.encode(images)])
+
+  def ranked(features: np.ndarray) -> np.ndarray:
+    shared = np.broadcast_to(features, (len(names), *features.shape))  # which takes no memory
+    return np.asarray(model.likelihood([question] * len(names), list(names), features=shared).log_p)
 
   return Classifier(similar, names, model.image_size)
 

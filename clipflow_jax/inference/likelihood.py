@@ -65,7 +65,9 @@ def told(
   model.need("transformer", "tell how likely words are")
   questions = listed("questions", questions)
   answers = listed("answers", answers, len(questions))
-  looked = [model.blank()] * len(questions) if images is None else model.checked(images)
+  # In the place of pictures that are not looked at: where their features are given no pixels are needed.
+  blank = model.blank() if features is None else np.zeros((0, 0, 3), np.uint8)
+  looked = [blank] * len(questions) if images is None else model.checked(images)
   pairs = zip(looked, questions, answers, strict=True)
   if images is None and features is None:
     rows = model.rows([sequence.talked(((q, a),), x) for x, q, a in pairs])

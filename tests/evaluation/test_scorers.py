@@ -31,7 +31,7 @@ class Colours:
   image_size, batch_size = 2, 4
 
   def __init__(self):
-    self.texts = []
+    self.texts, self.encoded = [], 0
 
   def embed_image(self, images):
     mean = images.mean(axis=(1, 2)) + np.arange(1, 4)
@@ -42,9 +42,13 @@ class Colours:
     found = np.stack([[name in text for name in COLOURS] + 0.01 * len(text) * np.arange(3) for text in texts])
     return found * (1 + np.arange(len(texts))[:, None])  # of no particular norm
 
-  def likelihood(self, questions, answers, images):
-    assert set(questions) == {"which?"}
-    found = [self.embed_image(image[None])[0] @ self.embed_text([name])[0] for image, name in zip(images, answers)]
+  def encode(self, images):
+    self.encoded += len(images)
+    return self.embed_image(images)[:, None]
+
+  def likelihood(self, questions, answers, *, features):
+    assert set(questions) == {"which?"} and list(answers) == COLOURS  # of one picture
+    found = [seen[0] @ self.embed_text([name])[0] for seen, name in zip(features, answers, strict=True)]
     return types.SimpleNamespace(log_p=np.array(found), tokens=np.ones(len(found)))
 
 
@@ -75,6 +79,12 @@ def test_every_way_tells_colours_apart(how):
   assert [answer.written for answer in answers] == [item.answers[0] for item in PICTURES]
   labels = [float(COLOURS.index(item.answers[0])) for item in PICTURES]
   assert [answer.scores for answer in answers] == [{"top1": 1.0, "top5": 1.0, "label": label} for label in labels]
+
+
+def test_words_are_ranked_of_what_was_seen_once_of_each_picture():
+  model = Colours()
+  classification.by_words(model, COLOURS, "which?").score(PICTURES)
+  assert model.encoded == len(PICTURES)
 
 
 def test_examples_in_context_stand_before_the_question_the_same_wherever_the_item_stands():

@@ -6,6 +6,7 @@ import pytest
 
 from clipflow_jax.data import sequence
 from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import classification
 from clipflow_jax.inference.pipeline import ClipFlow
 from tests import tiny
 from tests.tiny_runs import SIZE
@@ -44,6 +45,20 @@ def test_features_of_a_picture_are_worth_the_picture(model, pictures, found):
   np.testing.assert_allclose(seen.log_p, found.log_p, rtol=1e-4)
   other = model.likelihood(QUESTIONS, ANSWERS, features=-model.encode(pictures))
   assert np.abs(other.log_p - found.log_p).min() > 1e-3
+
+
+def test_where_features_are_given_no_pixels_are_made(model, pictures, monkeypatch):
+  made = []
+  rows = model.rows
+  monkeypatch.setattr(model, "rows", lambda asked: made.append(rows(asked)) or made[-1])
+  model.likelihood(QUESTIONS, ANSWERS, features=model.encode(pictures))
+  assert [one.images.nbytes for one in made] == [0]
+
+
+def test_class_names_are_ranked_as_they_are_of_the_pictures_themselves(model, pictures):
+  seen = classification.by_words(model, ANSWERS, QUESTIONS[0]).similar(pictures)
+  looked = [model.likelihood(QUESTIONS[:1] * 3, ANSWERS, np.stack([picture] * 3)).log_p for picture in pictures]
+  np.testing.assert_allclose(seen, looked, rtol=1e-4)
 
 
 def test_a_likelihood_is_the_sum_over_the_answers_tokens_of_what_the_slots_before_them_predict(model, pictures, found):
