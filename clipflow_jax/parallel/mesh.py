@@ -18,13 +18,14 @@ TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A mesh of `devices` (all of them by default) with `AXES` in order; an axis not named has size 1.
 
-  One axis may be -1: what is left. `slice` is the one axis that crosses the network between TPU slices: of devices that
-  say which slice they are in, each place on it is one of theirs. UserError when the sizes do not fit the devices.
+  One axis may be -1: what is left. `slice` is the one axis that crosses the network between TPU slices: each place on
+  it is one of theirs. UserError when the sizes do not fit the devices.
   """
   sides = shape(sizes, jax.device_count() if devices is None else len(devices))
   devices = jax.devices() if devices is None else devices
-  slices = {getattr(device, "slice_index", 0) for device in devices}
-  if len(slices) == 1:
+  # Other devices say slice_index too, and mean their host.
+  slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+  if len(slices) < 2:
     # An axis of 64 on 16 x 16 x 16 chips takes 16 along one side and 4 along the next.
     placed = mesh_utils.create_device_mesh(sides, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=TYPES)

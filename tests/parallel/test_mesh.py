@@ -78,14 +78,31 @@ def test_on_several_devices_arrays_are_cut_as_the_tables_say():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What jax asks of a TPU chip to place it."""
+  """What jax asks of a device to place it."""
 
   id: int
-  coords: tuple[int, int, int]
+  coords: tuple[int, int, int] = (0, 0, 0)
   platform: str = "tpu"
   device_kind: str = "TPU v5"
   core_on_chip: int = 0
   process_index: int = 0
+  slice_index: int = 0
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("sizes", [{"fsdp": -1}, {"data": 2, "fsdp": 8}])
+def test_hosts_of_gpus_and_cpus_which_jax_calls_slices_are_none(platform: str, sizes: dict[str, int]):
+  devices = [Chip(i, platform=platform, device_kind="", process_index=i // 8, slice_index=i // 8) for i in range(16)]
+  made = mesh.make(sizes, devices)
+  assert made.shape["slice"] == 1 and list(made.devices.flat) == devices
+
+
+def test_chips_of_several_slices_want_an_axis_that_crosses_between_them():
+  chips = [Chip(i, (i % 4, 0, 0), slice_index=i // 4) for i in range(8)]
+  with pytest.raises(UserError, match="2 slices, but mesh axis slice is 1; set mesh.slice"):
+    mesh.make({"fsdp": -1}, chips)
+  made = mesh.make({"slice": 2, "fsdp": -1}, chips)
+  assert [{chip.slice_index for chip in place.flat} for place in made.devices] == [{0}, {1}]
 
 
 @pytest.mark.parametrize("name", ["v5p-64", "v5p-128", "v5p-512", "v5p-4096", "v5p-8192"])
