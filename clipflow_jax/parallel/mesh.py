@@ -13,6 +13,7 @@ from clipflow_jax.errors import UserError
 AXES = ("slice", "data", "fsdp", "context", "tensor")
 # Linen's constraints are hints to the partitioner, which Explicit axes turn into assertions.
 TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
+SPLIT = True  # an axis of 64 on 16 x 16 x 16 chips takes 16 along one side and 4 along the next
 
 
 def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -26,13 +27,13 @@ def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
   # Other devices say slice_index too, and mean their host.
   slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
   if len(slices) < 2:
-    # An axis of 64 on 16 x 16 x 16 chips takes 16 along one side and 4 along the next.
-    placed = mesh_utils.create_device_mesh(sides, devices, allow_split_physical_axes=True)
+    placed = mesh_utils.create_device_mesh(sides, devices, allow_split_physical_axes=SPLIT)
     return jax.sharding.Mesh(placed, AXES, axis_types=TYPES)
   if sides[0] != len(slices):
     raise UserError(f"the devices are {len(slices)} slices, but mesh axis slice is {sides[0]}; set mesh.slice to it")
   inside, across = [1, *sides[1:]], [sides[0], *[1] * (len(AXES) - 1)]
-  return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=TYPES)
+  placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=SPLIT)
+  return jax.sharding.Mesh(placed, AXES, axis_types=TYPES)
 
 
 def abstract(sizes: Mapping[str, int], count: int) -> jax.sharding.AbstractMesh:

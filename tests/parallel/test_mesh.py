@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import mesh
+from clipflow_jax.training import plan
 from configs import hardware
 
 ON_EIGHT_DEVICES = """
@@ -72,6 +74,28 @@ def test_on_several_devices_arrays_are_cut_as_the_tables_say():
   }
   root = Path(__file__).parents[2]
   command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+  result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+
+
+ON_SLICES = """
+import sys
+from clipflow_jax.parallel import mesh as meshes
+from clipflow_jax.training import plan
+from configs import hardware
+for name in sys.argv[1:]:
+  machine = hardware.make(name)
+  made = meshes.make(machine.mesh, plan.devices(machine))
+  assert [{chip.slice_index for chip in place.flat} for place in made.devices] == [{0}, {1}], name
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[plan]'")
+def test_several_slices_hold_the_mesh_that_is_planned_for_them():
+  machines = ["v4:4x4x8:2", "v5e:16x16:2", "v5p:4x4x4:2", "v6e:16x16:2", "tpu7x:4x4x4:2"]
+  environment = os.environ | plan.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-c", ON_SLICES, *machines]
+  root = Path(__file__).parents[2]
   result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
 
