@@ -85,11 +85,15 @@ class Hardware:
     return self.chips * self.cores
 
   @property
+  def is_tpu(self) -> bool:
+    """Whether it is wired in slices, and compiled for by libtpu."""
+    return self.chip not in ("cpu", "h100", "h200")
+
+  @property
   def environment(self) -> dict[str, str]:
     """The environment variables to run with."""
     flags = " ".join(f"--{name}={value}" for name, value, _ in self.flags)
-    tpu = self.chip not in ("cpu", "h100", "h200")
-    named = {"LIBTPU_INIT_ARGS" if tpu else "XLA_FLAGS": flags} if flags else {}
+    named = {"LIBTPU_INIT_ARGS" if self.is_tpu else "XLA_FLAGS": flags} if flags else {}
     return {name: value for name, value, _ in self.variables} | named
 
 
@@ -139,9 +143,9 @@ PRESETS = {
 
 
 def make(name: str) -> Hardware:
-  """A preset by its name, or CHIP:4x4x4 for any topology, CHIP:4x4x4:2 for two such slices.
+  """A preset by its name, or CHIP:4x4x4 for any topology, CHIP:4x4x4:2 for two such slices of a TPU.
 
-  UserError for a name that is neither.
+  UserError for a name that is neither, and for slices of what has none.
   """
   if name in PRESETS:
     return PRESETS[name]
@@ -155,6 +159,8 @@ def make(name: str) -> Hardware:
       f"hardware {name!r} is unknown; there are {', '.join(PRESETS)}, and CHIP:4x4x4[:SLICES] of {', '.join(CHIPS)}"
     ) from None
   found = dataclasses.replace(CHIPS[chip], topology=topology, slices=slices)
+  if slices > 1 and not found.is_tpu:
+    raise UserError(f"hardware {name!r}: TPUs alone have slices; of {chip} give all together, {chip}:{found.chips}")
   devices = found.devices // slices
   shared = math.gcd(devices, {"v5e": 128, "h100": 8, "h200": 8}.get(chip, 64))  # for the reasons at PRESETS
   if shared == devices == 64:

@@ -110,7 +110,7 @@ def test_named_hardware_says_how_every_stack_is_computed():
 def test_a_preset_says_what_it_is_made_of(machine: str):
   found = hardware.make(machine)
   chip = chips.CHIPS[found.chip]
-  dimensions = len(found.topology) if found.chip not in ("cpu", "h100", "h200") else 0
+  dimensions = len(found.topology) if found.is_tpu else 0
   assert (chip.devices, chip.torus) == (found.cores, dimensions)
   for name, value, why in (*found.flags, *found.variables):
     assert name and value and len(why) > 10, name
@@ -145,6 +145,15 @@ def test_any_topology_and_several_slices_can_be_named():
 def test_unknown_hardware_is_named(name: str):
   with pytest.raises(UserError, match=r"is unknown; there are cpu, h100x1"):
     hardware.make(name)
+
+
+@pytest.mark.parametrize(
+  ("name", "instead"), [("h100:8:2", "h100:16"), ("h200:2x4:3", "h200:24"), ("cpu:1:2", "cpu:2")]
+)
+def test_slices_of_what_has_none_are_refused_with_what_to_name_instead(name: str, instead: str):
+  with pytest.raises(UserError, match=f"TPUs alone have slices; .*, {instead}$"):
+    hardware.make(name)
+  assert not {flag for flag, *_ in hardware.make(instead).flags if "tpu" in flag}
 
 
 def test_an_unknown_size_is_named():
