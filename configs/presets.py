@@ -214,6 +214,8 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     config.environment = found.environment
     rows = found.tokens / _tokens_of_row(config)
     config.data.batch_size = found.devices * 2 ** max(0, round(math.log2(rows)))
+    if chunk := config.objective.contrastive_chunk:  # of 24 chips' rows 1024 is no part
+      config.objective.contrastive_chunk = max(n for n in range(1, chunk + 1) if config.data.batch_size % n == 0)
     config.data.shards = found.devices  # whatever the number of processes, each reads whole parts, and nothing twice
     config.hang_timeout = 1800.0
     if options.model != "tiny":

@@ -97,6 +97,14 @@ def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str,
   assert config.model.clip.vision.image_size == config.data.source.size
 
 
+@pytest.mark.parametrize(
+  ("machine", "chunk"), [("h100:24", 768), ("h100:40", 640), ("h100:56", 896), ("h100x64", 1024)]
+)
+def test_contrast_is_cut_into_parts_of_the_rows_that_a_machine_takes(machine: str, chunk: int):
+  config = scaled("contrastive", "1b", machine)
+  assert config.objective.contrastive_chunk == chunk and config.data.batch_size % chunk == 0
+
+
 def test_named_hardware_says_how_every_stack_is_computed():
   of_import = ConfigDict(dict(clip=dict(vision=dict(layers=2)), transformer=dict(layers=2), drawer=dict(layers=2)))
   presets.computed_on(hardware.make("h100x8"), of_import)  # a model that an import wrote says nothing of it
