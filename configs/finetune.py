@@ -84,7 +84,7 @@ def _take(config: ConfigDict, workdir: str, task: str) -> dict[str, tuple[str]]:
 
   config.init_from = str(stages.newest(workdir))
   found = ConfigDict(checkpoint.described(config.init_from)["config"])
-  if "transformer" not in found.model:
+  if not found.model.get("transformer"):
     raise UserError(f"{workdir} has no language model to teach: take a run that trained one, or import one")
   for name in ("sampling", "objective", "data", "tokenizer"):
     config[name].update({key: value for key, value in found.get(name, {}).items() if key not in ("source", "features")})

@@ -174,19 +174,23 @@ ROWS: dict[str, dict[str, Any]] = {
   "joint": dict(length=4096, images_per_row=16, row=("converse",) * 8 + ("draw",) * 8),
 }
 
+# Parts that a stage at full size computes nothing with: they would be begun at random, held and kept for nobody.
+UNUSED = {"contrastive": ("transformer", "pixel_decoder"), "decoder": ("transformer",)}
+
 
 def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
 
-  model: of `models.MODELS`. It brings full rows, and AdamW's rates for weights that are there already. hardware: of
-  `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower: workdirs of an
-  imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`). UserError for what is
-  not there.
+  model: of `models.MODELS`, those of its parts that the stage or a language model to start from needs. It brings full
+  rows, and AdamW's rates for weights that are there already. hardware: of `hardware.make`: its mesh, per-chip batch,
+  remat, unrolling, kernel and environment. from, tower: workdirs of an imported language model and of an imported
+  tower, to start from (`warm.start`, `warm.tower`). UserError for what is not there.
   """
   options = arguments(arg, model="tiny", hardware="", tower="", **{"from": ""})
   if options.model != "tiny":
     fields = models.make(options.model)
-    config.model = fields
+    unused = () if options["from"] else UNUSED.get(config.name, ())
+    config.model = {part: value for part, value in fields.items() if part not in unused}
     config.data.source.size = fields["clip"]["vision"]["image_size"]
     config.data.update(ROWS[config.name])
     if config.name == "contrastive":  # the side losses carry a tiny tower; at scale contrast is enough

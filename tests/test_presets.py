@@ -45,9 +45,9 @@ def test_every_setting_can_be_set_on_the_command_line(settings, of):
 
 
 @functools.cache
-def parameters(size: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """{path: shape} of a model of that size."""
-  config = scaled("joint", size)
+def parameters(size: str, stage: str = "joint") -> dict[str, jax.ShapeDtypeStruct]:
+  """{path: shape} of what a stage holds of a model of that size."""
+  config = scaled(stage, size)
   config.data.update(batch_size=1, length=8, images_per_row=1)
   model = ClipFlow(**with_vocabulary(config.model.to_dict(), config.tokenizer.vocabulary))
   init = functools.partial(model.init, method="everything")
@@ -56,6 +56,18 @@ def parameters(size: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 def billions(size: str, prefix: str) -> float:
   return sum(math.prod(leaf.shape) for path, leaf in parameters(size).items() if path.startswith(prefix)) / 1e9
+
+
+@pytest.mark.parametrize(("stage", "holds"), [("contrastive", {"clip_model"}), ("decoder", {"clip_model", "decoder"})])
+def test_a_stage_holds_what_it_computes_with_and_later_ones_find_it_under_the_same_names(stage: str, holds: set[str]):
+  found, later = parameters("8b", stage), parameters("8b")
+  assert {path.split("/")[0] for path in found} == holds | {"statistics"}
+  assert {path: leaf.shape for path, leaf in found.items()}.items() <= {p: a.shape for p, a in later.items()}.items()
+
+
+def test_a_stage_without_a_language_model_is_planned_without_one():
+  report = plan.describe(scaled("contrastive", "8b", "v5p-128"), mesh_of("v5p-128"), 64)
+  assert report["parameters"]["trained"] > 5e8 > 1e6 > report["parameters"]["frozen"]
 
 
 def mesh_of(machine: str) -> jax.sharding.AbstractMesh:
