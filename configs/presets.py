@@ -153,6 +153,8 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       # Tasks as in configs/evaluate.py, measured on the averaged weights every so many steps: a task's own `every`, or
       # sample_every.
       evaluate=dict(),
+      # The stage's own losses on so many batches of the test split, the same ones every so many steps; 0: never.
+      held_out=dict(every=0, batches=8),
       keep=1,
       compilation_cache="",  # a folder for compiled programs, for a faster start the next time
       hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never

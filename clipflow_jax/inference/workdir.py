@@ -39,6 +39,11 @@ class Stage:
   samples: list[Path] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
 
+  def newest(self) -> dict[str, Any]:
+    """The metrics of the last step that has any, of which there may be several rows; {} without."""
+    last = [row for row in self.metrics if row["step"] == self.metrics[-1]["step"]]
+    return {name: value for row in last for name, value in row.items()}
+
 
 @dataclasses.dataclass
 class Run:
@@ -83,9 +88,9 @@ def _rows(stage: Stage) -> Iterator[tuple[str, str]]:
   for change in stage.changes or ():
     yield "", f"{change.key}: {change.here} (there {change.there})"
   parameters = [f"{part}: {trained:,} of {whole:,} trained" for part, (trained, whole) in stage.parameters.items()]
-  for row in stage.metrics[-1:]:
-    values = [f"{key} {number(value)}" for key, value in row.items() if key not in ("step", "stage")]
-    yield "  metrics", f"step {row['step']}: {', '.join(values)}"
+  if newest := stage.newest():
+    values = [f"{key} {number(value)}" for key, value in newest.items() if key not in ("step", "stage")]
+    yield "  metrics", f"step {newest['step']}: {', '.join(values)}"
   for name, lines in (("parameters", parameters), ("data", stage.data), ("checkpoints", stage.checkpoints)):
     for i, line in enumerate(lines):
       yield f"  {name}" if i == 0 else "", line

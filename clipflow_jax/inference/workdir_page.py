@@ -42,7 +42,7 @@ def _stage(stage: Stage) -> Iterator[str]:
     counts = [[escape(part), f"{trained:,}", f"{whole:,}"] for part, (trained, whole) in stage.parameters.items()]
     yield "<h3>Parameters</h3>" + table(["part", "trained", "all"], counts)
   if stage.metrics:
-    values = [[escape(name), escape(number(value))] for name, value in stage.metrics[-1].items()]
+    values = [[escape(name), escape(number(value))] for name, value in stage.newest().items()]
     yield '<h3>Metrics</h3><img class="wide" src="' + inlined(show.curves(stage.metrics)) + '" alt="training curves">'
     yield table(["last", "value"], values)
   for name, lines in (("Data", stage.data), ("Checkpoints", stage.checkpoints)):

@@ -34,7 +34,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import beginnings, checkpoint, features, optimizer, owed, plan, state, step
+from clipflow_jax.training import beginnings, checkpoint, features, held_out, optimizer, owed, plan, state, step
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
@@ -56,6 +56,8 @@ LEAST = {
   "log_every": 1,
   "checkpoint_every": 0,
   "sample_every": 0,
+  "held_out.every": 0,
+  "held_out.batches": 1,
   "measure_features": 0,
   "hang_timeout": 0,
 }
@@ -108,6 +110,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   shards = pipeline.shards_of(distributed.rows_here(batch_sharding.tokens, rows))
   batches = pipeline.batches(bad, shards)
   put = functools.partial(distributed.assemble, rows=pipeline.rows_of(shards), total=rows, shardings=batch_sharding)
+  tested = held_out.batches(config, pipeline, shards)
 
   # The objective and its optimizer.
   objective = Objective(**config.objective)
@@ -150,6 +153,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     pure = step.make(adapted, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
     jitted = jax.jit(pure, in_shardings=(kept, batch_sharding), out_shardings=(kept, None), donate_argnums=0)
     compiling = compiler.submit(jitted.lower(target, example).compile)
+    losses = jax.jit(step.losses(adapted, objective, seed=seed, accumulate=config.accumulate))
 
     if restored:
       now = restored.state
@@ -186,8 +190,12 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     # The run.
     begin = int(now.step)
     meter = Meter()
-    every = {name: task.get("every", config.sample_every) for name, task in config.evaluate.items()}
-    every[SAMPLES] = config.sample_every
+    every = {}  # what is due, and at which steps
+    if sample:
+      every = {name: task.get("every", config.sample_every) for name, task in config.evaluate.items()}
+      every[SAMPLES] = config.sample_every
+    if tested:
+      every[held_out.NAME] = config.held_out.every
     saved = begin
     unmade = [what for what in owed.at(workdir, begin) if what in every]
     first = jax.process_index() == 0
@@ -200,15 +208,22 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
       def show(now, number, due):
         watchdog.beat(f"{', '.join(due)} of step {number}", math.inf)
-        with sharding.unconstrained():  # samples are as many as they are
-          sample(model, config, Adapters(**config.adapters).merged(whole(now).averaged), chat, number, writer, due)
+        if held_out.NAME in due:
+          writer.scalars(number, held_out.measure(losses, now.averaged, tested, put))
+        if due := [what for what in due if what != held_out.NAME]:
+          if first:
+            owed.note(workdir, number, due)  # no more: what is written is not written twice
+          with sharding.unconstrained():  # samples are as many as they are
+            sample(model, config, Adapters(**config.adapters).merged(whole(now).averaged), chat, number, writer, due)
         if first:
           owed.settle(workdir)
         throughput.start()
 
-      if sample and unmade:
+      if unmade:
         log.info("making up for %s of step %d", ", ".join(unmade), begin)
         show(now, begin, unmade)
+      elif first:
+        owed.settle(workdir)  # of another step, or of what the config no longer asks for
       for number in range(begin + 1, config.steps + 1):
         watchdog.beat(f"step {number}")
         with throughput.waiting(now.step):
@@ -223,13 +238,13 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           _check(means, number, config)
           writer.scalars(number, means | throughput.compute(number))
         due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
-        if sample and due and first:
+        if due and first:
           owed.note(workdir, number, due)
         if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
           watchdog.beat(f"the checkpoint of step {number}")
           checkpoints.save(number, whole(now), data_state=distributed.gather(batches.get_state()), meta=meta)
           saved = number
-        if sample and due:
+        if due:
           show(now, number, due)
         if stopping:
           break
@@ -250,6 +265,8 @@ def check(config: ConfigDict) -> None:
       raise UserError(f"{name} is {settings[name]}: give {least} or more")
   if not 0 <= config.ema < 1:
     raise UserError(f"ema is {config.ema}: give the average's decay a step, from 0 for none to less than 1")
+  if config.held_out.every and config.data.get("features"):
+    raise UserError("held_out.every: data.features holds no test split, only what is trained on; set held_out.every=0")
   Objective(**config.objective)
   Adapters(**config.adapters)
   optimizer.Optimizer(steps=config.steps, **config.optimizer)

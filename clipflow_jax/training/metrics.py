@@ -280,6 +280,7 @@ def summary(values: dict[str, float]) -> str:
   """The values a reader follows, in the terminal's order; all of them when these are not among them."""
   formats = {
     "loss": lambda v: f"loss {v:.4f}",
+    "held_out/loss": lambda v: f"held-out loss {v:.4f}",
     "eta_seconds": lambda v: f"ETA {_duration(v)}",
     "step_time": lambda v: f"{v:.3f} s/step",
     "images_per_s": lambda v: f"{v:,.0f} images/s",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
-from clipflow_jax.training.state import TrainState, merge
+from clipflow_jax.training.state import Params, TrainState, merge
 
 Metrics = dict[str, jax.Array]
 
@@ -46,21 +47,9 @@ def make(
     rows = batch.tokens.shape[0]
     if rows % accumulate:
       raise UserError(f"data.batch_size {rows} cannot be cut into {accumulate} equal parts; change it or accumulate")
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows)
+    keys = _keys(seed, state.step, rows)
     counts = objective.counts(batch)
-    if accumulate == 1:
-      grads, metrics = gradients(state, batch, keys, counts)
-    else:
-      parts = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), (batch, keys))
-
-      def of(part):
-        return gradients(state, part[0], part[1], counts)
-
-      def add(total, part):
-        return jax.tree.map(jnp.add, total, of(part)), None
-
-      first, rest = (jax.tree.map(lambda x, s=s: x[s], parts) for s in (0, slice(1, None)))
-      (grads, metrics), _ = jax.lax.scan(add, of(first), rest)
+    grads, metrics = _in_parts(lambda part: gradients(state, part[0], part[1], counts), (batch, keys), accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     average = state.ema
@@ -76,3 +65,41 @@ def make(
     return new, metrics
 
   return step
+
+
+def losses(
+  model: ClipFlow, objective: Objective, *, seed: int, accumulate: int = 1
+) -> Callable[[Params, Batch, jax.Array], Metrics]:
+  """The pure function of (all parameters, batch, number i32[]) that gives the step's losses and learns nothing.
+
+  Its randomness is fold_in(seed, number), a key a row. accumulate: as of `make`.
+  """
+
+  def of(params: Params, batch: Batch, number: jax.Array) -> Metrics:
+    keys = _keys(seed, number, batch.tokens.shape[0])
+    counts = objective.counts(batch)
+
+    def part(rows):
+      sums = model.apply({"params": params}, *rows, method=objective.sums)
+      return objective.loss(sums, counts)[1]
+
+    return _in_parts(part, (batch, keys), accumulate)
+
+  return of
+
+
+def _keys(seed: int, number: jax.Array, rows: int) -> jax.Array:
+  return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), rows)
+
+
+def _in_parts(of: Callable[[Any], Any], rows: Any, count: int) -> Any:
+  """The sum of `of` over that many equal parts of `rows`, a tree of leaves [B,...], one part after the other."""
+  if count == 1:
+    return of(rows)
+  parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), rows)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, of(part)), None
+
+  first, rest = (jax.tree.map(lambda x, s=s: x[s], parts) for s in (0, slice(1, None)))
+  return jax.lax.scan(add, of(first), rest)[0]

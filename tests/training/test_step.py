@@ -135,3 +135,14 @@ def test_metrics_are_scalars():
   total = OBJECTIVE.weights
   expected = sum(weight * metrics[name] for name, weight in total.items())
   np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_without_learning_are_those_of_the_step(accumulate):
+  _, metrics = run(accumulate)(begin(), batch())
+  losses = jax.jit(step.losses(tiny.model(), OBJECTIVE, seed=3, accumulate=accumulate))
+  found = losses(begin().params, batch(), 0)
+  assert found.keys() == metrics.keys() - {"gradient_norm", "skipped", "skipped_in_a_row"}
+  for name, value in found.items():
+    np.testing.assert_allclose(value, metrics[name], rtol=1e-5, err_msg=name)
+  assert losses(begin().params, batch(), 1)["flow"] != found["flow"]  # other noise
