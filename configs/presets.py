@@ -155,7 +155,8 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       evaluate=dict(),
       # The stage's own losses on so many batches of the test split, the same ones every so many steps; 0: never.
       held_out=dict(every=0, batches=8),
-      keep=1,
+      keep=1,  # of the newest checkpoints
+      keep_every=0,  # those of its multiples stay besides, for good; 0: none
       compilation_cache="",  # a folder for compiled programs, for a faster start the next time
       hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never
       hang_ends=False,  # and end the run then, to be started again

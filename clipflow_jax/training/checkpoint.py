@@ -50,17 +50,22 @@ class Restored:
 
 
 class Checkpoints:
-  """The checkpoints of one run: the newest `keep` are kept. All processes call every method."""
+  """The checkpoints of one run. All processes call every method.
 
-  def __init__(self, directory: Path | str, *, keep: int = 2):
+  keep: so many of the newest are kept. keep_every: those of its multiples stay besides, for good; 0: none.
+  """
+
+  def __init__(self, directory: Path | str, *, keep: int = 2, keep_every: int = 0):
     """Creates `directory` (workdir/checkpoints) and removes what a killed save left in it."""
     self._directory = _absolute(directory)
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
     self._saving: int | None = None
     self._saved: ocp.AsyncResponse[bool] | None = None  # of the save under way
     self._orbax = ocp.training.Checkpointer(
       self._directory,
       context=_context(),
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      preservation_policy=policies.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=True,
     )
 

@@ -53,6 +53,7 @@ LEAST = {
   "accumulate": 1,
   "data.batch_size": 1,
   "keep": 1,
+  "keep_every": 0,
   "log_every": 1,
   "checkpoint_every": 0,
   "sample_every": 0,
@@ -82,7 +83,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   # Devices and what they hold.
   make_folder(workdir)
   mesh = meshes.make(config.mesh)
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep, keep_every=config.keep_every)
 
   # Text, data, model: what a batch is.
   written = json.loads(config.to_json_best_effort())
@@ -265,6 +266,10 @@ def check(config: ConfigDict) -> None:
       raise UserError(f"{name} is {settings[name]}: give {least} or more")
   if not 0 <= config.ema < 1:
     raise UserError(f"ema is {config.ema}: give the average's decay a step, from 0 for none to less than 1")
+  if config.keep_every and not (config.checkpoint_every and config.keep_every % config.checkpoint_every == 0):
+    raise UserError(
+      f"keep_every is {config.keep_every}: give a multiple of checkpoint_every, which is {config.checkpoint_every}"
+    )
   if config.held_out.every and config.data.get("features"):
     raise UserError("held_out.every: data.features holds no test split, only what is trained on; set held_out.every=0")
   Objective(**config.objective)

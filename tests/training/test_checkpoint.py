@@ -115,6 +115,25 @@ def test_the_newest_are_kept(tmp_path: Path):
   checkpoints.close()
 
 
+def test_multiples_stay_beside_the_newest_also_after_a_restart(tmp_path: Path):
+  for steps in ((2, 4, 6), (8, 10, 12, 14)):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
+    for step in steps:
+      checkpoints.save(step, make_state(step), data_state={}, meta=META)
+    checkpoints.close()
+  assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 8, 12, 14]
+
+
+def test_a_kept_step_is_read_by_its_folder_though_there_are_newer_ones(tmp_path: Path):
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, keep_every=2)
+  for step in (2, 3):
+    checkpoints.save(step, make_state(step), data_state={}, meta=META | {"step": step})
+  checkpoints.close()
+  kept = tmp_path / "checkpoints" / "2"
+  assert (load(tmp_path).step, load(kept).step, checkpoint.described(kept)["step"]) == (3, 2, 2)
+  assert_identical(load(kept, ("params",)).state["params"], jax.device_get(make_state(2).params))
+
+
 def test_a_step_being_saved_is_the_latest(tmp_path: Path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(4, make_state(4), data_state={}, meta={})

@@ -149,6 +149,13 @@ def test_queries_alone_are_trained_where_there_are_queries(trained: Path, monkey
   assert scales == {"queries": 1.0, "separate_drawer/entry/kernel": 0.0}
 
 
+def test_an_earlier_step_of_a_run_is_begun_from_by_its_folder(trained: Path):
+  config = of(trained / "checkpoints" / "2", "task=draw")
+  assert config.init_from == str(trained / "checkpoints" / "2")
+  assert config.model == of(trained, "task=draw").model
+  assert checkpoint.load(config.init_from, PLAIN).step == 2
+
+
 def test_data_is_known_by_what_lies_there(trained: Path, tmp_path: Path):
   folder = tiny_data.folder(tmp_path / "pictures", tiny_data.samples(2))
   tar = tiny_data.webdataset(tmp_path / "tars" / "0.tar", tiny_data.samples(2))
