@@ -49,6 +49,7 @@ OPTIMIZER = dict(
   adam_learning_rate=1e-2,
   warmup=20,
   final=0.0,
+  decay=1.0,
   weight_decay=0.0,
   clip=1.0,
   b1=0.9,

@@ -121,7 +121,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   abstract = jax.eval_shape(init)
   fit = functools.partial(Adapters(**config.adapters).fit, seed=seed)
   scales = state.multipliers(jax.eval_shape(fit, abstract), config.train)
-  tx = optimizer.Optimizer(steps=config.steps, **config.optimizer).make(scales)
+  rule = optimizer.Optimizer(steps=config.steps, **config.optimizer)
+  tx, rates = rule.make(scales), rule.rates()
 
   # The state, created sharded.
   def fresh(taken):
@@ -237,7 +238,9 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
         if number % config.log_every == 0 or last:
           means = meter.compute()
           _check(means, number, config)
-          writer.scalars(number, means | throughput.compute(number))
+          made = max(1, number - int(means["skipped"]))  # updates: a gradient that is skipped makes none
+          rate = {"learning_rate": float(rates[made - 1])}
+          writer.scalars(number, means | rate | throughput.compute(number))
         due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
         if due and first:
           owed.note(workdir, number, due)

@@ -281,6 +281,7 @@ def summary(values: dict[str, float]) -> str:
   formats = {
     "loss": lambda v: f"loss {v:.4f}",
     "held_out/loss": lambda v: f"held-out loss {v:.4f}",
+    "learning_rate": lambda v: f"rate {v:.2g}",
     "eta_seconds": lambda v: f"ETA {_duration(v)}",
     "step_time": lambda v: f"{v:.3f} s/step",
     "images_per_s": lambda v: f"{v:,.0f} images/s",

@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -26,6 +27,8 @@ class Optimizer:
   """name: "muon" (Jordan et al. 2024; from scratch) or "adamw" (fine-tuning).
 
   learning_rate: its peak, after `warmup` steps from 0 and before a cosine to `final` of it at `steps`.
+  decay: the share of the steps, the last ones, in which the rate falls, by the same cosine; before them it stays at its
+    peak. 1: it falls from the end of the warm-up on. Less lets a run be extended (Hu et al. 2024, MiniCPM).
   adam_learning_rate: the peak for what Muon leaves to Adam. clip: global gradient norm.
   weight_decay: of matrices alone, times the learning rate; with Muon of those that are its.
   patience: steps in a row with a non-finite gradient that are skipped before the run stops.
@@ -39,6 +42,7 @@ class Optimizer:
   adam_learning_rate: float = 3e-3
   warmup: int = 20
   final: float = 0.0
+  decay: float = 1.0
   weight_decay: float = 0.0
   clip: float = 1.0
   b1: float = 0.9
@@ -57,16 +61,25 @@ class Optimizer:
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise UserError(f"optimizer.{name} is {getattr(self, name)}: give a number from 0 to less than 1")
+    if not 0 < self.decay <= 1:
+      raise UserError(f"optimizer.decay is {self.decay}: give a share of the steps above 0, up to 1 for all of them")
     if not self.clip > 0:
       raise UserError(f"optimizer.clip is {self.clip}: give the largest norm of a gradient, or inf for any")
     if self.patience < 1:
       raise UserError(f"optimizer.patience is {self.patience}: give 1 step or more")
 
   def schedule(self, peak: float) -> optax.Schedule:
+    """Updates made, from 0 -> the rate of the next one."""
     warmup = min(self.warmup, self.steps // 2)
-    return optax.warmup_cosine_decay_schedule(
-      0.0, peak, warmup, max(self.steps, warmup + 1), end_value=peak * self.final
+    stays = max(0, self.steps - warmup - max(1, round(self.decay * self.steps)))
+    moves = optax.warmup_cosine_decay_schedule(
+      0.0, peak, warmup, max(self.steps, warmup + 1) - stays, end_value=peak * self.final
     )
+    return (lambda count: moves(count - jnp.clip(count - warmup, 0, stays))) if stays else moves
+
+  def rates(self) -> np.ndarray:
+    """f32[steps], on the host: the learning rate of each update."""
+    return np.asarray(jax.jit(self.schedule(self.learning_rate))(np.arange(self.steps)))
 
   def make(self, scales: dict[str, float]) -> optax.GradientTransformation:
     """The whole chain. scales: {path: learning-rate multiplier} of the trained parameters."""

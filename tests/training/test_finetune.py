@@ -154,6 +154,7 @@ def test_an_earlier_step_of_a_run_is_begun_from_by_its_folder(trained: Path):
   assert config.init_from == str(trained / "checkpoints" / "2")
   assert config.model == of(trained, "task=draw").model
   assert checkpoint.load(config.init_from, PLAIN).step == 2
+  assert ClipFlow.from_checkpoint(config.init_from).config.steps == 2
 
 
 def test_data_is_known_by_what_lies_there(trained: Path, tmp_path: Path):

@@ -47,7 +47,14 @@ def test_the_run_is_bit_for_bit_what_it_is_without(plain, tested):
 def test_every_so_many_steps_and_at_the_end_there_is_a_row(tested):
   rows = [row for row in metrics(tested[0]) if is_held_out(row)]
   assert [row["step"] for row in rows] == [3, 4]
-  training = metrics(tested[0])[0].keys() - {"step", "stage", "gradient_norm", "skipped", "skipped_in_a_row"}
+  training = metrics(tested[0])[0].keys() - {
+    "step",
+    "stage",
+    "learning_rate",
+    "gradient_norm",
+    "skipped",
+    "skipped_in_a_row",
+  }
   assert training >= {"loss", "pixels"}
   assert all(row.keys() == {"step", "stage", *(f"held_out/{name}" for name in training)} for row in rows)
 

@@ -22,6 +22,7 @@ from clipflow_jax.data.sequence import Layout
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.training import checkpoint, loop, owed, stages, state
+from clipflow_jax.training.optimizer import Optimizer
 from clipflow_jax.training.state import TrainState
 from tests import tiny_runs
 
@@ -64,6 +65,13 @@ def test_a_run_writes_metrics_and_its_last_checkpoint(whole):
   assert_identical(read.state["trained"], final.trained)
   assert_identical(read.state["ema"], final.ema)
   assert read.meta["config"]["name"] == "decoder" and "tokenizer.json" in read.meta["tokenizer"]
+
+
+def test_each_log_tells_the_rate_of_its_steps_update(whole):
+  config = tiny_runs.decoder_stage()
+  rates = Optimizer(steps=4, **config.optimizer).rates().tolist()
+  assert rates[0] == 0.0 and rates[1] == np.float32(config.optimizer.learning_rate)
+  assert [row["learning_rate"] for row in metrics(whole[0])] == rates
 
 
 def test_a_finished_run_is_not_trained_again(whole):

@@ -111,6 +111,8 @@ def test_gains_biases_and_positions_of_stacked_layers_are_not_decayed(name):
     (dict(weight_decay=float("nan")), "optimizer.weight_decay is nan: give a number from 0"),
     (dict(b2=1.0), "optimizer.b2 is 1.0: give a number from 0 to less than 1"),
     (dict(clip=0.0), "optimizer.clip is 0.0: give the largest norm of a gradient"),
+    (dict(decay=0.0), "optimizer.decay is 0.0: give a share of the steps above 0"),
+    (dict(decay=1.1), "optimizer.decay is 1.1: give a share of the steps above 0, up to 1"),
     (dict(patience=0), "optimizer.patience is 0: give 1 step or more"),
   ],
 )
@@ -162,6 +164,36 @@ def test_a_warmup_longer_than_the_run_takes_half_of_it(steps):
   rates = [float(schedule(step)) for step in range(steps + 1)]
   assert all(0 <= rate <= 1 for rate in rates)
   assert rates[steps // 2] == pytest.approx(1.0)
+
+
+def test_a_rate_that_stays_falls_by_the_same_cosine_in_the_last_share_of_the_steps():
+  rates = Optimizer(100, learning_rate=2.0, warmup=10, final=0.1, decay=0.2).rates()
+  assert rates.shape == (100,) and rates[0] == 0.0 and rates[5] == pytest.approx(1.0)
+  assert (rates[10:81] == np.float32(2.0)).all() and rates[81] < 2.0
+  fall = Optimizer(20, learning_rate=2.0, warmup=0, final=0.1).rates()
+  np.testing.assert_allclose(rates[80:], fall, rtol=1e-5)
+
+
+def test_a_rate_that_falls_from_the_warmup_on_is_that_of_optax():
+  rates = Optimizer(100, learning_rate=0.3, warmup=10, final=0.1).rates()
+  theirs = jax.jit(optax.warmup_cosine_decay_schedule(0.0, 0.3, 10, 100, end_value=0.3 * 0.1))
+  np.testing.assert_array_equal(rates, theirs(np.arange(100)))
+  almost = Optimizer(100, learning_rate=0.3, warmup=10, final=0.1, decay=0.9)  # nothing between warm-up and fall
+  np.testing.assert_array_equal(almost.rates(), rates)
+
+
+def test_a_run_that_is_extended_has_had_the_same_rates_until_it_would_have_fallen():
+  short, long = (Optimizer(steps, warmup=10, decay=0.2).rates() for steps in (100, 1000))
+  np.testing.assert_array_equal(long[:81], short[:81])
+  assert long[799] == long[10] and long[999] == pytest.approx(short[99], abs=1e-3)
+
+
+@pytest.mark.parametrize("decay", [1e-6, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+def test_however_short_the_run_is_the_rate_ends_its_fall(steps, decay):
+  schedule = Optimizer(steps, warmup=20, decay=decay).schedule(1.0)
+  assert float(schedule(steps)) == pytest.approx(0.0, abs=1e-6)
+  assert max(float(schedule(step)) for step in range(steps)) <= 1.0
 
 
 # What is not finite.
