@@ -118,7 +118,10 @@ class Chat:
     self._frames = functools.lru_cache(maxsize=1024)(self._frames_of)
     self.image = tokenizer.get_vocab().get(IMAGE)  # None: as a tower's own tokenizer, it knows captions alone
     # In people's words a special token is just noise; only the template may write one.
-    self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))))
+    exchange = [{"role": role, "content": _HOLE.format(0)} for role in ("user", "assistant")]
+    shown = self._rendered(exchange) if tokenizer.chat_template else ""
+    self._special = _special(tokenizer, shown)
+    self._noise = re.compile("|".join(map(re.escape, self._special)))
     self.pad = tokenizer.pad_token_id or 0
     self.end = tokenizer.eos_token_id
     core = tokenizer.backend_tokenizer
@@ -149,7 +152,7 @@ class Chat:
   def without_special(self, words: str) -> str:
     """People's words as they can be encoded: without special tokens, also those that removing others would make."""
     words = encodable(words)
-    while (shorter := self._special.sub("", words)) != words:
+    while (shorter := self._noise.sub("", words)) != words:
       words = shorter
     return words
 
@@ -210,7 +213,7 @@ class Chat:
       text = _HOLES.sub(lambda hole: words[int(hole[1])], frame)
       pieces.append((self.encode(text, after), written))
       if text and self._writes_blanks:  # a line's end stands for words: it melts into none that follow
-        after = next((token for token in self.tokenizer.all_special_tokens if text.endswith(token)), "\n")
+        after = next((token for token in self._special if text.endswith(token)), "\n")
     return pieces
 
   def prompt(self, turns: tuple[tuple[str, str], ...]) -> list[int]:
@@ -222,3 +225,15 @@ class Chat:
     ids = list(ids)
     ids = ids[: ids.index(self.end)] if self.end in ids else ids
     return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _special(tokenizer: PreTrainedTokenizerFast, shown: str) -> list[str]:
+  """The words that only a template may write, longest first. shown: a conversation as it writes one.
+
+  More than `all_special_tokens`: those have a name, which Llama 3's headers and reserved words have not. And a template
+  may write added ones that the files do not call special, as DeepSeek's turns and Qwen3's thoughts are.
+  """
+  written = f"{tokenizer.chat_template}{shown}"
+  added = tokenizer.added_tokens_decoder.values()
+  own = {token.content for token in added if token.special or (token.content.strip() and token.content in written)}
+  return sorted({*own, *tokenizer.all_special_tokens, IMAGE}, key=lambda word: (-len(word), word))
