@@ -38,7 +38,7 @@ def decode(told: dict[str, Any]) -> Work:
     return text.begin(model, params, prompts, None, room=new)
 
   def write(params: Params, prompts: Batch) -> jax.Array:
-    return text.generate(model, params, prompts, None, new=new, end=-1)
+    return text.generate(model, params, prompts, None, new=new, ends=(-1,))
 
   read = flops.count(begin, params, prompts)
   word = flops.count(write, params, prompts) - read  # a loop's body counts once

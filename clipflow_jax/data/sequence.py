@@ -66,7 +66,7 @@ def encode(
   written: list[bool] = []
   begins: list[int] = []  # which words begin a picture
   if conversation.words_only:
-    opening, closing = ([token] if token is not None else [] for token in (chat.begin, chat.end))
+    opening, closing = ([token] if token is not None else [] for token in (chat.begin, chat.eos))
     room = layout.length - len(opening) - len(closing) if cut else None
     ids = [*opening, *chat.encode(chat.without_special(conversation.turns[0][1]))[:room], *closing]
     written = [False] * len(opening) + [True] * (len(ids) - len(opening))
@@ -77,7 +77,7 @@ def encode(
     begins = [i for i, token in enumerate(ids) if token == chat.image]
     if len(begins) != len(roles):
       raise UserError(f"{len(begins)} {IMAGE} in the text for {len(roles)} pictures: write one for each")
-    if begins and not roles[-1] & INPUT and set(ids[begins[-1] + 1 :]) <= {chat.end}:
+    if begins and not roles[-1] & INPUT and conversation.turns[-1][1].endswith(IMAGE):
       del ids[begins[-1] + 1 :], written[begins[-1] + 1 :]
   read = [i for i, role in zip(begins, conversation.roles, strict=False) if role & INPUT]
   length, n = len(ids) + layout.tokens_per_image * len(read), len(roles)

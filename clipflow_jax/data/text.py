@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,26 +104,38 @@ def with_vocabulary(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
   }
 
 
+def ends_of(words: Mapping[str, Any]) -> list[int]:
+  """The tokens that a language model's own files, as `interop.huggingface.read_words` has them, name as its ends."""
+  found = words.get("generation", {}).get("eos_token_id", words.get("config", {}).get("eos_token_id"))
+  return found if isinstance(found, list) else [] if found is None else [found]
+
+
 class Chat:
   """A tokenizer with its chat template, as token ids per turn.
 
   The template is rendered once per shape of conversation (roles, and how many words and pictures each has), with
   holes for them: a training example costs no template, and a repeated piece of text no encoding. remember: how many
   pieces it keeps.
+
+  end: the token that the template has behind the assistant's words, which of a base model is often not the tokenizer's
+  own, `eos`. ends: where writing stops, at these two and others that a model is known to end with.
   """
 
-  def __init__(self, tokenizer: PreTrainedTokenizerFast, remember: int = 65536):
+  def __init__(self, tokenizer: PreTrainedTokenizerFast, remember: int = 65536, ends: Iterable[int] = ()):
     self.tokenizer = tokenizer
     self.encode = functools.lru_cache(maxsize=remember)(self._encode)
     self._frames = functools.lru_cache(maxsize=1024)(self._frames_of)
     self.image = tokenizer.get_vocab().get(IMAGE)  # None: as a tower's own tokenizer, it knows captions alone
     # In people's words a special token is just noise; only the template may write one.
-    exchange = [{"role": role, "content": _HOLE.format(0)} for role in ("user", "assistant")]
-    shown = self._rendered(exchange) if tokenizer.chat_template else ""
+    question, answer = ({"role": role, "content": _HOLE.format(i)} for i, role in enumerate(("user", "assistant")))
+    shown = self._rendered([question, answer]) if tokenizer.chat_template else ""
     self._special = _special(tokenizer, shown)
     self._noise = re.compile("|".join(map(re.escape, self._special)))
     self.pad = tokenizer.pad_token_id or 0
-    self.end = tokenizer.eos_token_id
+    self.eos = self.end = tokenizer.eos_token_id
+    if end := self._noise.search(shown.partition(answer["content"])[2]):
+      self.end = tokenizer.convert_tokens_to_ids(end[0])
+    self.ends = tuple(dict.fromkeys(token for token in (self.end, self.eos, *ends) if token is not None))
     core = tokenizer.backend_tokenizer
     # A file may keep what was padded and cut to before it was saved; transformers sets that anew at every call.
     core.no_padding()
@@ -164,7 +176,8 @@ class Chat:
 
     Asking the template for longer and longer beginnings tells whose words are whose, whatever the template. An answer
     that is not the last may be shown otherwise than when it was given (Qwen3 leaves out the thought before it): then
-    its words and the end that the template gave them are found where they stand in the whole.
+    its words and the end that the template gave them are found where they stand in the whole. What the template has
+    behind that end, such as a line's, is the template's own.
     """
     hole = itertools.count()
     # Content as one string, pictures by their word: templates of language models know nothing else.
@@ -182,7 +195,8 @@ class Chat:
         raise UserError(
           "the tokenizer's chat template rewrites earlier turns as a conversation goes on; use one that does not"
         )
-      pieces.append((found[len(done) :], written))
+      if found != done:
+        pieces.append((found[len(done) :], written))
       done = found
 
     for i, (role, _) in enumerate(shape):
@@ -190,11 +204,14 @@ class Chat:
       if role != "assistant":
         cut(shown, written=False)
         continue
-      words = messages[i]["content"] or shown  # an empty answer is found by all that is shown, or not at all
-      end = words + shown.rpartition(words)[2]
+      words = messages[i]["content"]
       asked = [self._rendered(messages[:i], prompt=True)] if i else []  # transformers renders no empty conversation
-      cut(*asked, whole.partition(words)[0], written=False)
-      cut(shown, whole.partition(end)[0] + end, written=True)
+      cut(*asked, whole.partition(words or shown)[0], written=False)
+      behind = shown.rpartition(words)[2] if words else shown.removeprefix(done)
+      end = self._noise.search(behind)
+      said = words + (behind[: end.end()] if end else behind)
+      cut(done + said, whole.partition(said or whole)[0] + said, written=True)
+    cut(whole, written=False)
     return [*pieces, (self._rendered(messages, prompt=True)[len(done) :], False)]
 
   def pieces(self, turns: tuple[tuple[str, str], ...], *, prompt: bool = False) -> list[tuple[tuple[int, ...], bool]]:
@@ -220,11 +237,13 @@ class Chat:
     """Token ids of a conversation up to where the assistant begins to write."""
     return [token for piece, _ in self.pieces(turns, prompt=True) for token in piece]
 
+  def until_end(self, ids: Iterable[int]) -> list[int]:
+    """The tokens before the first that ends."""
+    return list(itertools.takewhile(lambda token: token not in self.ends, ids))
+
   def decode(self, ids: Iterable[int]) -> str:
     """Text without special tokens, up to the first end."""
-    ids = list(ids)
-    ids = ids[: ids.index(self.end)] if self.end in ids else ids
-    return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return self.tokenizer.decode(self.until_end(ids), skip_special_tokens=True).strip()
 
 
 def _special(tokenizer: PreTrainedTokenizerFast, shown: str) -> list[str]:

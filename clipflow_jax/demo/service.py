@@ -84,7 +84,8 @@ class Service:
     self.model, self.name, self.metrics = model, name, Metrics()
     # One length of rows for most of what is asked: a picture and some words.
     model.shortest = 1 << (model.model.grid**2 + WORDS - 1).bit_length()
-    model.tokenizer = Chat(model.tokenizer.tokenizer, remember=64)  # strangers' texts would fill the memory
+    # Strangers' texts would fill the memory.
+    model.tokenizer = Chat(model.tokenizer.tokenizer, remember=64, ends=model.tokenizer.ends)
     self.forming = Forming(model)  # compiles nothing anew for other steps or guidance
     most = min(size, model.batch_size)
     # Batches are filled up to one of these: each has to be compiled before the first answer.

@@ -17,7 +17,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data import mixture, sequence
 from clipflow_jax.data.images import square
 from clipflow_jax.data.sequence import Conversation, Layout
-from clipflow_jax.data.text import IMAGE, Chat, from_files, with_vocabulary
+from clipflow_jax.data.text import IMAGE, Chat, ends_of, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.batching import Programs, bucket, keys_of, listed, seeds_of
@@ -84,7 +84,7 @@ class ClipFlow:
         f"configs/generation.py:tower={path}, and import a language model again with its tokenizer"
       )
     with tempfile.TemporaryDirectory() as scratch:
-      chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)))
+      chat = Chat(from_files(read.meta["tokenizer"], Path(scratch)), ends=ends_of(read.meta.get("words", {})))
     config = ConfigDict(read.meta["config"])
     fields = with_vocabulary(config.model.to_dict(), len(chat.tokenizer))
     # A language model may come alone, without a tower; what trained it may not be here.
@@ -356,7 +356,7 @@ class ClipFlow:
     def run(params, rows, heat, seeds):
       features = self.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
       choose = text.sampled(heat, keys_of(seeds)) if temperature else text.greedy
-      return text.generate(self.model, params, rows, features, new=room, end=self.tokenizer.end, choose=choose)
+      return text.generate(self.model, params, rows, features, new=room, ends=self.tokenizer.ends, choose=choose)
 
     items = (rows, heat, seeds_of(len(conversations), seed))
     written = self.batched(("write", room, temperature > 0), run, items)

@@ -80,9 +80,9 @@ def begin(
 
 
 def go_on(
-  model: ClipFlow, params: Params, writing: Writing, *, new: int, end: int, choose: Choose = greedy
+  model: ClipFlow, params: Params, writing: Writing, *, new: int, ends: tuple[int, ...], choose: Choose = greedy
 ) -> tuple[Writing, jax.Array]:
-  """The next words i32[B,new], `end` once a row has ended. The loop stops when all rows have."""
+  """The next words i32[B,new], of `ends` once a row has ended. The loop stops when all rows have."""
   # One layer after the other, each with its own weights, taken from their stack before the loop over words: a loop over
   # layers in it would copy all of them for each word, which on CPU is half of the time.
   unrolled = model.clone(transformer={**model.transformer, "unroll": True})
@@ -95,9 +95,12 @@ def go_on(
     text = {"layers": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
     return {**params, "language_model": {**params["language_model"], "text": text}}
 
+  def ended(now: Writing) -> jax.Array:
+    return jnp.isin(now.token, jnp.array(ends, jnp.int32))
+
   def going(carry):
     i, now, _ = carry
-    return (i < new) & jnp.any(now.token != end)
+    return (i < new) & ~jnp.all(ended(now))
 
   def write(carry):
     i, now, written = carry
@@ -105,10 +108,10 @@ def go_on(
     words = now.token[:, None], now.position[:, None], now.context, now.slot
     logits, context = unrolled.apply({"params": with_stack(i)}, *words, method="extend")
     following = choose(logits[:, 0], now.position + 1)
-    token = jnp.where(now.token == end, end, following)
+    token = jnp.where(ended(now), now.token, following)
     return i + 1, Writing(token, now.slot + 1, now.position + 1, context), written
 
-  start = (jnp.int32(0), writing, jnp.full((writing.token.shape[0], new), end, jnp.int32))
+  start = (jnp.int32(0), writing, jnp.full((writing.token.shape[0], new), ends[0], jnp.int32))
   return jax.lax.while_loop(going, write, start)[1:]
 
 
@@ -119,12 +122,12 @@ def generate(
   features: jax.Array | None,
   *,
   new: int,
-  end: int,
+  ends: tuple[int, ...],
   choose: Choose = greedy,
 ) -> jax.Array:
-  """Continuation i32[B,new] of B prompts, `end` once a row has ended; features f32[B,N,T,C] of their pictures.
+  """Continuation i32[B,new] of B prompts, as `go_on`; features f32[B,N,T,C] of their pictures.
 
-  Pure; jit it with model, new and end closed over.
+  Pure; jit it with model, new and ends closed over.
   """
   writing = begin(model, params, prompts, features, room=new, choose=choose)
-  return go_on(model, params, writing, new=new, end=end, choose=choose)[1]
+  return go_on(model, params, writing, new=new, ends=ends, choose=choose)[1]

@@ -44,14 +44,14 @@ def stream(
   rows = model.rows([model.conversation(talks[i]) for i in part], prompt=True)
   heat, noise = np.asarray(temperature, np.float32)[part], seeds_of(n, seeds)[part]
   room = bucket(max(room, *new), every)
-  end = model.tokenizer.end
 
   def begin(params, rows, heat, noise):
     features = model.model.apply({"params": params}, rows, method="features") if rows.images.shape[1] else None
     return text.begin(model.model, params, rows, features, room=room, choose=text.sampled(heat, keys_of(noise)))
 
   def go_on(params, writing, heat, noise):
-    return text.go_on(model.model, params, writing, new=every, end=end, choose=text.sampled(heat, keys_of(noise)))
+    chosen = text.sampled(heat, keys_of(noise))
+    return text.go_on(model.model, params, writing, new=every, ends=model.tokenizer.ends, choose=chosen)
 
   begin = model.programs.jitted(("begin", room), begin)
   go_on = model.programs.jitted(("go_on", every), go_on, donate_argnums=1)
@@ -67,8 +67,8 @@ def stream(
 
 def written_of(tokenizer: Chat, ids: list[int], limit: int) -> Written:
   """What token ids say of which at most `limit` may be; behind an end they are nothing."""
-  end = tokenizer.end
-  tokens = min(ids.index(end) if end in ids else len(ids), limit)
-  finish = "length" if tokens == limit else "stop" if end in ids else ""
-  words = tokenizer.decode(ids[:tokens])
+  own = tokenizer.until_end(ids)
+  tokens = min(len(own), limit)
+  finish = "length" if tokens == limit else "stop" if len(own) < len(ids) else ""
+  words = tokenizer.decode(own[:tokens])
   return Written(words if finish else words.rstrip("\N{REPLACEMENT CHARACTER}"), tokens, finish)

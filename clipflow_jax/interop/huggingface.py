@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from clipflow_jax.data.text import IMAGE
+from clipflow_jax.data.text import IMAGE, Chat
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop import blip3o, eva, language, qwen_vision, tensors, vision
 from clipflow_jax.interop.family import Family
@@ -183,11 +183,11 @@ def _describe(module: nn.Module, name: str | None) -> tuple[Family, dict[str, An
 
 
 def _ids(tokenizer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-  """The IDS that are given, or the tokenizer's; its own end ends too, as it does here."""
+  """The IDS that are given, or the tokenizer's; its own end and its template's end too, as they do here."""
   ids = {key: getattr(tokenizer, key) if given.get(key) is None else given[key] for key in IDS}
   ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-  if tokenizer.eos_token_id not in (None, *ends):
-    ids["eos_token_id"] = [*ends, tokenizer.eos_token_id]
+  if more := [token for token in Chat(tokenizer).ends if token not in ends]:
+    ids["eos_token_id"] = [*filter(lambda token: token is not None, ends), *more]
   return {key: value for key, value in ids.items() if value is not None}
 
 

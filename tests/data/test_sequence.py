@@ -107,6 +107,19 @@ def test_a_drawn_picture_has_no_slots_and_ends_the_stream(chat):
   assert example["image_positions"].tolist() == [last + 1]  # where a picture that is read would stand
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the tokenizer's own end", "the template's end"])
+def test_what_a_template_has_behind_an_answer_is_nobodys_words_and_follows_no_drawn_picture(own):
+  tokenizer = text.train_tokenizer(["a red star", "what colour?", "blue circle"] * 3, 290)
+  tokenizer.chat_template = "{% for m in messages %}{{ '<|user|>' + m.content + '<|end|>\n' }}{% endfor %}"
+  tokenizer.eos_token = END if own else BEGIN
+  chat = Chat(tokenizer)
+  told = sequence.encode(sequence.talked((("what colour?", "red"),), picture()), chat, LAYOUT)
+  weighted = told["tokens"][told["loss_weights"] > 0].tolist()
+  assert weighted[-1] == chat.end and told["tokens"][-1] == chat.encode("\n")[-1]
+  drawn = sequence.encode(sequence.drawn("a red star", picture()), chat, LAYOUT)
+  assert drawn["tokens"][-1] == chat.image and drawn["loss_weights"][-1] == 1
+
+
 def test_a_picture_is_drawn_where_it_would_be_read(chat):
   turns = (("user", "a red star"), ("assistant", IMAGE))
   read, drawn = (

@@ -308,7 +308,7 @@ def test_a_foreign_template_is_used_as_it_is(chatml):
     "<|im_start|>user\nhowmany?<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
   )
   written = [piece.replace(" ", "") for piece, is_written in pieces if is_written]
-  assert written == ["red<|im_end|>\n", "two<|im_end|>\n"]
+  assert written == ["red<|im_end|>", "two<|im_end|>"]  # the line's end is the template's
 
 
 def test_a_foreign_prompt_ends_where_the_assistant_begins(chatml):
@@ -334,7 +334,7 @@ def test_answers_that_are_shown_otherwise_once_others_follow_are_learned_as_they
     "<|im_start|>user\ndrawit<|im_end|>\n<|im_start|>assistant\nso<|image|><|im_end|>\n"
     "<|im_start|>user\nhowmany?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ntwo<|im_end|>\n"
   )
-  answers = ["red<|im_end|>\n", "so<|image|><|im_end|>\n", "two<|im_end|>\n"]  # the thought is the template's
+  answers = ["red<|im_end|>", "so<|image|><|im_end|>", "two<|im_end|>"]  # the thought is the template's
   assert [piece for piece, written in said if written] == answers
 
 
@@ -342,9 +342,35 @@ def test_answers_that_are_shown_otherwise_once_others_follow_are_learned_as_they
 def test_a_prompt_is_what_training_shows_before_the_last_answer(answered):
   thinks = of_template(THINKS)
   turns = (*(("user", "what?"), ("assistant", "red")) * answered, ("user", "how many?"))
-  *before, (last, written) = thinks.pieces((*turns, ("assistant", "two")))
+  *before, (last, written), behind = thinks.pieces((*turns, ("assistant", "two")))
   assert thinks.prompt(turns) == [token for piece, _ in before for token in piece]
-  assert written and thinks.decode(last) == "two"
+  assert written and thinks.decode(last) == "two" and behind == (thinks.encode("\n"), False)
+
+
+def test_an_answer_ends_as_the_template_ends_it_also_where_that_is_not_the_tokenizers_own_end():
+  base = of_template(CHATML)
+  base.tokenizer.eos_token = END  # as Qwen's base models have <|endoftext|>
+  base = Chat(base.tokenizer, ends=[PAD_ID := base.tokenizer.convert_tokens_to_ids(PAD)])
+  assert names(base, base.ends) == ["<|im_end|>", END, PAD] and (base.end, base.eos) == base.ends[:2]
+  (_, (answer, _), _) = base.pieces((("user", "what?"), ("assistant", "red")))[1:]
+  assert names(base, answer)[-1] == "<|im_end|>"
+  for end in base.ends:
+    assert base.decode([*base.encode("red"), end, *base.encode("blue")]) == "red"
+  assert Chat(base.tokenizer).ends == base.ends[:2] and PAD_ID not in Chat(base.tokenizer).ends
+
+
+@pytest.mark.parametrize("answer", ["red", ""])
+def test_a_template_without_an_end_leaves_the_tokenizers_own(answer):
+  plain = of_template("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+  assert plain.ends == (plain.eos,)
+  (*_, written) = plain.pieces((("user", "what?"), ("assistant", answer)))
+  assert written[1] and plain.tokenizer.decode(written[0]).endswith("\n")
+
+
+def test_an_empty_answer_is_its_end_alone(chatml):
+  turns = (("user", "a"), ("assistant", "red"), ("user", "b"), ("assistant", ""), ("user", "c"), ("assistant", ""))
+  written = [ids for ids, is_written in chatml.pieces(turns) if is_written]
+  assert written[1:] == [(chatml.end,)] * 2
 
 
 def test_tokens_do_not_depend_on_the_day():

@@ -288,17 +288,20 @@ def test_greedy_writing_equals_full_forward_passes_word_for_word(model, pictures
   expected = greedy(model, rows, features)
   assert all(len(np.unique(words)) > 3 for words in expected)  # else it would prove little
 
-  def generate(end: int) -> np.ndarray:
-    run = jax.jit(lambda params: text.generate(model.model, params, rows, features, new=NEW, end=end))
+  def generate(*ends: int) -> np.ndarray:
+    run = jax.jit(lambda params: text.generate(model.model, params, rows, features, new=NEW, ends=ends))
     return np.asarray(run(model.params))
 
   written = generate(-1)
   assert written.dtype == np.int32
   np.testing.assert_array_equal(written, expected)
 
-  end = int(expected[0, 2])  # a word that does occur: from its first place on there is nothing else
-  ended = np.cumsum(expected == end, axis=1) > 0
-  np.testing.assert_array_equal(generate(end), np.where(ended, end, expected))
+  # Of words that do occur: from a row's first place of one on there are no others.
+  for ends in [(int(expected[0, 2]),), (int(expected[0, 2]), int(expected[1, 3]))]:
+    ended = np.cumsum(np.isin(expected, ends), axis=1) > 0
+    found = generate(*ends)
+    np.testing.assert_array_equal(np.where(ended, -1, found), np.where(ended, -1, expected))
+    np.testing.assert_array_equal(np.isin(found, ends), ended)
 
 
 def test_questions_and_answers_of_many_lengths_take_few_programs(model, pictures, caplog):

@@ -54,7 +54,7 @@ def test_matrices_stay_whole_numbers_in_the_loop_over_words():
   """Made floats of before it, they would take more memory than they saved."""
   model, prompts = tiny.model(), tiny.batch()
   params = int8(tiny.params())
-  written = jax.jit(lambda params: text.generate(model, params, prompts, None, new=2, end=-1)).lower(params)
+  written = jax.jit(lambda params: text.generate(model, params, prompts, None, new=2, ends=(-1,))).lower(params)
   loops = [line for line in written.compile().as_text().splitlines() if " while(" in line]
   assert max(loop.count("s8[") for loop in loops) == 7 * model.transformer["layers"]
 

@@ -294,6 +294,16 @@ def test_an_export_ends_where_we_end_and_shows_no_picture_word(trained, tmp_path
   assert generation == ids | {"suppress_tokens": [words.convert_tokens_to_ids(text.IMAGE)]}
 
 
+def test_a_base_models_export_ends_also_where_its_template_does(tmp_path):
+  words = text.train_tokenizer(["a red circle"] * 2, 300)
+  words.eos_token = text.PAD  # as Qwen's base models have another end than the chat template that comes with them
+  params = tiny.random_params(huggingface.family("qwen2").parameters(MODULE))
+  huggingface.save(tmp_path / "out", MODULE, params, tokenizer=words)
+  for name in ("config.json", huggingface.GENERATION):
+    found = json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]
+    assert found == words.convert_tokens_to_ids([text.PAD, text.END])
+
+
 def test_what_no_tensor_tells_comes_back_also_after_training(folder, tmp_path):
   source = tmp_path / "model"
   source.mkdir()
@@ -306,6 +316,7 @@ def test_what_no_tensor_tells_comes_back_also_after_training(folder, tmp_path):
   (source / huggingface.GENERATION).write_text(json.dumps(dict(eos_token_id=[9, 10], temperature=0.6)))
   exchange.bring_in(source, tmp_path / "workdir")
   loop.train(generation_stage(tmp_path / "workdir"), tmp_path / "run")
+  assert ClipFlow.from_checkpoint(tmp_path / "run").tokenizer.ends == (end, 9, 10)
   for workdir in ("workdir", "run"):
     exchange.give_out(tmp_path / workdir, tmp_path / f"{workdir}_out", "qwen2")
     found, generation = (
