@@ -6,10 +6,11 @@ import collections
 import functools
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.errors import UserError
@@ -51,8 +52,8 @@ class BadRecords:
   def guard(self, fn: Callable[P, T]) -> Callable[P, T | None]:
     """`fn`, with None, which Grain's MapDataset drops, instead of a BadRecord.
 
-    The guarded function raises UserError, with names, once more than `max_fraction` of at least 100 records
-    were bad, or all of them: an endless stream without a good one would be read for ever.
+    The guarded function raises UserError, with names, once so many of at least 100 records were bad that more than
+    `max_fraction` of the data are, or all were: an endless stream without a good one would be read for ever.
     """
 
     @functools.wraps(fn)
@@ -100,9 +101,18 @@ class BadRecords:
         if name not in self.named and len(self.named) < self.limit:
           self.named[name] = why
           self._write({"name": name, "kind": BadRecord(name, why).kind, "why": why})
-      if self.seen >= MIN_SEEN and self.bad > self.max_fraction * self.seen:
-        more = "" if self.path is None else f"; more names are in {self.path}"
-        raise UserError(f"{self.summary()}{more}; mend them or allow more than the fraction {self.max_fraction}")
+      # Each host asks after each record, of a sample of the data: a fraction that is allowed must not stop one of many.
+      if self.seen >= MIN_SEEN and self.bad > _by_chance(self.max_fraction, self.seen):
+        self._stop()
+
+  def check(self) -> None:
+    """Raises UserError where more than `max_fraction` of the records were bad, all of which have now been seen."""
+    if self.seen >= MIN_SEEN and self.bad > self.max_fraction * self.seen:
+      self._stop()
+
+  def _stop(self) -> NoReturn:
+    more = "" if self.path is None else f"; more names are in {self.path}"
+    raise UserError(f"{self.summary()}{more}; mend them or allow more than the fraction {self.max_fraction}")
 
   def _write(self, row: dict[str, str]) -> None:
     if self.path is not None:
@@ -115,6 +125,11 @@ class BadRecords:
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     vars(self).update(state, _lock=threading.Lock())
+
+
+def _by_chance(fraction: float, seen: int) -> float:
+  """How many of the records seen may be bad where this fraction of all are: four deviations more, and one."""
+  return fraction * seen + 4 * math.sqrt(fraction * (1 - fraction) * seen) + (fraction > 0)
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -98,6 +98,7 @@ def prepare(
     rows.append(_columns(part.pop("rows"), dedup))
     parts.append(part)
     say(f"{number + 1} of {len(job)} shards, {bad.seen} of {len(source)} records read, {bad.bad} bad")
+  bad.check()
   if not any(part["shard"] for part in parts):
     shutil.rmtree(partial)
     raise UserError(f"nothing to prepare: {bad.summary()}; {len(source) - bad.bad} are left out by filters")

@@ -5,6 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
+import numpy as np
 import pytest
 
 from clipflow_jax.data.bad_records import BadRecords
@@ -70,10 +71,45 @@ def test_too_many_stop_the_run_with_the_list_but_not_before_a_hundred(tmp_path):
   for i in range(99):
     guarded(i)
   with pytest.raises(UserError) as error:
-    guarded(99)
-  message = str(error.value)
-  assert message.startswith("10 of 100 records are bad (5 missing file, 5 cannot be decoded): 0.png (missing file: 0);")
+    for i in range(99, 1000):
+      guarded(i)
+  assert 100 < bad.seen < 400
+  message, half = str(error.value), bad.bad // 2
+  assert message.startswith(f"{bad.bad} of {bad.seen} records are bad (")
+  assert f"{half} cannot be decoded): 0.png (missing file: 0);" in message
   assert str(bad.path) in message and "0.05" in message and "\n" not in message
+
+
+def stops_at(rate: float, allowed: float, seed: int, records: int = 3000) -> int:
+  """After how many records of which so many are bad a host stops; 0: it does not."""
+  bad = BadRecords(None, allowed)
+  for i, broken in enumerate(np.random.default_rng(seed).random(records) < rate, start=1):
+    try:
+      bad.add(1, {"broken": 1} if broken else {}, ())
+    except UserError:
+      return i
+  return 0
+
+
+@pytest.mark.parametrize(("rate", "allowed"), [(0.02, 0.05), (0.04, 0.05), (0.05, 0.05), (0.001, 0.001), (0.3, 0.3)])
+def test_no_host_of_many_stops_by_chance(rate, allowed):
+  assert [stops_at(rate, allowed, seed) for seed in range(32)] == [0] * 32
+
+
+@pytest.mark.parametrize(
+  ("rate", "allowed", "soon"), [(1, 0.05, 100), (0.5, 0.05, 100), (0.1, 0.05, 800), (0.01, 0, 800)]
+)
+def test_what_is_beyond_the_limit_stops_every_host(rate, allowed, soon):
+  assert all(100 <= stops_at(rate, allowed, seed) <= soon for seed in range(16))
+
+
+def test_of_data_that_were_seen_whole_the_fraction_itself_counts():
+  bad = BadRecords(None, 0.05)
+  bad.add(200, {"broken": 10}, ())
+  bad.check()
+  bad.add(0, {"broken": 1}, ())
+  with pytest.raises(UserError, match="^11 of 200 records are bad"):
+    bad.check()
 
 
 def test_a_stream_without_a_good_record_is_stopped_also_where_all_may_be_bad():

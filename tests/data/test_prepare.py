@@ -389,9 +389,9 @@ def test_inputs_without_a_good_picture_are_an_error_that_names_them(pictures, tm
 def test_too_many_bad_records_stop_it_and_more_patience_goes_on_from_there(tmp_path):
   data = [(f"{i}.png", tiny_data.picture(i % 256) if i % 4 else b"", {"caption": "x"}) for i in range(160)]
   folder = tiny_data.folder(tmp_path / "in", data)
-  with pytest.raises(UserError, match="of 100 records are bad .*more names are in .*data_errors.jsonl; mend them"):
+  with pytest.raises(UserError, match="40 of 160 records are bad .*more names are in .*data_errors.jsonl; mend them"):
     run(folder, tmp_path / "out", max_bad_fraction=0.2, length=50)
-  assert len((tmp_path / "out.partial" / "data_errors.jsonl").read_text().splitlines()) == 25
+  assert len((tmp_path / "out.partial" / "data_errors.jsonl").read_text().splitlines()) == 40
   assert run(folder, tmp_path / "out", max_bad_fraction=0.3, length=50)["bad"] == {"not a picture": 40}
 
 
