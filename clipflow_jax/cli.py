@@ -204,9 +204,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("--resize", default="torch-fidelity", help="torch-fidelity or clean-fid (default %(default)s)")
   sub.add_argument("--json", type=_written, help="also write what was found to this file")
-  sub.add_argument("--n", type=_whole(2), default=1000, help="pictures behind each score, 2 or more")
-  sub.add_argument("--per-category", type=_whole(1), default=128, help="prompts of each compositional category")
-  sub.add_argument("--seed", type=_whole(0), default=0)
+  sub.add_argument("--n", type=_whole(2), help="pictures behind each score of the report, 2 or more (default 1000)")
+  sub.add_argument(
+    "--per-category", type=_whole(1), help="prompts of each compositional category (default 128, --n at most)"
+  )
+  sub.add_argument("--seed", type=_whole(0), help="which pictures, and which drawings (default 0)")
 
   sub = command(
     commands.prepare,

@@ -21,7 +21,7 @@ START = time.time()
 
 def quickstart(options: argparse.Namespace) -> None:
   from clipflow_jax.evaluation import sampler
-  from clipflow_jax.training import stages
+  from clipflow_jax.training import checkpoint, stages
 
   config = config_file.load(options.config, options.overrides)
   if "order" not in config or "evaluation" not in config:
@@ -29,8 +29,9 @@ def quickstart(options: argparse.Namespace) -> None:
   for name, least in (("n", 2), ("per_category", 1)):
     if config.evaluation[name] < least:
       raise UserError(f"evaluation.{name} is {config.evaluation[name]}: give {least} or more")
+  begun = any(checkpoint.steps(options.workdir / name) for name in config.order)
   stages.train(config, options.workdir, sampler.make(config))
-  _report(options.workdir, **config.evaluation)
+  _report(options.workdir, trained=not begun, **config.evaluation)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -131,16 +132,24 @@ def demo(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
   chosen = [name for name in options.tasks.split(",") if name]
+  compared = bool(options.real or options.fake)
+  if options.overrides and (compared or not chosen):
+    raise UserError(
+      f"{options.overrides[0]!r} overrides what --tasks=... of a --workdir ask for; name some, or leave it"
+    )
+  size = {name: value for name in ("n", "per_category", "seed") if (value := getattr(options, name)) is not None}
+  if size and (compared or chosen):
+    named = ", ".join(f"--{name.replace('_', '-')}" for name in size)
+    raise UserError(f"{named} are of the report without --tasks; a task's are --config.tasks.NAME.n=N, --config.seed=N")
   if options.statistics and not options.real:
     raise UserError(f"--statistics={options.statistics} needs --real=DIR: the folder whose statistics are written")
-  if options.real or options.fake:
+  if compared:
     found = _compare(options, chosen)
   elif options.workdir is None:
     raise UserError("clipflow evaluate needs --workdir=DIR, or --real=DIR and --fake=DIR")
   elif chosen:
     found = _measure(options, chosen)
   else:
-    size = dict(n=options.n, per_category=options.per_category, seed=options.seed)
     found = _report(options.workdir, options.weights, **size)
   if options.json:
     _write_json(options.json, found)
@@ -276,6 +285,8 @@ def info(options: argparse.Namespace) -> None:
     return
   from clipflow_jax.inference import info, workdir, workdir_page
 
+  if options.workdir and options.overrides:
+    raise UserError(f"{options.overrides[0]!r}: --workdir shows a run as it was; leave it out to see a config")
   if options.workdir:
     run = workdir.look(options.workdir, lambda file: config_file.load(file, []))
     print(workdir.describe(run))
@@ -369,7 +380,16 @@ def _write_text(path: Path, text: str) -> None:
     raise UserError(f"cannot write {path}: {error}") from error
 
 
-def _report(workdir: Path, weights: str = "", *, n: int, per_category: int, seed: int) -> dict:
+def _report(
+  workdir: Path,
+  weights: str = "",
+  *,
+  trained: bool = False,
+  n: int = 1000,
+  per_category: int | None = None,
+  seed: int = 0,
+) -> dict:
+  """Writes WORKDIR/report. trained: in this process, from the first step on; per_category: by default as `n` allows."""
   from clipflow_jax.data import mixture, sources
   from clipflow_jax.evaluation import bars, report
   from clipflow_jax.training import stages
@@ -382,11 +402,16 @@ def _report(workdir: Path, weights: str = "", *, n: int, per_category: int, seed
   shown: tuple[bars.Bar, ...] = ()
   if isinstance(source, sources.ShapesSource):
     shown = bars.QUICKSTART
+    per_category = per_category or min(128, n)
     metrics, artefacts = report.evaluate_shapes(model, source, n=n, per_category=per_category, seed=seed)
   else:
     metrics, artefacts = report.evaluate_folder(model, source, n=n, seed=seed)
-  install = float(os.environ.get("CLIPFLOW_INSTALL_SECONDS", 0)) / 60
-  metrics = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install, **metrics}
+  if trained:
+    install = float(os.environ.get("CLIPFLOW_INSTALL_SECONDS", 0)) / 60
+    run = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install}
+  else:  # of what the training took an evaluation knows what was written then
+    run = report.of_training(workdir / "report")
+  metrics = run | metrics
   metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
   print(bars.table(metrics, shown))
   print(f"report: {workdir / 'report' / 'index.html'}")

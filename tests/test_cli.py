@@ -163,6 +163,10 @@ def test_a_config_file_that_fails_is_told_in_one_line(capsys, tmp_path, written,
     (("info", "--config.steps", "3"), "unknown argument '--config.steps'"),
     (("evaluate", "--workdir=x", "--n=1"), "argument --n: '1' is no whole number of 2 or more"),
     (("evaluate", "--workdir=x", "--per-category=0"), "argument --per-category: '0' is no whole number of 1 or more"),
+    (("evaluate", "--workdir=x", "--tasks=all", "--n=5", "--seed=1"), "--n, --seed are of the report without --tasks"),
+    (("evaluate", "--real=x", "--fake=x", "--per-category=5"), "--per-category are of the report without --tasks"),
+    (("evaluate", "--workdir=x", "--config.seed=1"), "'--config.seed=1' overrides what --tasks=... of a --workdir"),
+    (("info", "--workdir=x", "--config.seed=1"), "'--config.seed=1': --workdir shows a run as it was"),
     (("evaluate", "--workdir=x", "--seed=-1"), "argument --seed: '-1' is no whole number of 0 or more"),
     (("evaluate", "--workdir=x", "--seed=one"), "argument --seed: 'one' is no whole number"),
     (("evaluate", "--workdir=x", "--json=no/x.json"), "argument --json: 'no/x.json' cannot be written: give a file in"),
@@ -449,3 +453,5 @@ def test_quickstart_goes_from_nothing_to_a_report(tmp_path):
     assert (workdir / "report" / name).stat().st_size > 0, name
   again = run(*command)
   assert again.returncode == 0 and "compiled the step" not in again.stderr  # finished stages are not run again
+  after = json.loads((workdir / "report" / "metrics.json").read_text())
+  assert after["minutes_total"] == metrics["minutes_total"]  # what the training took, not the second evaluation

@@ -33,7 +33,7 @@ SUBJECTS = {
   "evaluate": "clipflow_jax.bench.inference:evaluate",
 }
 CEILINGS = ("matmul", "copy")  # of `ceiling.work`: the most that this machine does of each
-PEERS = Path(__file__).parents[2] / "tests" / "benchmarks" / "peers"
+PEERS = Path("tests", "benchmarks", "peers")  # of a checkout: the one that is worked in, else the one imported from
 LIBRARIES = {"jax": "jax", "torch": "torch", "transformers": "transformers", "diffusers": "diffusers"}
 LIBRARIES |= {"open_clip": "open_clip_torch", "PIL": "pillow", "grain": "grain"}  # module -> distribution
 LIBRARIES |= {"torch_fidelity": "torch-fidelity"}
@@ -173,11 +173,12 @@ def run(
   process for all ways that tell it the same. apart: one begins when the one before has ended, all its turns done, for a
   device that has no room for all. UserError where there is no such peer, or where a process fails.
   """
-  script = PEERS / f"{peer}_{subject}.py"
+  peers = next((root / PEERS for root in (Path.cwd(), Path(__file__).parents[2]) if (root / PEERS).is_dir()), PEERS)
+  script = peers / f"{peer}_{subject}.py"
   if peer and not script.is_file():
-    there = sorted(file.stem for file in PEERS.glob(f"*_{subject}.py"))
+    there = sorted(file.stem for file in peers.glob(f"*_{subject}.py"))
     raise UserError(
-      f"there is no peer {peer!r} for {subject}: peers are the scripts in tests/benchmarks/peers of a checkout"
+      f"there is no peer {peer!r} for {subject}: peers are the scripts in {PEERS} of a checkout, in which to run this"
       f" ({', '.join(there) or 'none for it'})"
     )
   found: dict[str, list[Worker]] = {"ours": [], "peers": [], "ceilings": []}

@@ -166,6 +166,15 @@ def write_report(
   return metrics
 
 
+def of_training(directory: Path) -> dict[str, float | None]:
+  """What the report that lies there tells of the run's time and memory; None where it tells nothing."""
+  try:
+    last = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    last = {}
+  return {name: last.get(name) for name in ("minutes_total", "minutes_install", "peak_memory_gib")}
+
+
 def provenance() -> dict[str, Any]:
   """Where the numbers come from: peak memory of this process, and the software."""
   unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere

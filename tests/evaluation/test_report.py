@@ -107,6 +107,12 @@ def blind():
   return report.evaluate_shapes(Blind(), SOURCE, n=N, per_category=PER_CATEGORY, seed=SEED)
 
 
+def test_what_training_took_is_known_from_the_report_before(tmp_path):
+  assert set(report.of_training(tmp_path).values()) == {None}
+  (tmp_path / "metrics.json").write_text('{"minutes_total": 9.5, "peak_memory_gib": 1.5, "seed": 3}')
+  assert report.of_training(tmp_path) == {"minutes_total": 9.5, "minutes_install": None, "peak_memory_gib": 1.5}
+
+
 def test_a_model_that_does_everything_right_scores_one(perfect):
   metrics, _ = perfect
   assert metrics["compositional_by_category"] == dict.fromkeys(compositional.CATEGORIES, 1.0)
