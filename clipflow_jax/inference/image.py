@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 
 import flax.struct
@@ -36,8 +37,8 @@ class Sampling:
 
   def __post_init__(self):
     object.__setattr__(self, "interval", tuple(self.interval))
-    if self.steps < 1:
-      raise UserError(f"sampling steps {self.steps}: at least 1 is needed")
+    if not isinstance(self.steps, numbers.Integral) or self.steps < 1:
+      raise UserError(f"sampling steps {self.steps}: give a whole number, at least 1")
     if self.method not in solvers.METHODS:
       raise UserError(f"sampling method {self.method!r} is unknown; choose one of {', '.join(solvers.METHODS)}")
     if self.guide not in ("text", "null", "early"):

@@ -270,18 +270,24 @@ class ClipFlow:
     return int(self.rows([self.conversation(asked)], prompt=True).segments.sum())
 
   def conversation(self, messages: list[Message]) -> Conversation:
-    """Messages as `chat` takes them, worded as the run's data words questions."""
-    turns, pictures = [], []
+    """Messages as `chat` takes them, worded as the run's data words questions. UserError for others."""
+    turns: list[tuple[str, str]] = []
+    pictures: list[np.ndarray] = []
     for message in messages:
-      content = message["content"]
-      parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-      pictures += [self._fit(part["image"]) for part in parts if part["type"] == "image"]
-      words = [part["text"] for part in parts if part["type"] != "image"]
+      try:
+        role, content = message["role"], message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        shown = [part["image"] for part in parts if part["type"] == "image"]
+        words = [part["text"] for part in parts if part["type"] != "image"]
+        inside = "".join(IMAGE if part["type"] == "image" else part["text"] for part in parts)
+      except (TypeError, KeyError) as error:
+        raise UserError(
+          f'messages are a list of {{"role": "user", "content": "hello"}} and the like, not of {message!r:.60}'
+        ) from error
+      pictures += map(self._fit, shown)
       if len(words) == 1 and len(parts) == 2:  # a picture and what is asked of it, in whichever order
-        turns.append((message["role"], sequence.beside(words[0], self.wording.ask)))
-      else:
-        inside = (IMAGE if part["type"] == "image" else part["text"] for part in parts)
-        turns.append((message["role"], "".join(inside)))
+        inside = sequence.beside(words[0], self.wording.ask)
+      turns.append((role, inside))
     images = np.stack(pictures) if pictures else self.blank()[None][:0]
     return Conversation(tuple(turns), images, (1,) * len(pictures))
 

@@ -411,6 +411,20 @@ def test_nothing_is_refused(model):
       call()
 
 
+@pytest.mark.parametrize(
+  "messages", ["hi", ["hi"], [{"content": "hi"}], [{"role": "user", "content": [{"text": "hi"}]}]]
+)
+def test_what_are_no_messages_is_told_with_some_that_are(model, messages):
+  with pytest.raises(UserError, match=r'messages are a list of \{"role": "user"'):
+    model.chat(messages)
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, "4"])
+def test_steps_are_whole(model, steps):
+  with pytest.raises(UserError, match=rf"sampling steps {steps}: give a whole number"):
+    model.draw(["a"], steps=steps)
+
+
 def test_a_part_that_is_not_there_is_named(model, pictures):
   fields = dict(tiny.FIELDS, clip=model.model.clip, transformer=None, pixel_decoder=None)
   tower = ClipFlow(Model(**fields), model.params, model.tokenizer, model.config)
