@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from clipflow_jax.data.images import FORMATS, square
+from clipflow_jax.data.example import BadRecord
+from clipflow_jax.data.images import opened, square
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import dinov2, images, inception
 
@@ -98,10 +99,10 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def _read(file: Path) -> np.ndarray:
   try:
-    with Image.open(file, formats=FORMATS) as image:
+    with opened(file, str(file)) as image:
       return np.asarray(image.convert("RGB"))
-  except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-    raise UserError(f"{file} cannot be read as a picture ({error}); mend or remove it") from error
+  except BadRecord as error:
+    raise UserError(f"{file} cannot be read as a picture ({error.why}); mend or remove it") from error
 
 
 def check(tasks: Sequence[str], real: Path | None, fake: Path | None) -> None:
@@ -139,8 +140,8 @@ def reference(folder: Path, features: Features) -> images.Moments:
   """
   digest = hashlib.sha256(features.key.encode())
   for file in list_pictures(folder):
-    with file.open("rb") as opened:
-      digest.update(hashlib.file_digest(opened, "sha256").digest())
+    with file.open("rb") as content:
+      digest.update(hashlib.file_digest(content, "sha256").digest())
   kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipflow_jax" / f"{digest.hexdigest()}.npz"
   if kept.is_file():
     log.info("the features of %s are known from before, in %s", folder, kept)

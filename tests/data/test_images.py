@@ -234,7 +234,7 @@ def test_of_a_jpeg_only_its_own_scans_count():
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of some of the damage
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-  format=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF"]),
+  format=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF"]),
   cut=st.floats(0, 1),
   flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8),
 )

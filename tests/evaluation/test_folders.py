@@ -158,3 +158,9 @@ def test_a_picture_that_cannot_be_read_ends_it_with_its_name(sets, tmp_path):
   (folder / "002.png").write_bytes(b"no picture")
   with pytest.raises(UserError, match=r"002.png cannot be read as a picture .* mend or remove it"):
     folders.compare(["fid"], sets[0], folder, Extractors(MeanColours()))
+  shutil.copy(folder / "000.png", folder / "002.png")
+  Image.open(folder / "000.png").save(folder / "002.avif")
+  head, word, coded = (folder / "002.avif").read_bytes().rpartition(b"mdat")
+  (folder / "002.avif").write_bytes(head + word + bytes(len(coded)))  # Pillow raises for it what it does for no other
+  with pytest.raises(UserError, match=r"002.avif cannot be read as a picture \(cannot be decoded: .*; mend or remove"):
+    folders.compare(["fid"], sets[0], folder, Extractors(MeanColours()))
