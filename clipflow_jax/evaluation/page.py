@@ -74,7 +74,7 @@ def html(metrics: Mapping[str, Any], artefacts: Artefacts, standings: Sequence[S
 
 
 def results(result: Mapping[str, Any], shown: Mapping[str, Sequence[tuple[str, str, Answer]]]) -> str:
-  """The page of an evaluation's RESULT.json. shown: of each task, (file of the picture or "", question, answer)."""
+  """The page of an evaluation's RESULT.json. shown: of tasks, (file of the picture or "", question, answer)."""
   sections = []
   for name, task in result["tasks"].items():
     rows = [["all", str(task["count"]), *_metrics(task["metrics"])]]
@@ -84,7 +84,7 @@ def results(result: Mapping[str, Any], shown: Mapping[str, Sequence[tuple[str, s
     sections.append(f"<h2>{escape(name)}</h2>" + table(["", "n", *map(escape, task["metrics"])], rows))
     figures = [
       (figure(file, question, caption) if file else f"<figure><figcaption>{caption}</figcaption></figure>\n")
-      for file, question, answer in shown[name]
+      for file, question, answer in shown.get(name, ())
       for caption in [
         f"<i>{escape(question)}</i><br>{escape(answer.written)}<br><small>truth: {escape(answer.truth)}</small>"
       ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,27 +16,45 @@ from clipflow_jax.evaluation import page, report
 from clipflow_jax.evaluation.suite import Done, Run, checkpoint
 from clipflow_jax.evaluation.tasks import Answer
 
+log = logging.getLogger(__name__)
+
 SHOWN = 12  # answers of each task on the page, the first ones
 
 
 def write(run: Run, done: Mapping[str, Done]) -> dict[str, Any]:
   """Writes run.directory/RESULT.json and index.html with its pictures, each whole or not at all; returns the result.
 
-  RESULT.json is a function of checkpoint, config, data and software: no time, no memory, no place is in it.
+  RESULT.json is a function of checkpoint, config, data and software: no time, no memory, no place is in it. What it
+  has of other tasks, measured of the same checkpoint with the same seed, resamples and software, stays in it and on the
+  page, there without pictures.
   """
-  result = {
-    "tasks": {name: one.result for name, one in done.items()},
+  file = run.directory / "RESULT.json"
+  measured = {
     "checkpoint": checkpoint(run.model),
     "seed": run.seed,
     "resamples": run.resamples,
     **report.software(),
   }
+  result = {"tasks": _kept(file, measured) | {name: one.result for name, one in done.items()}, **measured}
   text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
   run.directory.mkdir(parents=True, exist_ok=True)
   shown = {name: list(_shown(run, name, one)) for name, one in done.items()}
   files.write_text(run.directory / "index.html", page.results(result, shown))
-  files.write_text(run.directory / "RESULT.json", text)
+  files.write_text(file, text)
   return result
+
+
+def _kept(file: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
+  """The tasks in a RESULT.json whose other parts are the same: there are none where it is not there or not whole."""
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    tasks = found.pop("tasks", {})
+  except (OSError, ValueError):
+    return {}
+  if found != measured:
+    log.warning("%s is of another checkpoint, seed, number of resamples or software: it is replaced", file)
+    return {}
+  return tasks
 
 
 def _shown(run: Run, name: str, done: Done) -> Iterator[tuple[str, str, Answer]]:

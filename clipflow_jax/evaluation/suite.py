@@ -139,11 +139,16 @@ def _ask(
 
 
 def checkpoint(model: ClipFlow) -> dict[str, Any]:
-  """What tells one model from another: its stage, its step, its config, and some of its weights."""
-  leaves = sorted(jax.tree.leaves(model.params), key=lambda leaf: leaf.size)[:_LEAVES]
-  weights = hashlib.sha256(b"".join(np.asarray(leaf, np.float32).tobytes() for leaf in leaves)).hexdigest()[:16]
-  config = tasks.key_of(model.config.to_dict())
-  return {"stage": model.config.get("name", ""), "step": model.step, "config": config, "weights": weights}
+  """What tells one model from another: its stage, its step, its config, some of its weights, and the types of all."""
+  leaves = sorted(jax.tree.leaves(model.params), key=lambda leaf: leaf.size)
+  some = b"".join(np.asarray(leaf, np.float32).tobytes() for leaf in leaves[:_LEAVES])
+  return {
+    "stage": model.config.get("name", ""),
+    "step": model.step,
+    "config": tasks.key_of(model.config.to_dict()),
+    "weights": hashlib.sha256(some).hexdigest()[:16],
+    "types": ", ".join(sorted({str(leaf.dtype) for leaf in leaves})),  # int8 among them or not: the smallest stay as is
+  }
 
 
 def _items(run: Run, data: str, what: str, n: int) -> list[Item]:

@@ -176,6 +176,46 @@ def test_an_evaluation_that_was_killed_ends_with_the_same_result(whole, tmp_path
   assert idle.calls == 0 and (tmp_path / "RESULT.json").read_bytes() == expected
 
 
+def measured(model, folder, name, seed=SEED, resamples=0):
+  """The tasks in RESULT.json after one more is measured."""
+  found = suite.Run(model, folder, SOURCE, seed, resamples)
+  results.write(found, suite.evaluate(found, {name: tasks()[name]}))
+  return json.loads((folder / "RESULT.json").read_text())["tasks"]
+
+
+def test_tasks_that_are_measured_one_after_the_other_are_all_in_the_result(tmp_path):
+  first = measured(Oracle(), tmp_path, "questions")
+  both = measured(Oracle(), tmp_path, "zero_shot")
+  assert list(both) == ["questions", "zero_shot"] and both["questions"] == first["questions"]
+  assert measured(Oracle(), tmp_path, "questions") == both
+  page = (tmp_path / "index.html").read_text()
+  assert "<h2>questions</h2>" in page and "<h2>zero_shot</h2>" in page
+
+
+def test_results_of_other_models_seeds_or_software_do_not_mix(tmp_path, monkeypatch, caplog):
+  measured(Oracle(), tmp_path, "questions")
+  trained_on, int8 = Oracle(), Oracle()
+  trained_on.step = 8
+  int8.params = {**int8.params, "large": np.zeros(100, np.int8)}
+  for other in (dict(model=trained_on), dict(model=int8), dict(seed=SEED + 1), dict(resamples=2)):
+    assert list(measured(folder=tmp_path, **dict(model=Oracle(), name="zero_shot") | other)) == ["zero_shot"]
+    assert "is of another checkpoint, seed" in caplog.text
+    caplog.clear()
+    assert list(measured(Oracle(), tmp_path, "questions")) == ["questions"]
+  monkeypatch.setenv("CLIPFLOW_COMMIT", "1" * 40)
+  assert list(measured(Oracle(), tmp_path, "zero_shot")) == ["zero_shot"]
+  (tmp_path / "RESULT.json").write_text("{")
+  assert list(measured(Oracle(), tmp_path, "questions")) == ["questions"]
+
+
+def test_weights_in_eight_bits_are_another_model_though_the_smallest_are_the_same(monkeypatch):
+  model, int8 = Oracle(), Oracle()
+  monkeypatch.setattr(suite, "_LEAVES", 1)
+  model.params = {"a": np.zeros(1, np.float32), "large": np.zeros(100, np.float32)}
+  int8.params = model.params | {"large": np.zeros(100, np.int8)}
+  assert suite.checkpoint(model)["types"] == "float32" and suite.checkpoint(int8)["types"] == "float32, int8"
+
+
 def test_other_weights_or_settings_are_asked_anew(whole, tmp_path):
   chosen = {"questions": tasks()["questions"]}
   model = Oracle()
