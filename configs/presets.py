@@ -159,6 +159,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       keep=1,  # of the newest checkpoints
       keep_every=0,  # those of its multiples stay besides, for good; 0: none
       compilation_cache="",  # a folder for compiled programs, for a faster start the next time
+      profile=dict(first=10, steps=0),  # so many steps to trace into WORKDIR/profile, after the first of this start
       hang_timeout=0.0,  # seconds without a finished log after which all stacks are dumped; 0: never
       hang_ends=False,  # and end the run then, to be started again
       sampling=dict(steps=40, guidance=1.5, eta=1.0, method="euler", interval=(0.0, 1.0), guide="text"),

@@ -38,6 +38,7 @@ from clipflow_jax.training import beginnings, checkpoint, features, held_out, op
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
+from clipflow_jax.training.profile import Profile
 from clipflow_jax.training.state import Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ LEAST = {
   "held_out.every": 0,
   "held_out.batches": 1,
   "measure_features": 0,
+  "profile.first": 0,
+  "profile.steps": 0,
   "hang_timeout": 0,
 }
 
@@ -205,6 +208,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     with (
       contextlib.closing(Writer(workdir, stage=config.name, total_steps=config.steps, resume_step=begin)) as writer,
       Watchdog(config.hang_timeout, ends=config.hang_ends) as watchdog,
+      Profile(workdir / "profile", **config.profile) as profile,
       contextlib.closing(checkpoints),  # whatever ends the run, the checkpoint under way is written
     ):
 
@@ -228,9 +232,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
         owed.settle(workdir)  # of another step, or of what the config no longer asks for
       for number in range(begin + 1, config.steps + 1):
         watchdog.beat(f"step {number}")
-        with throughput.waiting(now.step):
-          batch = put(next(batches))
-        now, metrics = compiled(now, batch)
+        with profile.step(number, now.step):
+          with throughput.waiting(now.step):
+            batch = put(next(batches))
+          now, metrics = compiled(now, batch)
         meter.update(metrics)
         throughput.step()
         stopping = stop()  # asked once a step: a signal that comes while this one is sampled is for the next
