@@ -19,7 +19,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data.text import with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.clipflow import ClipFlow
-from clipflow_jax.training import loop, state
+from clipflow_jax.training import settings, state
 from clipflow_jax.training.adapters import Adapters
 
 VOCABULARY = 512  # stands for one that only the tokenizer will tell
@@ -35,7 +35,7 @@ def describe_config(config: ConfigDict) -> str:
   if not every or not all("model" in stage for stage in every):
     raise UserError("the config has neither a model nor stages that have one; see configs/ for examples")
   for stage in every:
-    loop.check(stage)
+    settings.check(stage)
   plan = [
     (
       stage.name,

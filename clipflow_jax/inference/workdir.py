@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from clipflow_jax.data import pipeline
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference.info import by_part, table
-from clipflow_jax.training import checkpoint, loop, stages, state
-from clipflow_jax.training.loop import Change
+from clipflow_jax.training import checkpoint, settings, stages, state
+from clipflow_jax.training.settings import Change
 from clipflow_jax.webpage import number
 
 Load = Callable[[str], ConfigDict]  # "file.py:arguments" -> its config; raises UserError
@@ -151,7 +151,7 @@ def _changes(there: ConfigDict, here: Mapping[str, Any]) -> list[Change]:
     if name not in there.stages:
       raise UserError(f"it has no stage {name!r} any more")
     there = there.stages[name]
-  return loop.changes(json.loads(there.to_json_best_effort()), here)
+  return settings.changes(json.loads(there.to_json_best_effort()), here)
 
 
 def _parameters(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

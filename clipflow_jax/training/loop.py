@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,18 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.parallel import distributed, sharding
 from clipflow_jax.parallel import mesh as meshes
-from clipflow_jax.training import beginnings, checkpoint, features, held_out, optimizer, owed, plan, state, step
+from clipflow_jax.training import (
+  beginnings,
+  checkpoint,
+  features,
+  held_out,
+  optimizer,
+  owed,
+  plan,
+  settings,
+  state,
+  step,
+)
 from clipflow_jax.training.adapters import Adapters
 from clipflow_jax.training.faults import Watchdog
 from clipflow_jax.training.metrics import Meter, Throughput, Writer, peak_flops
@@ -48,23 +59,6 @@ COMPILING = 3600.0  # seconds that one process may need longer than another befo
 # (model, config, all parameters, tokenizer, step, writer, what is due): writes that. How is not training's business.
 Sampler = Callable[[ClipFlow, ConfigDict, Params, text.Chat, int, Writer, list[str]], None]
 SAMPLES = "samples"  # what is due every `config.sample_every` steps, beside the tasks of `config.evaluate`
-# The least that settings may be; 0 is never, but for a checkpoint at the last step.
-LEAST = {
-  "steps": 1,
-  "accumulate": 1,
-  "data.batch_size": 1,
-  "keep": 1,
-  "keep_every": 0,
-  "log_every": 1,
-  "checkpoint_every": 0,
-  "sample_every": 0,
-  "held_out.every": 0,
-  "held_out.batches": 1,
-  "measure_features": 0,
-  "profile.first": 0,
-  "profile.steps": 0,
-  "hang_timeout": 0,
-}
 
 
 def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> TrainState:
@@ -79,7 +73,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   all of them see.
   """
   began = time.perf_counter()
-  check(config)
+  settings.check(config)
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
@@ -93,7 +87,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   starts: list[checkpoint.Restored] = []
   if checkpoint.steps(workdir):
     told = [checkpoint.described(workdir)]
-    compare(config, workdir)
+    settings.compare(config, workdir)
   else:
     starts = beginnings.load(config, ("averaged", "frozen"))
     told = [start.meta for start in starts]
@@ -264,62 +258,6 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       log.info("stopped by %s at step %d; the same command goes on", signal.Signals(stopped).name, saved)
       raise SystemExit(0) if stopped == signal.SIGTERM else KeyboardInterrupt
     return whole(now)
-
-
-def check(config: ConfigDict) -> None:
-  """UserError for settings that make no run, as far as they tell by themselves."""
-  settings = dict(_leaves(config.to_dict()))
-  for name, least in LEAST.items():
-    if settings[name] < least:
-      raise UserError(f"{name} is {settings[name]}: give {least} or more")
-  if not 0 <= config.ema < 1:
-    raise UserError(f"ema is {config.ema}: give the average's decay a step, from 0 for none to less than 1")
-  if config.keep_every and not (config.checkpoint_every and config.keep_every % config.checkpoint_every == 0):
-    raise UserError(
-      f"keep_every is {config.keep_every}: give a multiple of checkpoint_every, which is {config.checkpoint_every}"
-    )
-  if config.held_out.every and config.data.get("features"):
-    raise UserError("held_out.every: data.features holds no test split, only what is trained on; set held_out.every=0")
-  Objective(**config.objective)
-  Adapters(**config.adapters)
-  optimizer.Optimizer(steps=config.steps, **config.optimizer)
-
-
-class Change(NamedTuple):
-  """A setting of two configs that differs; "-" where one of the two has no such key."""
-
-  key: str
-  there: str
-  here: str
-
-
-def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Change]:
-  """The settings of two configs, as JSON, that differ, but for the file that they come from."""
-  old, new = (dict(_leaves(fields)) for fields in (there, here))
-  keys = [key for key in sorted(old | new) if key != "file" and old.get(key, "-") != new.get(key, "-")]
-  return [Change(key, *(json.dumps(of[key]) if key in of else "-" for of in (old, new))) for key in keys]
-
-
-def _leaves(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-  """("data.source.kind", value) of every leaf."""
-  for key, value in fields.items():
-    if isinstance(value, Mapping) and value:
-      yield from _leaves(value, f"{before}{key}.")
-    else:
-      yield f"{before}{key}", value
-
-
-def compare(config: ConfigDict, workdir: Path) -> None:
-  """Names what a run that goes on has been set otherwise than its checkpoint. UserError for another seed or stage."""
-  found = changes(checkpoint.described(workdir)["config"], json.loads(config.to_json_best_effort()))
-  for change in found:
-    if change.key in ("seed", "name"):
-      raise UserError(
-        f"the run in {workdir} has {change.key} {change.there}, not {change.here}: keep it, or use another workdir"
-      )
-  if found:
-    named = ", ".join(f"{change.key} {change.here} (there {change.there})" for change in found)
-    log.warning("the config differs from the checkpoint's: %s", named)
 
 
 def make_pipeline(config: ConfigDict, told: Sequence[Mapping[str, Any]] = ()) -> Pipeline:

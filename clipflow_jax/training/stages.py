@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError, make_folder
-from clipflow_jax.training import checkpoint, loop, owed
+from clipflow_jax.training import checkpoint, loop, owed, settings
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
     _train(config, workdir, sample)
     return
   for name in config.order:
-    loop.check(config.stages[name])
+    settings.check(config.stages[name])
   make_folder(workdir)
   if jax.process_index() == 0:
     (workdir / ORDER).write_text(json.dumps(list(config.order)))
@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
 
 def _train(stage: ConfigDict, workdir: Path, sample: loop.Sampler | None) -> None:
   if is_finished(workdir, stage.steps):
-    loop.compare(stage, workdir)
+    settings.compare(stage, workdir)
     log.info("%s has been trained to step %d: nothing to do", workdir, stage.steps)
   else:
     loop.train(stage, workdir, sample)

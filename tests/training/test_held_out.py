@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from clipflow_jax.data.shapes_source import ShapesSource
 from clipflow_jax.errors import UserError
-from clipflow_jax.training import held_out, loop, stages
+from clipflow_jax.training import held_out, loop, settings, stages
 from clipflow_jax.training.state import TrainState
 from tests import tiny_data, tiny_runs
 from tests.training.test_loop import assert_identical, metrics, uncompiled
@@ -182,7 +182,7 @@ def test_cached_features_have_no_test_split():
   config = stage()
   config.data.features = "features"
   with pytest.raises(UserError, match="held_out.every: data.features holds no test split.*set held_out.every=0"):
-    loop.check(config)
+    settings.check(config)
 
 
 def test_the_console_tells_the_loss(tested, capsys):

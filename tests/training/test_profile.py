@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.training import loop
+from clipflow_jax.training import loop, settings
 from clipflow_jax.training.profile import Profile
 from tests import tiny_runs
 from tests.training.test_loop import assert_identical, metrics
@@ -68,4 +68,4 @@ def test_only_the_first_process_traces(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fields", [dict(first=-1, steps=1), dict(first=0, steps=-1)])
 def test_what_cannot_be_counted_is_refused(fields: dict[str, Any]):
   with pytest.raises(UserError, match=r"profile\.(first|steps) is -1: give 0 or more"):
-    loop.check(tiny_runs.decoder_stage(profile=fields))
+    settings.check(tiny_runs.decoder_stage(profile=fields))
