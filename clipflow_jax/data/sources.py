@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from clipflow_jax.data.example import Example
+from clipflow_jax.data.example import BadRecord, Example
 from clipflow_jax.data.folder import FolderSource
 from clipflow_jax.data.parquet import ParquetSource
 from clipflow_jax.data.prepared import PreparedSource
@@ -61,6 +61,19 @@ def make(config: Mapping[str, Any], split: str) -> Source:
       except ValueError as error:
         raise UserError(f"data.{name} is {value!r}: give a number") from error
   return found(split=split, **options)
+
+
+def readable(source: Source, order: Iterable[int], n: int) -> list[Example]:
+  """The first n of those examples that can be read, in that order, or as many as there are."""
+  examples: list[Example] = []
+  for i in order:
+    if len(examples) == n:
+      break
+    try:
+      examples.append(source[int(i)])
+    except BadRecord:
+      continue
+  return examples
 
 
 def _own(kind: Any) -> Any:

@@ -19,10 +19,10 @@ from PIL import Image
 
 import clipflow_jax
 from clipflow_jax.data import shapes_text
-from clipflow_jax.data.example import BadRecord, Example
+from clipflow_jax.data.example import Example
 from clipflow_jax.data.mixture import DESCRIBE
 from clipflow_jax.data.shapes_source import ShapesSource
-from clipflow_jax.data.sources import Source
+from clipflow_jax.data.sources import Source, readable
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import bars as bars_
 from clipflow_jax.evaluation import captioning, classification, compositional, images, page, vqa
@@ -96,7 +96,7 @@ def evaluate_folder(
   finds among retrieval_candidates distinct ones (100 if there are as many). The CLIP scores are the model's
   own judgement, fit to compare drawn with real and for nothing else.
   """
-  examples = _readable(source, 2 * n, seed)
+  examples = readable(source, np.random.default_rng(seed).permutation(len(source)), 2 * n)
   half = len(examples) // 2
   if half < 2:
     raise UserError(f"only {len(examples)} readable pictures in {source!r}: evaluation needs 4 or more")
@@ -212,19 +212,6 @@ def _distances(
 def _read_right(descriptions: Sequence[shapes_text.Caption], pictures: np.ndarray) -> float:
   pairs = zip(descriptions, pictures, strict=True)
   return float(np.mean([compositional.matches(text, compositional.read(image)) for text, image in pairs]))
-
-
-def _readable(source: Source, n: int, seed: int) -> list[Example]:
-  """Up to n examples at random, without those that cannot be read."""
-  examples: list[Example] = []
-  for index in np.random.default_rng(seed).permutation(len(source)):
-    if len(examples) == n:
-      break
-    try:
-      examples.append(source[int(index)])
-    except BadRecord:
-      continue
-  return examples
 
 
 def _stack(examples: Sequence[Example]) -> np.ndarray:

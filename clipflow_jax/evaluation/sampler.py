@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from clipflow_jax import config_file
 from clipflow_jax.data import mixture
-from clipflow_jax.data.sources import Source
+from clipflow_jax.data.example import Example
+from clipflow_jax.data.sources import Source, readable
+from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import suite
 from clipflow_jax.inference import show
 from clipflow_jax.inference.image import Sampling
@@ -17,27 +19,47 @@ from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.training import loop
 from clipflow_jax.training.metrics import Writer
 
+SHOWN = 16  # examples of a sheet
+
 
 def make(config: ConfigDict) -> loop.Sampler:
   """For `loop.train`, of a stage or of a run. It keeps a stage's compiled functions from one time to the next.
 
-  UserError for settings by which nothing can be drawn or measured, now and not when it is due.
+  UserError for settings by which nothing can be drawn or measured, or data without a picture to do so by, now and not
+  when it is due.
   """
+  sources: dict[str, Source] = {}
+  examples: dict[str, list[Example]] = {}
   for stage in config_file.stages(config):
     Sampling(**stage.sampling)
     suite.check({name: _settings(stage, name) for name in stage.evaluate})
+    if stage.sample_every or any(task.get("every") for task in stage.evaluate.values()):
+      sources[stage.name], examples[stage.name] = _shown(stage)
   models: dict[str, ClipFlow] = {}
 
   def sample(model, config, params, chat, step, writer, due):
     pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
     pipeline.params = params  # the same compiled functions with today's parameters
-    source = mixture.shown(config.data.source)
     if loop.SAMPLES in due:
-      _write(pipeline, source, step, writer)
+      _write(pipeline, examples[config.name], step, writer)
     if tasks := [name for name in due if name != loop.SAMPLES]:
-      writer.scalars(step, suite.measure(pipeline, source, {name: _settings(config, name) for name in tasks}))
+      writer.scalars(
+        step, suite.measure(pipeline, sources[config.name], {name: _settings(config, name) for name in tasks})
+      )
 
   return sample
+
+
+def _shown(stage: ConfigDict) -> tuple[Source, list[Example]]:
+  """The source whose test split a stage is looked at by, and the first few of its examples, or as many as it has."""
+  try:
+    source = mixture.shown(stage.data.source)
+    examples = readable(source, range(len(source)), SHOWN)
+    if not examples:
+      raise UserError(f"none of the {len(source)} records in the test split of {source!r} can be read: mend them")
+  except UserError as error:
+    raise UserError(f"sample_every and evaluate look at the test split: {error}; or set every one to 0") from error
+  return source, examples
 
 
 def _settings(config: ConfigDict, task: str) -> dict[str, Any]:
@@ -45,9 +67,8 @@ def _settings(config: ConfigDict, task: str) -> dict[str, Any]:
   return {name: value for name, value in config.evaluate[task].to_dict().items() if name != "every"}
 
 
-def _write(pipeline: ClipFlow, source: Source, step: int, writer: Writer) -> None:
+def _write(pipeline: ClipFlow, examples: list[Example], step: int, writer: Writer) -> None:
   """Pictures of a few captions and captions of a few pictures, as far as the stage learns to make them."""
-  examples = [source[i] for i in range(16)]
   images, prompts = np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
   weights = pipeline.config.objective.weights
   if weights.get("flow"):

@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     if tested:
       every[held_out.NAME] = config.held_out.every
     saved = begin
-    unmade = [what for what in owed.at(workdir, begin) if what in every]
+    unmade = [what for what in owed.at(workdir, begin) if every.get(what)]
     first = jax.process_index() == 0
     distributed.barrier("the first step", COMPILING)
     with (

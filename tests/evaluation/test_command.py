@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from ml_collections import ConfigDict
 from clipflow_jax import cli
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import inception, sampler
+from clipflow_jax.inference import show
 from clipflow_jax.inference.pipeline import ClipFlow
 from configs import presets
+from tests import tiny_runs
 from tests.evaluation.test_folders import MeanColours, sets  # noqa: F401
+from tests.tiny_data import folder, samples
 
 
 def fails(capsys, *argv):
@@ -103,10 +107,41 @@ def test_what_training_shall_draw_and_measure_is_checked_before_it_begins(fields
     sampler.make(run)
 
 
+def of_folder(path: Path, test_fraction: float, broken: int = 0) -> ConfigDict:
+  """A stage that draws samples, on twelve pictures, of which so many are none."""
+  data = [(name, b"none" if i < broken else picture, texts) for i, (name, picture, texts) in enumerate(samples(12))]
+  source = dict(kind="folder", path=str(folder(path, data)), size=tiny_runs.SIZE, test_fraction=test_fraction)
+  stage = tiny_runs.decoder_stage(sample_every=2)
+  stage.data.source = source
+  return stage
+
+
+def test_samples_are_of_as_many_pictures_as_can_be_read(trained, tmp_path):
+  """Where a test split has fewer than a sheet has room for, and some of them are broken."""
+  stage, sheets = of_folder(tmp_path / "data", 0.99, broken=3), []
+  model = ClipFlow.from_checkpoint(trained)
+  writer = types.SimpleNamespace(image=lambda step, name, sheet: sheets.append((name, sheet.size)))
+  sampler.make(stage)(model.model, stage, model.params, model.tokenizer, 2, writer, ["samples"])
+  full = show.grid(np.zeros((9, tiny_runs.SIZE, tiny_runs.SIZE, 3), np.uint8), 8)
+  assert sheets == [("reconstructed", full.size)]
+
+
+@pytest.mark.parametrize(
+  ("test_fraction", "broken", "said"), [(0.0, 0, "has no record"), (0.99, 12, "none of the 12 records")]
+)
+def test_samples_of_an_empty_test_split_are_refused_before_training(tmp_path, test_fraction, broken, said):
+  stage = of_folder(tmp_path / "data", test_fraction, broken)
+  with pytest.raises(UserError, match=f"sample_every and evaluate look at the test split: .*{said}.*; or set"):
+    sampler.make(stage)
+  stage.sample_every = 0
+  sampler.make(stage)  # asks for none
+
+
 @pytest.mark.slow
 def test_training_measures_the_tasks_that_are_due(trained, tmp_path):
   model = ClipFlow.from_checkpoint(trained)
   config = ConfigDict(model.config.to_dict())
+  config.sample_every = 2
   config.evaluate = dict(zero_shot=dict(kind="zero_shot", classes="shapes", n=6, every=2), other=dict(kind="yes_no"))
   told = []
   writer = types.SimpleNamespace(
