@@ -8,7 +8,9 @@
 #
 # NAME=clipflow  ZONE=us-east5-a  TYPE=v5p-64  RUNTIME=v2-alpha-tpuv5  PROJECT=...
 # BUCKET=gs://... is mounted at /mnt/bucket by `install`: all hosts must see one workdir, as in
-#   bash launch/tpu/pod.sh run clipflow train --config=configs/joint.py --workdir=/mnt/bucket/runs/joint
+#   bash launch/tpu/pod.sh run clipflow train --config=configs/joint.py:model=8b,hardware=v5p-64 \
+#     --workdir=/mnt/bucket/runs/joint
+# where hardware is TYPE, or the topology of one that configs/hardware.py does not name.
 #
 # RUNTIME by TYPE: v4 tpu-ubuntu2204-base, v5e v2-alpha-tpuv5-lite, v5p v2-alpha-tpuv5, v6e v2-alpha-tpuv6e.
 # The processes find each other through the VMs' metadata. A preempted or maintained host gets SIGTERM: all save at the

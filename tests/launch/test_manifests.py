@@ -14,6 +14,8 @@ import setuptools
 import yaml
 
 from clipflow_jax import cli, config_file
+from clipflow_jax.parallel import mesh
+from configs import hardware
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = sorted((ROOT / "launch").rglob("*.yaml"))
@@ -127,10 +129,43 @@ def test_hosts_are_as_many_as_their_chips_and_data_shards_say(path):
   assert kind in CHIPS
   slices = jobset["spec"]["replicatedJobs"][0]["replicas"]
   topology = pod["nodeSelector"].get("cloud.google.com/gke-tpu-topology")
-  if topology:
-    assert math.prod(map(int, topology.split("x"))) == job["parallelism"] * per_host
   options, rest = cli._parser().parse_known_args([*container["command"][1:], *container["args"]])
-  assert config_file.load(options.config, rest).data.shards % (slices * job["parallelism"]) == 0
+  config = config_file.load(options.config, rest)
+  if topology:
+    assert topology == "x".join(map(str, config.hardware.topology)) and config.hardware.slices == slices
+    assert math.prod(map(int, topology.split("x"))) == job["parallelism"] * per_host
+  assert config.data.shards % (slices * job["parallelism"]) == 0
+
+
+def number(text: str, behind: str) -> int:
+  """The first number in a script or manifest behind those words: an example's, before a default."""
+  return int(re.search(rf"{behind}\s*(\d+)", text)[1])
+
+
+def machine(file: str, text: str) -> int:
+  """How many chips a launcher asks for."""
+  if file == "pod.sh":
+    (kind,) = re.findall(r"^TYPE=\$\{TYPE:-(\S+)\}$", text, re.MULTILINE)
+    return hardware.make(kind).chips
+  if file == "train.sbatch":
+    return number(text, "--nodes=") * number(text, "--gpus-per-node=")
+  chips = "google.com/tpu:" if file == "tpu.yaml" else "nvidia.com/gpu:"
+  return number(text, "replicas:") * number(text, "parallelism:") * number(text, chips)
+
+
+@pytest.mark.parametrize(
+  ("file", "commands"), [("gke/tpu.yaml", 2), ("gke/gpu.yaml", 1), ("tpu/pod.sh", 1), ("slurm/train.sbatch", 1)]
+)
+def test_every_command_of_a_launcher_trains_on_the_machine_that_it_asks_for(file: str, commands: int):
+  text = (ROOT / "launch" / file).read_text()
+  chips = machine(Path(file).name, text)
+  named = re.findall(r"--config=(\S+)", text)
+  assert len(named) == commands
+  for name in named:
+    config = config_file.load(name, [])
+    assert math.prod(config.hardware.topology) * config.hardware.slices == chips
+    assert config.data.batch_size % chips == 0
+    mesh.shape(config.mesh, chips)
 
 
 def test_gpu_hosts_meet_at_the_first_pod():

@@ -142,6 +142,7 @@ def slurm(folder: Path, srun: str, **environment: str) -> tuple[subprocess.Compl
   (folder / "venv" / "bin").mkdir(parents=True)
   stand_in(folder / "venv" / "bin", "clipflow")
   variables = dict(SLURM_JOB_ID="12", SLURM_SUBMIT_DIR=str(folder), CLIPFLOW_VENV=str(folder / "venv"))
+  variables["SLURM_CPUS_PER_TASK"] = "12"
   return with_stand_ins(folder, SBATCH, "--config=configs/joint.py", "--workdir=w", **variables, **environment)
 
 
@@ -149,8 +150,8 @@ def test_a_job_trains_with_its_arguments_on_all_tasks_and_has_their_code(tmp_pat
   done, calls = slurm(tmp_path, "exit 3")
   assert done.returncode == 3
   (call,) = calls.splitlines()
-  assert "srun --kill-on-bad-exit=1" in call and f"{tmp_path}/venv/bin/clipflow train" in call
-  assert call.endswith("--config=configs/joint.py --workdir=w ")
+  assert "srun --kill-on-bad-exit=1 --cpus-per-task=12 " in call
+  assert call.endswith(f"{tmp_path}/venv/bin/clipflow train --config=configs/joint.py --workdir=w ")
 
 
 def test_a_job_whose_time_is_up_stops_its_tasks_and_queues_itself_again(tmp_path):
