@@ -43,9 +43,13 @@ case $action in
     git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:clipflow_jax.tar.gz" "${where[@]}" --worker=all
     rm -r "$(dirname "$archive")"
+    # The images' Ubuntu 22.04 has Python 3.10, and clipflow_jax wants 3.11: uv brings a newer one.
     on_all "set -eu
       mkdir -p clipflow_jax && tar -xzf clipflow_jax.tar.gz -C clipflow_jax
-      python3 -m venv clipflow_venv
+      if [ ! -x clipflow_venv/bin/pip ]; then
+        python3 -m pip install --quiet --user uv
+        python3 -m uv venv --quiet --clear --seed --python 3.12 clipflow_venv
+      fi
       clipflow_venv/bin/pip install --quiet --constraint clipflow_jax/requirements.txt './clipflow_jax[tpu]'"
     if [[ $BUCKET ]]; then
       on_all "set -eu

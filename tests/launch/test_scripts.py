@@ -112,6 +112,23 @@ def test_a_command_reaches_all_hosts_of_a_pod_word_for_word(tmp_path):
   assert second == r"clipflow train --config.name=two\ words "
 
 
+def test_a_pod_whose_python_is_too_old_gets_a_newer_one_once(tmp_path):
+  stand_in(tmp_path, "gcloud", f'if [[ $4 == ssh ]]; then cd {tmp_path} && bash -c "${{!#}}"; fi')
+  for name in ("git", "tar"):
+    stand_in(tmp_path, name)
+  (tmp_path / "clipflow_venv" / "bin").mkdir(parents=True)  # as of an install that was interrupted
+  stand_in(tmp_path, "pip")
+  stand_in(tmp_path, "python3", f"if [[ $3 == venv ]]; then mv {tmp_path}/pip {tmp_path}/clipflow_venv/bin; fi")
+  done, calls = with_stand_ins(tmp_path, POD, "install")
+  assert done.returncode == 0, done.stderr
+  here = [line for line in calls.splitlines() if line.startswith(("python3", "pip"))]
+  assert here[0] == "python3 -m pip install --quiet --user uv "
+  assert here[1].startswith("python3 -m uv venv ") and here[1].endswith(" --python 3.12 clipflow_venv ")
+  assert here[2].startswith("pip install ") and "clipflow_jax" in here[2]
+  with_stand_ins(tmp_path, POD, "install")
+  assert [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()].count("python3") == 2
+
+
 @pytest.mark.parametrize(
   ("action", "asked"),
   [
