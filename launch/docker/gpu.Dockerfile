@@ -6,7 +6,9 @@ COPY setup.py pyproject.toml requirements.txt LICENSE ./
 COPY clipflow_jax clipflow_jax
 COPY configs configs
 RUN pip install --no-cache-dir --constraint requirements.txt ".[gpu]"
-ENV XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+# LD_LIBRARY_PATH: GKE mounts the host's driver there and tells nobody; container toolkits find their own place.
+# JAX_PLATFORMS: a container that sees no GPU ends, and does not go on by the CPU.
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 JAX_PLATFORMS=cuda
 # The process gets the signals itself: SIGTERM saves a checkpoint.
 ENTRYPOINT []
 CMD ["clipflow", "--help"]

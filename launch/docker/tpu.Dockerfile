@@ -5,6 +5,8 @@ COPY setup.py pyproject.toml requirements.txt LICENSE ./
 COPY clipflow_jax clipflow_jax
 COPY configs configs
 RUN pip install --no-cache-dir --constraint requirements.txt ".[tpu]"
+# A container that sees no TPU ends, and does not go on by the CPU.
+ENV JAX_PLATFORMS=tpu
 # The process gets the signals itself: SIGTERM saves a checkpoint.
 ENTRYPOINT []
 CMD ["clipflow", "--help"]

@@ -195,5 +195,8 @@ def test_an_image_is_made_of_parts_and_extras_that_exist(path, monkeypatch):
   (extra,) = re.findall(r"^\.\[(\w+)\]$", install[-1])
   assert extra in arguments["extras_require"] and path.name.startswith(extra)
   assert install[install.index("--constraint") + 1] in copied
+  (variables,) = (dict(pair.split("=") for pair in rest.split()) for word, rest in lines if word == "ENV")
+  assert variables["JAX_PLATFORMS"] == {"gpu": "cuda", "tpu": "tpu"}[extra]  # else it computes on the CPU without them
+  assert extra == "tpu" or variables["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"  # where GKE mounts the driver
   (base,) = (rest for word, rest in lines if word == "FROM")
   assert re.fullmatch(r"python:3\.1[1-9]-slim", base)
