@@ -5,8 +5,8 @@
 #   bash launch/local_processes.sh 2 clipflow train --config=configs/contrastive.py --workdir=runs/clip
 #
 # Every line of output begins with the number of its process. When one of them fails, the others get GRACE seconds to
-# say what they know of it and are then killed; the script names the first and ends with its code. SIGTERM goes to all
-# of them: they save a checkpoint at the same step and end.
+# say what they know of it and are then killed; the script names the first and ends with its code. SIGTERM and Ctrl-C go
+# to all of them as SIGTERM: they save a checkpoint at the same step and end.
 #
 # GRACE=10                  seconds that the others have
 # CLIPFLOW_COORDINATOR=...  the address at which they meet (default 127.0.0.1 and a free port)
@@ -25,11 +25,19 @@ free_port() {
   echo "$port"
 }
 
+# deaf COMMAND...: which Ctrl-C, or a signal to the whole group, does not end: there are processes still to be heard.
+deaf() {
+  (
+    trap '' INT TERM
+    exec "$@"
+  )
+}
+
 export CLIPFLOW_COORDINATOR=${CLIPFLOW_COORDINATOR:-127.0.0.1:$(free_port)} CLIPFLOW_PROCESSES=$count
 pids=()
 for ((i = 0; i < count; i++)); do
   # JAX_LOCAL_DEVICE_IDS: which GPU is this process's; of no meaning on a CPU.
-  CLIPFLOW_PROCESS=$i JAX_LOCAL_DEVICE_IDS=$i "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+  CLIPFLOW_PROCESS=$i JAX_LOCAL_DEVICE_IDS=$i "$@" > >(deaf sed -u "s/^/[$i] /") 2> >(deaf sed -u "s/^/[$i] /" >&2) &
   pids+=($!)
 done
 trap 'say "passes SIGTERM on to all"; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
@@ -62,6 +70,6 @@ while ((${#running[@]})); do
     done
     deadline=
   fi
-  sleep 0.2
+  deaf sleep 0.2
 done
 exit "$code"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -61,13 +62,24 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_may_say_their_
   assert "[1] goodbye" in done.stdout and "has not ended" not in done.stderr
 
 
-def test_sigterm_is_passed_on_to_all(tmp_path):
-  program = f"trap 'echo stopped; exit 0' TERM; touch {tmp_path}/$CLIPFLOW_PROCESS; while :; do sleep 0.1; done"
-  process = subprocess.Popen(["bash", LOCAL, "2", "bash", "-c", program], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "group"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_stop_reaches_all_and_the_script_ends_behind_them(tmp_path, number, send):
+  program = (
+    f"trap 'sleep 0.5; echo stopped; exit' TERM; touch {tmp_path}/$CLIPFLOW_PROCESS; while :; do sleep 0.1; done"
+  )
+  heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where pytest does not
+  process = subprocess.Popen(
+    ["bash", LOCAL, "2", "bash", "-c", program],
+    stdout=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    preexec_fn=heeds,
+  )
   while len(list(tmp_path.iterdir())) < 2:
     assert process.poll() is None
     time.sleep(0.05)
-  process.terminate()
+  send(process.pid, number)
   output, _ = process.communicate(timeout=60)
   assert process.returncode == 0
   assert {"[0] stopped", "[1] stopped"} <= set(output.splitlines())
