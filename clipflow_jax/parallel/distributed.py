@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -241,6 +242,33 @@ def agree(what: str, value: str) -> None:
   others = [name(int(i)) for i, theirs in found.items() if theirs != found["0"]]
   if others:
     raise UserError(f"the {what} of {', '.join(others)} differs from that of process 0: start all with the same")
+
+
+def share(folder: Path, patience: float = 30.0) -> None:
+  """UserError, naming them, when some processes do not see what process 0 puts into a folder that is all theirs.
+
+  Each would go by what it finds there, and wait for ever for others that found something else. patience: seconds that a
+  network's file system may need to tell.
+  """
+  if jax.process_count() == 1:
+    return
+  first = jax.process_index() == 0
+  told = {"mark": f".seen-by-all-{uuid.uuid4().hex}"} if first else {}
+  if first:
+    (folder / told["mark"]).touch()
+  mark = folder / gather(told)["mark"]
+  end = time.monotonic() + patience
+  while not (seen := mark.exists()) and time.monotonic() < end:
+    time.sleep(0.5)
+  found = gather({str(jax.process_index()): seen})
+  if first:
+    mark.unlink()
+  others = [name(int(i)) for i, theirs in found.items() if not theirs]
+  if others:
+    raise UserError(
+      f"{folder} of {', '.join(others)} is not the folder that process 0 has: "
+      "give all the same --workdir, on a file system that they share"
+    )
 
 
 # Ending together.

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError, make_folder
+from clipflow_jax.parallel import distributed
 from clipflow_jax.training import checkpoint, loop, owed, settings
 
 log = logging.getLogger(__name__)
@@ -22,14 +23,16 @@ ORDER = "stages.json"  # names in order: what tells a run of several stages from
 def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None) -> None:
   """One stage, or with `config.order` each of `config.stages` in that order. Finished stages are not run again.
 
-  UserError for settings of any stage that make no run, before the first is run.
+  UserError for settings of any stage that make no run, before the first is run, and where processes do not share the
+  workdir.
   """
+  for stage in [config.stages[name] for name in config.order] if "order" in config else [config]:
+    settings.check(stage)
+  make_folder(workdir)
+  distributed.share(workdir)
   if "order" not in config:
     _train(config, workdir, sample)
     return
-  for name in config.order:
-    settings.check(config.stages[name])
-  make_folder(workdir)
   if jax.process_index() == 0:
     (workdir / ORDER).write_text(json.dumps(list(config.order)))
   before = config.get("init_from", "")

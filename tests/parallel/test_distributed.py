@@ -84,6 +84,7 @@ def test_on_one_process_nothing_is_waited_for_and_errors_are_the_callers(monkeyp
   with pytest.raises(ZeroDivisionError), distributed.joined():
     distributed.barrier("here")
     distributed.agree("mind", "one")
+    distributed.share(Path("nowhere"))
     assert distributed.gather({"a": 1}) == {"a": 1}
     1 / 0  # noqa: B018
 
@@ -128,6 +129,7 @@ def test_a_batch_is_put_together_of_the_rows_that_are_here():
 
 PROGRAM = """
 import os, sys, time
+from pathlib import Path
 from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import distributed
 with distributed.joined():
@@ -138,6 +140,14 @@ with distributed.joined():
     distributed.agree("number", str(me))
   except UserError as error:
     print(error, flush=True)
+  distributed.share(Path(sys.argv[2]))
+  own = Path(sys.argv[2], str(me))
+  own.mkdir()
+  try:
+    distributed.share(own, patience=0.1)
+  except UserError as error:
+    print(error, flush=True)
+  assert me or not [path for path in Path(sys.argv[2]).rglob("*") if path.is_file()]  # process 0 tidies up
   if sys.argv[1] == "late":
     if me == 1:
       time.sleep(600)
@@ -149,25 +159,36 @@ with distributed.joined():
 """
 
 
-def two(mood: str) -> subprocess.CompletedProcess:
-  command = ["bash", ROOT / "launch" / "local_processes.sh", "2", sys.executable, "-c", PROGRAM, mood]
+def two(mood: str, folder: Path) -> subprocess.CompletedProcess:
+  command = ["bash", ROOT / "launch" / "local_processes.sh", "2", sys.executable, "-c", PROGRAM, mood, folder]
   environment = os.environ | {"PYTHONPATH": str(ROOT), "GRACE": "60"}
   return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.slow
-def test_who_does_not_come_to_a_barrier_is_named_and_all_end():
-  done = two("late")
-  assert done.returncode == 1, done.stderr
-  who = r"process 1 of 2 \(host \S+, pid \d+\)"
-  assert re.search(rf"TimeoutError: 1 of 2 processes did not come to 'breakfast' in 2 s: {who}", done.stderr)
-  assert len(re.findall(r"\[\d\] clipflow: process 0 of 2 .* failed: TimeoutError", done.stderr)) == 2  # both say so
-  assert len(re.findall(rf"the number of {who} differs from that of process 0", done.stdout)) == 2
+SECOND = r"process 1 of 2 \(host \S+, pid \d+\)"
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory) -> subprocess.CompletedProcess:
+  return two("late", tmp_path_factory.mktemp("late"))
 
 
 @pytest.mark.slow
-def test_a_mistake_on_one_process_ends_both_with_its_one_line():
-  done = two("wrong")
+def test_who_does_not_come_to_a_barrier_is_named_and_all_end(late):
+  assert late.returncode == 1, late.stderr
+  assert re.search(rf"TimeoutError: 1 of 2 processes did not come to 'breakfast' in 2 s: {SECOND}", late.stderr)
+  assert len(re.findall(r"\[\d\] clipflow: process 0 of 2 .* failed: TimeoutError", late.stderr)) == 2  # both say so
+
+
+@pytest.mark.slow
+def test_who_has_another_value_or_another_folder_is_named_by_both(late):
+  assert len(re.findall(rf"the number of {SECOND} differs from that of process 0", late.stdout)) == 2
+  assert len(re.findall(rf"/[01] of {SECOND} is not the folder that process 0 has", late.stdout)) == 2
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_process_ends_both_with_its_one_line(tmp_path):
+  done = two("wrong", tmp_path)
   assert done.returncode in (1, 2), done.stderr
   assert (
     len(re.findall(r"\[\d\] clipflow: process 1 of 2 .* failed: UserError: this host has no data", done.stderr)) == 2

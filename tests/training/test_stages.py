@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.parallel import distributed
 from clipflow_jax.training import checkpoint, loop, stages
 from tests import tiny_runs
 
@@ -126,3 +127,16 @@ def test_the_settings_of_every_stage_are_checked_before_the_first_is_trained(mon
   run = ConfigDict(dict(stages=dict(a=tiny_runs.decoder_stage(), b=tiny_runs.decoder_stage(steps=0)), order=("a", "b")))
   with pytest.raises(UserError, match="steps is 0: give 1 or more"):
     stages.train(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "run", [config(a=1, b=1), ConfigDict(dict(name="a", steps=1, init_from=""))], ids=["several", "one"]
+)
+def test_nothing_is_trained_in_a_workdir_that_processes_do_not_share(run, trained, tmp_path, monkeypatch):
+  def refuse(folder):
+    raise UserError(f"{folder.name} is not shared")
+
+  monkeypatch.setattr(distributed, "share", refuse)
+  with pytest.raises(UserError, match="^run is not shared"):
+    stages.train(run, tmp_path / "run")
+  assert not trained and not list((tmp_path / "run").iterdir())
