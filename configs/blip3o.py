@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
   """
   options = presets.arguments(arg, model="8b", tower="", **{"from": ""})
   train = tuple(row for row in presets.trains(flow=1.0) if row[0] != presets.DECODER)  # there is none
-  config = presets.stage("blip3o", steps=10_000, train=train, frozen_dtype="bfloat16")
+  config = presets.stage("blip3o", steps=10_000, train=train, frozen_dtype="bfloat16", keep=presets.KEEP)
   config.model = _model(options.model)
   # Its sampler: 30 even steps, away from a condition of zeros, to features as the tower gives them.
   config.sampling = dict(steps=30, guidance=3.0, eta=0.0, method="euler", interval=(0.0, 1.0), guide="null")

@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
       raise UserError(f"config argument {name}={options[name]}: give 1 or more")
   if options.data and not Path(options.data).exists():
     raise UserError(f"config argument data={options.data}: it is not there; give captioned pictures")
-  config = presets.stage("finetune", steps=1000, checkpoint_every=200, frozen_dtype="float32")
+  config = presets.stage("finetune", steps=1000, checkpoint_every=200, keep=presets.KEEP, frozen_dtype="float32")
   config.held_out.every = 200  # of few data a model soon learns by heart what it is shown
   wording = _take(config, options["from"], options.task) if options["from"] else {}
   model = config.model

@@ -182,6 +182,8 @@ ROWS: dict[str, dict[str, Any]] = {
 # Parts that a stage at full size computes nothing with: they would be begun at random, held and kept for nobody.
 UNUSED = {"contrastive": ("transformer", "pixel_decoder"), "decoder": ("transformer",)}
 
+KEEP = 2  # checkpoints of what nobody wants to train anew: where the newest is damaged, the run goes on from the other
+
 
 def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
@@ -211,7 +213,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
       config.sampling.guide = "early"
     config.tokenizer.vocabulary = 32_768
     config.optimizer.update(name="adamw", learning_rate=1e-4, warmup=2000)
-    config.update(steps=100_000, log_every=100, frozen_dtype="bfloat16")
+    config.update(steps=100_000, log_every=100, frozen_dtype="bfloat16", keep=KEEP)
   if options["from"]:
     warm.start(config, options["from"])
   if options.tower:

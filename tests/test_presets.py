@@ -70,6 +70,12 @@ def test_a_stage_without_a_language_model_is_planned_without_one():
   assert report["parameters"]["trained"] > 5e8 > 1e6 > report["parameters"]["frozen"]
 
 
+@pytest.mark.parametrize("config", ["finetune", "blip3o", *(f"{stage}:model=small" for stage in STAGES)])
+def test_where_the_newest_step_is_damaged_there_is_one_before_to_fall_back_to(config: str):
+  name, _, arg = config.partition(":")
+  assert importlib.import_module(f"configs.{name}").get_config(arg).keep >= 2
+
+
 def mesh_of(machine: str) -> jax.sharding.AbstractMesh:
   found = hardware.make(machine)
   return meshes.abstract(found.mesh, found.devices)
