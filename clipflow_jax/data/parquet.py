@@ -70,8 +70,10 @@ class ParquetSource(StoredSource):
     file = self._files[number]
     where = f"{file}:{row - start}"
     try:
+      stamp = file.stat()
       with _LOCK:  # not one row group by every thread
-        group_of_rows = _read_group(file, index, (*self._own, "id", *self._texts))
+        wanted = (*self._own, "id", *self._texts)
+        group_of_rows = _read_group(file, stamp.st_size, stamp.st_mtime_ns, index, wanted)
       if row - first >= len(group_of_rows):
         raise BadRecord(where, "cut short: the file has become shorter")
       fields = group_of_rows.slice(row - first, 1).to_pylist()[0]
@@ -136,8 +138,8 @@ def _parquet(file: Path) -> Any:
 
 
 @functools.lru_cache(maxsize=GROUPS)
-def _read_group(file: Path, group: int, wanted: tuple[str, ...]) -> Any:
-  """A row group as a table of those of the wanted columns that are there."""
+def _read_group(file: Path, size: int, changed: int, group: int, wanted: tuple[str, ...]) -> Any:
+  """A row group as a table of those of the wanted columns that are there; of the file as it is now, as its key says."""
   parquet = _parquet(file)
   columns = [name for name in parquet.schema_arrow.names if name in wanted]
   return parquet.read_row_group(group, columns=columns)

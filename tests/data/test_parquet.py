@@ -29,6 +29,13 @@ def test_pictures_with_txt_are_read_across_row_groups_and_files(tmp_path):
     np.testing.assert_array_equal(example.image, i)
 
 
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
+  for words in ("grey", "dark"):
+    rows = [{"image": tiny_data.picture(1), "caption": words}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert ParquetSource(tmp_path / "a.parquet", size=8, split="all")[0].captions == (words,)
+
+
 def test_conversations_and_ids_are_read_and_other_columns_left_alone(tmp_path):
   turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Grey."}]
   rows = [{"id": f"n{i}", "picture": tiny_data.picture(i), "conversations": turns, "extra": i} for i in range(40)]
