@@ -102,6 +102,9 @@ class Files:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+  single = folder / "model.safetensors"
+  if single.is_file():  # as transformers does: an index beside it is of what was there before
+    return [single]
   index = folder / "model.safetensors.index.json"
   if index.is_file():
     try:
@@ -113,9 +116,8 @@ def _weight_files(folder: Path) -> list[Path]:
       raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again")
     return files
   found = sorted(folder.glob("*.safetensors"))
-  whole = [file for file in found if file.name == "model.safetensors"] or found
-  if len(whole) == 1:
-    return whole
+  if len(found) == 1:
+    return found
   if found:
     raise UserError(f"{folder} has several safetensors files and no model.safetensors.index.json; leave one of them")
   pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)

@@ -75,6 +75,12 @@ def test_shards_have_an_index_and_are_read_by_it(params, tmp_path, monkeypatch):
     huggingface.load(tmp_path / "out")
 
 
+def test_a_single_file_is_read_whatever_index_of_earlier_shards_is_left_beside_it(folder, params):
+  index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  assert same(huggingface.load(folder)[1], params)
+
+
 def test_tensors_that_do_not_fit_are_all_named(folder):
   def spoil(held):
     held["model.surprise.weight"] = np.zeros(3, np.float32)
@@ -149,6 +155,8 @@ def test_what_cannot_be_computed_is_refused(folder, key, value, message):
 )
 def test_a_file_that_is_not_what_its_name_says_is_told(folder, name, written, message):
   (folder / name).write_text(written)
+  if name.startswith("model."):
+    (folder / "model.safetensors").unlink()
   with pytest.raises(UserError, match=message):
     huggingface.load(folder)
 
