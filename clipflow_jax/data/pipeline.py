@@ -187,7 +187,7 @@ class Pipeline:
       names, weights = zip(*self._tasks_of(part).items(), strict=True)
       task = names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
     try:
-      return sequence.encode(TASKS[task](record, part, rng, self.drop_text), self.chat, self.layout)
+      return sequence.encode(TASKS[task](record, part, rng, self.drop_text), self.chat, self.layout, cut=True)
     except UserError as error:
       kind = "too long" if isinstance(error, sequence.TooLong) else "cannot be told"
       raise BadRecord(record.id, f"{kind}: {error}") from error

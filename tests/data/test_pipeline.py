@@ -333,7 +333,7 @@ def test_bad_records_are_counted_named_and_skipped(chat, tmp_path):
   folder = write_folder(tmp_path, 20, corrupt=(3, 11), long=(7,))
   source = FolderSource(folder, size=24, split="all")
   bad = BadRecords(tmp_path / "out" / "data_errors.jsonl", 0.2)
-  pipeline = make(chat, source=source, batch_size=17, tasks={"caption": 1.0})
+  pipeline = make(chat, source=source, batch_size=17, tasks={"draw": 1.0}, drop_text=0.0)
   batches = take(pipeline.batches(bad), 2)
   epoch = [10 * i for i in range(20) if i not in (3, 7, 11)]
   for batch in batches:  # 17 good ones are an epoch
@@ -346,6 +346,13 @@ def test_bad_records_are_counted_named_and_skipped(chat, tmp_path):
   }
   assert bad.bad >= 5 and bad.seen >= 39  # some read ahead
   assert bad.bad / bad.seen == pytest.approx(3 / 20, abs=0.05)
+
+
+def test_of_a_caption_for_clip_that_is_too_long_what_fits_is_kept(chat, tmp_path):
+  source = FolderSource(write_folder(tmp_path, 2, long=(0, 1)), size=24, split="all")
+  (batch,) = take(stream(make(chat, source=source, batch_size=2, tasks={"caption": 1.0})), 1)
+  assert (batch.segments == 1).all() and (batch.tokens[:, -1] == chat.eos).all()
+  assert (batch.tokens[:, 1:-1] == chat.encode("one")).all()
 
 
 def test_only_what_fits_no_row_is_called_too_long(chat):
