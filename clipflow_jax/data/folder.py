@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -83,7 +84,10 @@ def _captions_file(path: Path) -> Path:
 
 
 def _scan(file: Path) -> list[tuple[int, int, int, str]]:
-  """(number, offset and length in bytes, name) of every record; a bad one has a name too."""
+  """(number, offset and length in bytes, name) of every record; a bad one has a name too.
+
+  A picture has one name, however its path is spelled: by it all of its records are of one split.
+  """
   rows, usable, why = [], 0, "it is empty"
   try:
     for number, (offset, text) in enumerate(_texts(file), start=1):
@@ -99,7 +103,7 @@ def _scan(file: Path) -> list[tuple[int, int, int, str]]:
       except BadRecord as error:
         why = f"the last line is bad, {error.why}"
         pictures = []
-      rows.append((number, offset, len(text), _name(file, number, pictures)))
+      rows.append((number, offset, len(text), _name(file, number, [posixpath.normpath(path) for path in pictures[:1]])))
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"cannot read {file}: {error}") from error
   if not usable:

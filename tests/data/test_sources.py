@@ -310,6 +310,15 @@ def test_the_id_of_a_record_is_kept(tmp_path):
   assert one(tmp_path / "a", {"file": "0.png", "caption": "x", "id": 17}).id == "17"
 
 
+def test_a_picture_is_of_one_split_however_its_path_is_spelled(tmp_path):
+  (tmp_path / "in").mkdir()
+  lines = [{"file": f"{way}{i}.png", "caption": "x"} for i in range(60) for way in ("", "./", ".//", "a/../")]
+  (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  source = FolderSource(tmp_path / "in", size=8, split="all")
+  shares = [{source.share(4 * i + way) for way in range(4)} for i in range(60)]
+  assert all(len(of) == 1 for of in shares) and len(set.union(*shares)) == 60
+
+
 def test_lines_that_share_a_picture_are_of_one_split_whatever_their_ids(tmp_path):
   data = [(f"{i // 5}.png", tiny_data.picture(i // 5), {"id": i, "caption": f"line {i}"}) for i in range(100)]
   folder = tiny_data.folder(tmp_path / "a", data)
