@@ -36,8 +36,9 @@ class WebDatasetSource(StoredSource):
 
   Of an edit NAME.before.jpg is the picture before it, and the caption tells what shall become of that.
   Nothing is unpacked: the headers are walked through once per process, and a record is a few reads at known offsets.
-  Member names are ids, `tar name/NAME`, and never paths; links and devices are passed over. A sample whose picture or
-  text is missing is a bad record. A tar that is cut short is read up to there, with a warning.
+  Member names are ids, `tar name/NAME`, and never paths; links and devices are passed over. Where a name comes again in
+  a tar, as in those that were joined, it begins another sample, NAME.2. A sample whose picture or text is missing is a
+  bad record. A tar that is cut short is read up to there, with a warning.
   """
 
   _names: list[str] = dataclasses.field(init=False, repr=False, compare=False)
@@ -96,6 +97,7 @@ def _bytes(path: Path, start: int, length: int, where: str) -> bytes | None:
 def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
   """(names, places) of a tar's samples, in order; of the file as it is now: its size and time are of the key."""
   samples: dict[str, list[tuple[int, int]]] = {}
+  again: dict[str, int] = {}  # how many samples of a name there are, where it is more than one
   dotted: list[str] = []  # pictures and texts whose names have another dot before their ending
   behind = b""  # the members: zeros where the tar is whole
   try:
@@ -107,7 +109,11 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
         if place is None and PLACES.get(ending.lower().rpartition(".")[2]) is not None:
           dotted.append(member.name)
         if member.isreg() and name and place is not None:
-          places = samples.setdefault(f"{folder}/{name}" if folder else name, [NONE] * 4)
+          name = f"{folder}/{name}" if folder else name
+          places = samples.setdefault(_numbered(name, again), [NONE] * 4)
+          if places[place] != NONE:  # as in tars that were joined
+            again[name] = again.get(name, 1) + 1
+            places = samples[_numbered(name, again)] = [NONE] * 4
           places[place] = (member.offset_data, member.size)
         tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep, all of them
       tar.fileobj.seek(tar.offset)
@@ -126,6 +132,14 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
       len(dotted),
       dotted[0],
     )
+  if again:
+    log.warning(
+      "%s: %d samples have a name that another before them has, such as %s: they are read as %s and so on",
+      path,
+      sum(again.values()) - len(again),
+      next(iter(again)),
+      _numbered(next(iter(again)), again),
+    )
   if behind[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE:
     log.warning(
       "%s ends without tar's end mark: it may be cut short, as by a download that broke off; %d samples found",
@@ -135,3 +149,8 @@ def _index(path: Path, size: int, changed: int) -> tuple[list[str], np.ndarray]:
   elif behind.strip(tarfile.NUL):
     log.warning("%s goes on behind tar's end mark, as one joined by cat does: the rest is not read", path)
   return list(samples), np.array(list(samples.values()), np.int64).reshape(-1, 4, 2)
+
+
+def _numbered(name: str, again: dict[str, int]) -> str:
+  """The name of the last sample so far of that name in a tar: no other has a dot behind its folder."""
+  return f"{name}.{again[name]}" if name in again else name

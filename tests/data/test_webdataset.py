@@ -80,6 +80,28 @@ def test_what_a_tar_holds_beside_its_samples_is_told(tmp_path, caplog):
   ]
 
 
+def test_a_name_that_comes_again_is_a_sample_of_its_own(tmp_path, caplog):
+  members = [("0.png", 1), ("0.txt", b"one"), ("1.png", 2), ("1.txt", b"two")]
+  members += [("0.png", 3), ("0.txt", b"three"), ("0.txt", b"no picture"), ("0.png", 4), ("0.jpg", 5)]
+  with tarfile.open(tmp_path / "a.tar", "w") as file:
+    for name, held in members:
+      data = held if isinstance(held, bytes) else tiny_data.picture(held)
+      info = tarfile.TarInfo(f"sub/{name}")
+      info.size = len(data)
+      file.addfile(info, io.BytesIO(data))
+  source = WebDatasetSource(tmp_path / "a.tar", size=8, split="all")
+  found = [(source[i].id, source[i].captions, int(source[i].image.max())) for i in range(4)]
+  assert found == [
+    ("a/sub/0", ("one",), 1),
+    ("a/sub/1", ("two",), 2),
+    ("a/sub/0.2", ("three",), 3),
+    ("a/sub/0.3", ("no picture",), 4),
+  ]
+  assert list(whys(source)) == [f"{tmp_path / 'a.tar'}/sub/0.4"] and len(source) == 5
+  (record,) = caplog.records
+  assert "3 samples have a name that another before them has, such as sub/0: they are read as" in record.getMessage()
+
+
 def test_an_empty_text_leaves_the_word_to_the_fields(tmp_path):
   members = {"0.png": tiny_data.picture(1), "0.txt": b" \n", "0.json": b'{"caption": "grey"}'}
   assert WebDatasetSource(tiny_data.tar(tmp_path / "a.tar", members), size=8, split="all")[0].captions == ("grey",)
