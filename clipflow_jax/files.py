@@ -1,10 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that are one process's own."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from clipflow_jax.errors import UserError
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
@@ -21,3 +26,24 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
   """As `write`, in UTF-8."""
   write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+  """Keeps the folder for this process alone until it is done, or has ended however. UserError where another has it.
+
+  Where the file system knows no locks, as some that mount buckets, nothing is kept.
+  """
+  with (folder / ".held").open("a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise UserError(f"{folder} is in use by {file.read()}: wait for it, or give another folder") from error
+    except OSError:
+      yield
+      return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -11,28 +12,39 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from clipflow_jax import files
 from clipflow_jax.errors import UserError, make_folder
 from clipflow_jax.parallel import distributed
 from clipflow_jax.training import checkpoint, loop, owed, settings
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"  # of what `clipflow prepare` and `cache-features` write
 ORDER = "stages.json"  # names in order: what tells a run of several stages from a single one
 
 
 def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None) -> None:
   """One stage, or with `config.order` each of `config.stages` in that order. Finished stages are not run again.
 
-  UserError for settings of any stage that make no run, before the first is run, and where processes do not share the
-  workdir.
+  UserError for settings of any stage that make no run, before the first is run, and for a workdir that processes do not
+  share, that another run is using, or that is something else.
   """
   for stage in [config.stages[name] for name in config.order] if "order" in config else [config]:
     settings.check(stage)
+  others = (MANIFEST,) if "order" in config else (MANIFEST, ORDER)
+  if found := next((name for name in others if (workdir / name).exists()), None):
+    held = {MANIFEST: "prepared data", ORDER: "a run of several stages"}[found]
+    raise UserError(f"{workdir} holds {held} (its {found}): give another --workdir")
   make_folder(workdir)
   distributed.share(workdir)
-  if "order" not in config:
-    _train(config, workdir, sample)
-    return
+  with files.held(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+    if "order" in config:
+      _train_in_order(config, workdir, sample)
+    else:
+      _train(config, workdir, sample)
+
+
+def _train_in_order(config: ConfigDict, workdir: Path, sample: loop.Sampler | None) -> None:
   if jax.process_index() == 0:
     (workdir / ORDER).write_text(json.dumps(list(config.order)))
   before = config.get("init_from", "")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from clipflow_jax import files
 from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import distributed
-from clipflow_jax.training import checkpoint, loop, stages
+from clipflow_jax.training import checkpoint, loop, settings, stages
 from tests import tiny_runs
 
 
@@ -34,8 +35,8 @@ def trained(monkeypatch) -> list[tuple[str, str, str]]:
     finish(workdir, config.steps)
 
   monkeypatch.setattr(loop, "train", train)
-  monkeypatch.setattr(loop, "check", lambda stage: None)
-  monkeypatch.setattr(loop, "compare", lambda stage, workdir: None)
+  monkeypatch.setattr(settings, "check", lambda stage: None)
+  monkeypatch.setattr(settings, "compare", lambda stage, workdir: None)
   return calls
 
 
@@ -140,3 +141,17 @@ def test_nothing_is_trained_in_a_workdir_that_processes_do_not_share(run, traine
   with pytest.raises(UserError, match="^run is not shared"):
     stages.train(run, tmp_path / "run")
   assert not trained and not list((tmp_path / "run").iterdir())
+
+
+def test_a_workdir_that_is_something_else_or_in_use_is_refused(trained, tmp_path):
+  stages.train(config(a=1, b=1), tmp_path / "run")
+  single = config(a=1).stages.a
+  with pytest.raises(UserError, match=r"run holds a run of several stages \(its stages.json\)"):
+    stages.train(single, tmp_path / "run")
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "manifest.json").write_text("{}")
+  for made in (single, config(a=1)):
+    with pytest.raises(UserError, match=r"data holds prepared data \(its manifest.json\)"):
+      stages.train(made, tmp_path / "data")
+  with files.held(tmp_path / "run"), pytest.raises(UserError, match="run is in use by process"):
+    stages.train(config(a=1, b=1), tmp_path / "run")
