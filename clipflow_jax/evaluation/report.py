@@ -97,6 +97,7 @@ def evaluate_folder(
   own judgement, fit to compare drawn with real and for nothing else.
   """
   examples = readable(source, np.random.default_rng(seed).permutation(len(source)), 2 * n)
+  examples = [example for example in examples if example.captions]
   half = len(examples) // 2
   if half < 2:
     raise UserError(f"only {len(examples)} readable pictures in {source!r}: evaluation needs 4 or more")

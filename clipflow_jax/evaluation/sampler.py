@@ -40,12 +40,13 @@ def make(config: ConfigDict) -> loop.Sampler:
   def sample(model, config, params, chat, step, writer, due):
     pipeline = models.setdefault(config.name, ClipFlow(model, params, chat, config))
     pipeline.params = params  # the same compiled functions with today's parameters
-    if loop.SAMPLES in due:
-      _write(pipeline, examples[config.name], step, writer)
-    if tasks := [name for name in due if name != loop.SAMPLES]:
-      writer.scalars(
-        step, suite.measure(pipeline, sources[config.name], {name: _settings(config, name) for name in tasks})
-      )
+    try:
+      if loop.SAMPLES in due:
+        _write(pipeline, examples[config.name], step, writer)
+      if tasks := {name: _settings(config, name) for name in due if name != loop.SAMPLES}:
+        writer.scalars(step, suite.measure(pipeline, sources[config.name], tasks))
+    finally:
+      pipeline.params = {}  # merged with adapters, or taken back beside cached features, they are a model more
 
   return sample
 
@@ -69,9 +70,9 @@ def _settings(config: ConfigDict, task: str) -> dict[str, Any]:
 
 def _write(pipeline: ClipFlow, examples: list[Example], step: int, writer: Writer) -> None:
   """Pictures of a few captions and captions of a few pictures, as far as the stage learns to make them."""
-  images, prompts = np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
+  images, prompts = np.stack([e.image for e in examples]), [e.captions[0] for e in examples if e.captions]
   weights = pipeline.config.objective.weights
-  if weights.get("flow"):
+  if weights.get("flow") and prompts:
     writer.image(step, "drawn", show.grid(pipeline.draw(prompts), 8, prompts))
     writer.text(step, "prompts", prompts)
   if weights.get("pixels"):

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
@@ -152,6 +151,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     pure = step.make(adapted, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
     jitted = jax.jit(pure, in_shardings=(kept, batch_sharding), out_shardings=(kept, None), donate_argnums=0)
     compiling = compiler.submit(jitted.lower(target, example).compile)
+    log.info("compiling the step, which takes from seconds to minutes")
     losses = jax.jit(step.losses(adapted, objective, seed=seed, accumulate=config.accumulate))
 
     if restored:
@@ -180,8 +180,6 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     log.info("compiled the step %.1f s after the start", time.perf_counter() - began)
     throughput = Throughput(
       total_steps=config.steps,
-      images_per_step=int(np.prod(example.image_roles.shape)),
-      tokens_per_step=int(np.prod(example.tokens.shape)),
       flops_per_step=model_flops,
       peak_flops=peak_flops() * jax.device_count(),
     )
@@ -224,6 +222,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
         show(now, begin, unmade)
       elif first:
         owed.settle(workdir)  # of another step, or of what the config no longer asks for
+      throughput.start()
       for number in range(begin + 1, config.steps + 1):
         watchdog.beat(f"step {number}")
         with profile.step(number, now.step):
@@ -239,7 +238,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           _check(means, number, config)
           made = max(1, number - int(means["skipped"]))  # updates: a gradient that is skipped makes none
           rate = {"learning_rate": float(rates[made - 1])}
-          writer.scalars(number, means | rate | throughput.compute(number))
+          seen = {name: means.pop(name) for name in step.SEEN}
+          writer.scalars(number, means | rate | throughput.compute(number, **seen))
         due = [what for what, steps in every.items() if steps and (number % steps == 0 or number == config.steps)]
         if due and first:
           owed.note(workdir, number, due)

@@ -84,15 +84,11 @@ class Throughput:
     self,
     *,
     total_steps: int,
-    images_per_step: float,
-    tokens_per_step: float,
     flops_per_step: float,
     peak_flops: float,
   ):
     """flops_per_step, peak_flops: of all devices together; a step's are the model's (`plan.model_flops`)."""
-    self._total_steps = total_steps
-    self._images, self._tokens, self._flops = images_per_step, tokens_per_step, flops_per_step
-    self._peak_flops = peak_flops
+    self._total_steps, self._flops, self._peak_flops = total_steps, flops_per_step, peak_flops
     self.start()
 
   def start(self) -> None:
@@ -118,8 +114,10 @@ class Throughput:
       if last.is_ready():
         self._waited += time.perf_counter() - before
 
-  def compute(self, step: int) -> dict[str, float]:
+  def compute(self, step: int, *, images: float, tokens: float) -> dict[str, float]:
     """The speed since the window began, and begins the next one; {} when it had no step.
+
+    images, tokens: of a step, on average.
 
     step_time (s), images_per_s, tokens_per_s, mfu (share of the hardware's peak; absent where that is NaN),
     data_wait_fraction (share of the time in which the device may have waited for data), eta_seconds (from `step` to the
@@ -132,8 +130,8 @@ class Throughput:
     step_time = elapsed / steps
     speed = {
       "step_time": step_time,
-      "images_per_s": self._images / step_time,
-      "tokens_per_s": self._tokens / step_time,
+      "images_per_s": images / step_time,
+      "tokens_per_s": tokens / step_time,
       "mfu": self._flops / (step_time * self._peak_flops),
       "data_wait_fraction": waited / elapsed,
       "eta_seconds": (self._total_steps - step) * step_time,

@@ -17,6 +17,7 @@ from clipflow_jax.objectives.joint import Objective
 from clipflow_jax.training.state import Params, TrainState, merge
 
 Metrics = dict[str, jax.Array]
+SEEN = ("images", "tokens")  # metrics of `make`: how many a batch has, wherever there was room for more
 
 
 def make(
@@ -57,6 +58,8 @@ def make(
       decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
       average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trained)
     metrics |= {
+      "images": (batch.image_roles > 0).sum(),
+      "tokens": (batch.segments > 0).sum(),
       "gradient_norm": optax.tree.norm(grads),
       "skipped": opt_state.total_notfinite.astype(jnp.float32),
       "skipped_in_a_row": opt_state.notfinite_count.astype(jnp.float32),

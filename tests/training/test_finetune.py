@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from clipflow_jax import config_file
 from clipflow_jax.errors import UserError
+from clipflow_jax.evaluation import sampler
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.training import adapters, checkpoint, exchange, loop, state
 from clipflow_jax.training.optimizer import Optimizer
@@ -79,6 +81,19 @@ def test_what_draws_and_reads_is_a_plain_model_with_the_adapters_in_it(adapted, 
   assert before.keys() == after.keys()
   changed = {path for path in before if not np.array_equal(before[path], after[path])}
   assert changed == {path for path in before if re.fullmatch(f"{finetune.READS}/kernel", path)}
+
+
+def test_a_model_merged_for_samples_is_let_go_of(adapted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+  """Of a quantised base it is all of it in float32, which the plan of the step knows nothing of."""
+  config = adapted[0].copy_and_resolve_references()
+  config.sample_every = 1
+  seen: list[Any] = []
+  monkeypatch.setattr(sampler, "_write", lambda pipeline, *_: seen.append((pipeline, dict(pipeline.params))))
+  sample = sampler.make(config)
+  model = ClipFlow.from_checkpoint(adapted[1])
+  sample(model.model, config, model.params, model.tokenizer, 1, None, [loop.SAMPLES])
+  ((pipeline, params),) = seen
+  assert params and not pipeline.params
 
 
 def test_a_whole_model_is_handed_on_with_its_adapters_merged(adapted, tmp_path: Path):

@@ -84,13 +84,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_throughput_is_that_of_the_window(clock: SimpleNamespace):
-  throughput = Throughput(total_steps=100, images_per_step=8, tokens_per_step=64, flops_per_step=3e9, peak_flops=12e9)
+  throughput = Throughput(total_steps=100, flops_per_step=3e9, peak_flops=12e9)
   for _ in range(4):
     with throughput.waiting(IDLE):
       clock.now += 0.125
     throughput.step()
     clock.now += 0.375
-  assert throughput.compute(20) == {
+  assert throughput.compute(20, images=8, tokens=64) == {
     "step_time": 0.5,
     "images_per_s": 16.0,
     "tokens_per_s": 128.0,
@@ -102,20 +102,20 @@ def test_throughput_is_that_of_the_window(clock: SimpleNamespace):
   throughput.start()
   throughput.step()
   clock.now += 2.0
-  speed = throughput.compute(21)
+  speed = throughput.compute(21, images=1, tokens=1)
   assert speed["step_time"] == 2.0 and speed["data_wait_fraction"] == 0.0 and speed["eta_seconds"] == 158.0
-  assert throughput.compute(21) == {}
+  assert throughput.compute(21, images=1, tokens=1) == {}
 
 
 def test_throughput_leaves_out_mfu_where_the_peak_is_unknown(clock: SimpleNamespace):
-  throughput = Throughput(total_steps=2, images_per_step=1, tokens_per_step=1, flops_per_step=1e9, peak_flops=math.nan)
+  throughput = Throughput(total_steps=2, flops_per_step=1e9, peak_flops=math.nan)
   throughput.step()
   clock.now += 1.0
-  assert set(throughput.compute(1)) == SPEED.keys() - {"mfu"}
+  assert set(throughput.compute(1, images=1, tokens=1)) == SPEED.keys() - {"mfu"}
 
 
 def test_a_batch_that_is_made_while_the_device_works_is_not_waited_for(clock: SimpleNamespace):
-  throughput = Throughput(total_steps=2, images_per_step=1, tokens_per_step=1, flops_per_step=1, peak_flops=1)
+  throughput = Throughput(total_steps=2, flops_per_step=1, peak_flops=1)
   done = False
   device: Any = SimpleNamespace(is_ready=lambda: done)
   for ends in (False, True):
@@ -123,16 +123,18 @@ def test_a_batch_that_is_made_while_the_device_works_is_not_waited_for(clock: Si
       clock.now += 1.0
       done = ends
     throughput.step()
-  assert throughput.compute(2)["data_wait_fraction"] == 0.5  # the second: it ended while the batch was made
+  assert (
+    throughput.compute(2, images=1, tokens=1)["data_wait_fraction"] == 0.5
+  )  # the second: it ended while the batch was made
 
 
 def test_time_spent_waiting_counts_when_the_data_fail(clock: SimpleNamespace):
-  throughput = Throughput(total_steps=1, images_per_step=1, tokens_per_step=1, flops_per_step=1, peak_flops=1)
+  throughput = Throughput(total_steps=1, flops_per_step=1, peak_flops=1)
   with pytest.raises(StopIteration), throughput.waiting(IDLE):
     clock.now += 1.0
     raise StopIteration
   throughput.step()
-  assert throughput.compute(1)["data_wait_fraction"] == 1.0
+  assert throughput.compute(1, images=1, tokens=1)["data_wait_fraction"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
   assert not identical(healed.trained, begin().trained)
 
 
+def test_pictures_and_tokens_are_counted_and_not_the_room_for_them():
+  metrics = walk(1)[1]
+  assert int(metrics["images"]) == np.count_nonzero(batch().image_roles) < batch().image_roles.size
+  assert int(metrics["tokens"]) == np.count_nonzero(batch().segments) < batch().segments.size
+
+
 def test_metrics_are_scalars():
   _, metrics = walk(1)
   assert {value.shape for value in metrics.values()} == {()}
@@ -142,7 +148,7 @@ def test_losses_without_learning_are_those_of_the_step(accumulate):
   _, metrics = run(accumulate)(begin(), batch())
   losses = jax.jit(step.losses(tiny.model(), OBJECTIVE, seed=3, accumulate=accumulate))
   found = losses(begin().params, batch(), 0)
-  assert found.keys() == metrics.keys() - {"gradient_norm", "skipped", "skipped_in_a_row"}
+  assert found.keys() == metrics.keys() - {*step.SEEN, "gradient_norm", "skipped", "skipped_in_a_row"}
   for name, value in found.items():
     np.testing.assert_allclose(value, metrics[name], rtol=1e-5, err_msg=name)
   assert losses(begin().params, batch(), 1)["flow"] != found["flow"]  # other noise
