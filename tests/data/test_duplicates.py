@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from clipflow_jax.data import duplicates
+from clipflow_jax.data.duplicates import LOOK
 from clipflow_jax.data.shard import difference_hash, look
 from tests import tiny_data
 
@@ -21,10 +22,43 @@ def test_it_finds_what_comparing_all_pairs_finds():
   kept, expected = [], []
   for i in range(300):
     near = [j for j in kept if int(hashes[i] ^ hashes[j]).bit_count() <= duplicates.BITS]
-    same = any(np.abs(looks[i].astype(int) - looks[j]).max() <= duplicates.LOOK for j in near)
+    same = any(np.abs(looks[i].astype(int) - looks[j]).max() <= LOOK for j in near)
     (expected if same else kept).append(i)
   assert 10 < len(expected) < 200
   assert duplicates.find(hashes, looks).tolist() == expected
+
+
+def flat_art(records: int, copies: float) -> tuple[np.ndarray, np.ndarray]:
+  """Hashes that are often the same, looks that are white but for some places, and copies that nearly agree."""
+  rng = np.random.default_rng(1)
+  hashes = rng.integers(0, 2**64, records, np.uint64) & np.uint64(0xFFFF0000FFFF)
+  looks = np.where(rng.random((records, 48)) < 0.7, 255, rng.integers(0, 256, (records, 48))).astype(int)
+  for i in np.flatnonzero(rng.random(records) < copies):
+    of = rng.integers(records)
+    hashes[i] = hashes[of] ^ np.uint64(1 << 40 | 1)  # they agree in the bands that all share, and in no other
+    looks[i] = looks[of] + rng.integers(-LOOK, LOOK + 1, 48)
+    looks[i, 0] = looks[of, 0] + rng.choice([0, LOOK, -LOOK - 1])
+  return hashes, looks.clip(0, 255).astype(np.uint8)
+
+
+def test_of_flat_art_too_it_finds_what_comparing_all_pairs_finds():
+  hashes, looks = flat_art(1500, 0.5)
+  kept, expected = [], []
+  for i in range(len(hashes)):
+    near = np.bitwise_count(hashes[kept] ^ hashes[i]) <= duplicates.BITS if kept else []
+    same = np.abs(looks[kept].astype(int) - looks[i]).max(axis=1) <= LOOK if kept else []
+    (expected if np.any(np.logical_and(near, same)) else kept).append(i)
+  assert 300 < len(expected) < 900
+  assert duplicates.find(hashes, looks).tolist() == expected
+
+
+def test_few_of_those_whose_hashes_agree_in_part_are_compared(monkeypatch):
+  compared, alike = [], duplicates._alike
+  monkeypatch.setattr(
+    duplicates, "_alike", lambda i, others, *how: compared.append(len(others)) or alike(i, others, *how)
+  )
+  duplicates.find(*flat_art(6000, 0.0))
+  assert np.sum(compared[-1000:]) < 1000 * 600  # of the two bands that all share: of 2 x 6000
 
 
 @pytest.mark.parametrize("seed", range(3))
