@@ -22,6 +22,10 @@ MAX_PIXELS = 2**26
 MAX_SCANS = 100
 # What may end the coded pixels of a JPEG: in them 0xFF is followed by 0 or the number of a restart.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+# How many times the wanted size a JPEG keeps at least when it is unpacked. At 4, of 16 photographs of 2400 pixels at
+# quality 90, results of 60 pixels differed by 0.5 of 255 in the mean (the worst by 1.8) and took a tenth of the time;
+# those of 224 pixels by 0.1 (0.5), and two fifths.
+KEPT = 4
 # EXIF's orientations that are not upright, and what makes them so.
 TURNS = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +47,7 @@ def decode(source: bytes | Path, size: int, *, fit: str = "crop", name: str | No
   the path where none is given.
   """
   with opened(source, name or (str(source) if isinstance(source, Path) else "bytes")) as image:
+    lighten(image, size)
     return square(image, size, fit=fit)
 
 
@@ -77,6 +82,14 @@ def _count_scans(file: IO[bytes]) -> int:
     scans += found[0] == b"\xff\xda"
     at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])  # what a marker says of its length
   return scans
+
+
+def lighten(image: Image.Image, size: int) -> None:
+  """Has a picture that was just opened unpacked at a half, a quarter or an eighth where it will be made that small.
+
+  Only a JPEG can be. Its width and height become those, so ask for them before.
+  """
+  image.draft(None, (KEPT * size, KEPT * size))
 
 
 def square(image: Image.Image, size: int, *, fit: str = "crop") -> np.ndarray:

@@ -147,6 +147,7 @@ class Job:
       with images.opened(picture, record.name) as image:
         self.filters.check(record, *image.size)
         sides.append(min(image.size))
+        images.lighten(image, self.source.size)
         every.append(images.square(image, self.source.size, fit=self.source.fit))
     pixels = every[0]
     mean, square = moments(pixels)

@@ -15,4 +15,5 @@ def see(data: bytes, size: int, name: str) -> np.ndarray:
   with images.opened(data, name) as opened:
     if opened.width * opened.height > MAX_PIXELS:
       raise BadRecord(name, f"too large: {opened.width} x {opened.height}, the limit is {MAX_PIXELS} pixels")
+    images.lighten(opened, size)
     return images.square(opened, size)

@@ -151,6 +151,35 @@ def test_shrinking_is_antialiased():
   np.testing.assert_allclose(decode(encoded(Image.fromarray(checks)), 16), 127, atol=2)
 
 
+def photograph(width: int, height: int, turn: int = 1) -> bytes:
+  """A JPEG of smooth colours with some noise, as cameras write it."""
+  rng = np.random.default_rng(0)
+  smooth = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+  noisy = np.asarray(smooth, np.int16) + rng.integers(-8, 9, (height, width, 3))
+  exif = Image.Exif()
+  exif[0x112] = turn
+  return encoded(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), "JPEG", quality=90, exif=exif)
+
+
+@pytest.mark.parametrize("fit", sorted(images.FITS))
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_large_jpeg_is_unpacked_smaller_and_looks_as_if_it_were_not(monkeypatch, fit, turn):
+  data, unpacked = photograph(1200, 800, turn), []
+  monkeypatch.setattr(images, "_turn", lambda image, turn=images._turn: unpacked.append(image.size) or turn(image))
+  light = decode(data, 48, fit=fit).astype(int)
+  monkeypatch.setattr(images, "lighten", lambda *_: None)
+  whole = decode(data, 48, fit=fit).astype(int)
+  assert unpacked == [(300, 200), (1200, 800)]
+  assert np.abs(light - whole).mean() < 1 and np.abs(light - whole).max() < 12
+
+
+def test_a_jpeg_that_is_not_much_larger_than_wanted_is_unpacked_whole(monkeypatch):
+  data = photograph(300, 200)
+  light = decode(data, 48)
+  monkeypatch.setattr(images, "lighten", lambda *_: None)
+  np.testing.assert_array_equal(light, decode(data, 48))
+
+
 def test_a_path_is_read_and_names_the_error(tmp_path):
   good, bad = tmp_path / "good.png", tmp_path / "bad.png"
   good.write_bytes(encoded(quadrants()))

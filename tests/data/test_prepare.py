@@ -190,6 +190,13 @@ def test_a_filter_leaves_out_what_does_not_fit_and_counts_it(tmp_path, name):
   assert statistics["left_out"] == {kind: 1} and statistics["bad"] == {}
 
 
+def test_filters_see_the_size_that_a_large_jpeg_has(tmp_path):
+  data = [("0.jpg", tiny_data.picture(10, (400, 300), format="JPEG"), {"caption": "grey"})]
+  source = FolderSource(tiny_data.folder(tmp_path / "in", data), 16, "all")
+  statistics = prepare(source, tmp_path / "out", filters=Filters(min_side=300), say=quiet)
+  assert statistics["written"] == 1 and statistics["shorter_side"]["min"] == 300
+
+
 def test_of_pictures_that_look_the_same_the_first_is_kept(tmp_path):
   data = [(f"{i}.png", tiny_data.noise(i), {"caption": f"{i}"}) for i in range(9)]
   data[5] = ("5.jpg", tiny_data.noise(1, (48, 48), "JPEG"), {"caption": "1 again, larger and compressed"})
