@@ -110,6 +110,7 @@ def test_every_mesh_divides_every_batch_and_every_chunk_what_it_cuts(stage: str,
   jax.eval_shape(
     lambda *pairs: contrastive.match(*pairs, 1.0, config.objective.get("contrastive_chunk", 0)), images, texts
   )
+  assert config.data.threads > 0
   assert rows % config.data.shards == 0 and config.data.shards % mesh.size == 0  # a process has one device or several
   assert len(config.data.row) in (0, config.data.images_per_row)
   assert config.model.clip.vision.image_size == config.data.source.size
