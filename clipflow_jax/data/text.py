@@ -129,6 +129,11 @@ class Chat:
     # In people's words a special token is just noise; only the template may write one.
     question, answer = ({"role": role, "content": _HOLE.format(i)} for i, role in enumerate(("user", "assistant")))
     shown = self._rendered([question, answer]) if tokenizer.chat_template else ""
+    # Whose words the template takes the blanks off, as Llama 3's does, which is shown holes in the place of words.
+    padded = [dict(message, content=f" {message['content']}\n") for message in (question, answer)]
+    spaced = self._rendered(padded) if tokenizer.chat_template else ""
+    self._trimmed = {message["role"] for message in padded if message["content"] not in spaced}
+    self._trimmed |= {"system"} if "user" in self._trimmed else set()
     self._special = _special(tokenizer, shown)
     self._noise = re.compile("|".join(map(re.escape, self._special)))
     self.pad = tokenizer.pad_token_id or 0
@@ -221,6 +226,7 @@ class Chat:
     UserError as `check` for a picture.
     """
     self.check(pictures=any(IMAGE in text for _, text in turns))
+    turns = tuple((role, text.strip() if role in self._trimmed else text) for role, text in turns)
     parts = [(role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns]
     frames = self._frames(tuple((role, len(split)) for role, split in parts))
     words = [part if part == IMAGE else self.without_special(part) for _, split in parts for part in split]

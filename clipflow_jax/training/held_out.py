@@ -27,7 +27,8 @@ def batches(config: ConfigDict, training: Pipeline, shards: Sequence[int]) -> li
   """The first `config.held_out.batches` of the test split, made as those of `training` are; [] where `every` is 0.
 
   Of each the rows of `shards`, on the host, where they stay. A small split comes again and again. Each source keeps its
-  weight: here none ends by `epochs`. UserError where a source has no test split, or none of it can be read.
+  weight: here none ends by `epochs`. A source without a test split, as of few pictures, is told of, and nothing is held
+  out. UserError where none of it can be read.
   """
   if not config.held_out.every:
     return []
@@ -36,6 +37,10 @@ def batches(config: ConfigDict, training: Pipeline, shards: Sequence[int]) -> li
     for part in parts:
       if not len(part.source):
         raise UserError(f"the test split of {part.name} is empty: give more data")
+  except UserError as error:  # for all that else is wrong with the data the run has ended before
+    log.warning("no loss is held out: %s", error)
+    return []
+  try:
     bad = BadRecords(None, 1.0)
     stream = dataclasses.replace(training, parts=parts).batches(bad, shards)
     made = list(itertools.islice(stream, config.held_out.batches))

@@ -241,6 +241,18 @@ LLAMA = (
 )
 
 
+@pytest.mark.parametrize("trims", [("user", "assistant"), ("user",), ()])
+def test_words_lose_the_blanks_that_the_template_takes_off(trims, monkeypatch):
+  """As Llama 3's takes them off every message: an imported model has to see what it was taught."""
+  inside = "(m.content | trim if m.role in " + repr((*trims, "system" if trims else "")) + " else m.content)"
+  chat = of_files(LLAMA.replace("m.content", inside), *HEADERS)
+  turns = (("system", " be brief\n"), ("user", "  how? \n"), ("assistant", " so "))
+  messages = [{"role": role, "content": words} for role, words in turns]
+  wanted = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+  monkeypatch.setattr(chat, "encode", lambda text, after: text)
+  assert "".join(text for text, _ in chat.pieces(turns)) == wanted
+
+
 @pytest.mark.parametrize(
   "chat",
   [

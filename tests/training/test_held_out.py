@@ -16,7 +16,7 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.training import held_out, loop, settings, stages
 from clipflow_jax.training.state import TrainState
 from tests import tiny_data, tiny_runs
-from tests.training.test_loop import assert_identical, metrics, uncompiled
+from tests.training.test_loop import assert_identical, metrics
 
 
 def stage(**fields: Any) -> ConfigDict:
@@ -146,20 +146,21 @@ def test_fewer_pictures_than_a_batch_come_again(tmp_path):
   assert [len(batch.tokens) for batch in made] == [4, 4, 4] and len(pictures) == 10 - len(part.source)
 
 
-def test_a_split_without_a_picture_is_refused_before_anything_is_compiled(tmp_path, monkeypatch):
-  monkeypatch.setattr(loop.step, "make", uncompiled)
+def test_without_a_test_split_nothing_is_held_out_and_the_run_tells_so(tmp_path, caplog):
   config = stage()
-  config.data.source = folder(tmp_path / "few", ["a picture"] * 10) | dict(test_fraction=0.0)
-  said = "held_out.every is 3: the test split of .*few has no record .* data.test_fraction; or set held_out.every=0"
-  with pytest.raises(UserError, match=said):
-    loop.train(config, tmp_path / "run")
-
-
-def test_a_split_of_which_nothing_fits_a_row_is_refused(tmp_path):
-  config = stage()
-  long = folder(tmp_path / "long", ["a red circle on a black background " * 9] * 10)
   pipeline = loop.make_pipeline(config)
-  config.data.source = long | dict(test_fraction=0.5)
+  config.data.source = folder(tmp_path / "few", ["a picture"] * 10) | dict(test_fraction=0.0)
+  assert held_out.batches(config, pipeline, [0]) == []
+  assert "no loss is held out: the test split of" in caplog.text and "has no record" in caplog.text
+
+
+def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
+  config = stage()
+  damaged = folder(tmp_path / "damaged", ["a red circle"] * 10)
+  for file in (tmp_path / "damaged").glob("*.png"):
+    file.write_bytes(b"no picture")
+  pipeline = loop.make_pipeline(config)
+  config.data.source = damaged | dict(test_fraction=0.5)
   with pytest.raises(UserError, match="held_out.every is 3: 100 of 100 records are bad .*or set held_out.every=0"):
     held_out.batches(config, pipeline, [0])
 
