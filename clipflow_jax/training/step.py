@@ -99,7 +99,8 @@ def _in_parts(of: Callable[[Any], Any], rows: Any, count: int) -> Any:
   """The sum of `of` over that many equal parts of `rows`, a tree of leaves [B,...], one part after the other."""
   if count == 1:
     return of(rows)
-  parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), rows)
+  # A part is every count-th row, so that each device has as many of it: of neighbours it would lie on few of them.
+  parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), rows)
 
   def add(total, part):
     return jax.tree.map(jnp.add, total, of(part)), None
