@@ -25,22 +25,25 @@ free_port() {
   echo "$port"
 }
 
-# deaf COMMAND...: which Ctrl-C, or a signal to the whole group, does not end: there are processes still to be heard.
-deaf() {
-  (
-    trap '' INT TERM
-    exec "$@"
-  )
+# shellcheck disable=SC2329 # it is a trap's
+stop() {
+  say "passes SIGTERM on to all"
+  kill -TERM "${pids[@]}" 2>/dev/null || true
 }
 
 export CLIPFLOW_COORDINATOR=${CLIPFLOW_COORDINATOR:-127.0.0.1:$(free_port)} CLIPFLOW_PROCESSES=$count
 pids=()
 for ((i = 0; i < count; i++)); do
+  # Ctrl-C, and a signal to the whole group, reach also those that pass on what a process says: they ignore both, to be
+  # there until it has ended.
+  trap '' TERM INT
+  exec {out}> >(sed -u "s/^/[$i] /") {err}> >(sed -u "s/^/[$i] /" >&2)
+  trap stop TERM INT
   # JAX_LOCAL_DEVICE_IDS: which GPU is this process's; of no meaning on a CPU.
-  CLIPFLOW_PROCESS=$i JAX_LOCAL_DEVICE_IDS=$i "$@" > >(deaf sed -u "s/^/[$i] /") 2> >(deaf sed -u "s/^/[$i] /" >&2) &
+  CLIPFLOW_PROCESS=$i JAX_LOCAL_DEVICE_IDS=$i "$@" >&"$out" 2>&"$err" {out}>&- {err}>&- &
   pids+=($!)
+  exec {out}>&- {err}>&-
 done
-trap 'say "passes SIGTERM on to all"; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
 code=0
 deadline=
@@ -70,6 +73,6 @@ while ((${#running[@]})); do
     done
     deadline=
   fi
-  deaf sleep 0.2
+  { sleep 0.2 || true; } 2>/dev/null # a signal to the group ends it, of which bash would tell
 done
 exit "$code"

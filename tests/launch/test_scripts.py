@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,25 +62,15 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_may_say_their_
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "group"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_stop_reaches_all_and_the_script_ends_behind_them(tmp_path, number, send):
-  program = (
-    f"trap 'sleep 0.5; echo stopped; exit' TERM; touch {tmp_path}/$CLIPFLOW_PROCESS; while :; do sleep 0.1; done"
-  )
-  heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where pytest does not
-  process = subprocess.Popen(
-    ["bash", LOCAL, "2", "bash", "-c", program],
-    stdout=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-    preexec_fn=heeds,
-  )
-  while len(list(tmp_path.iterdir())) < 2:
-    assert process.poll() is None
-    time.sleep(0.05)
-  send(process.pid, number)
-  output, _ = process.communicate(timeout=60)
+def test_a_signal_to_stop_reaches_all_and_the_script_ends_behind_them(number, send):
+  program = "trap 'sleep 0.5; echo stopped; exit 0' TERM; echo ready; for i in {1..200}; do sleep 0.1; done"
+  heeds = ["env", "--default-signal=INT"]  # also where pytest itself does not
+  command = [*heeds, "bash", LOCAL, "2", "bash", "-c", program]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    assert {process.stdout.readline() for _ in range(2)} == {"[0] ready\n", "[1] ready\n"}
+    send(process.pid, number)
+    assert {"[0] stopped", "[1] stopped"} <= set(process.stdout.read().splitlines())
   assert process.returncode == 0
-  assert {"[0] stopped", "[1] stopped"} <= set(output.splitlines())
 
 
 @pytest.mark.parametrize("arguments", [[], ["2"], ["0", "true"], ["two", "true"]])
