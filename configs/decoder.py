@@ -1,4 +1,8 @@
-"""Features to pixels."""
+"""Features to pixels.
+
+At full size such a run holds no language model: what comes behind begins from it and from the run that taught one,
+init_from=runs/decoder,runs/joint.
+"""
 
 from ml_collections import ConfigDict
 
