@@ -11,7 +11,7 @@ from flax import linen as nn
 from clipflow_jax.models.attention import sight
 from clipflow_jax.models.encoder import Encoder
 from clipflow_jax.models.kernels import Mask
-from clipflow_jax.models.layers import Linear
+from clipflow_jax.models.layers import Embed, Linear
 from clipflow_jax.models.vision import unit
 from clipflow_jax.parallel.sharding import shard
 
@@ -46,7 +46,7 @@ class TextTower(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     init = nn.initializers.normal(0.02)
-    x = nn.Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embed")(tokens)
+    x = Embed(self.vocabulary, self.width, embedding_init=init, dtype=self.dtype, name="embed")(tokens)
     places = self.param("place_positions", init, (self.length, self.width), jnp.float32)
     x = x + places[: tokens.shape[1]].astype(self.dtype)
     encoder = Encoder(

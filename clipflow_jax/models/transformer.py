@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.models.attention import Attention, sight, visible
-from clipflow_jax.models.layers import RMSNorm, SwiGLU
+from clipflow_jax.models.layers import Embed, RMSNorm, SwiGLU
 from clipflow_jax.models.remat import scan
 from clipflow_jax.models.rotary import at_positions
 from clipflow_jax.parallel.sharding import shard
@@ -174,7 +174,7 @@ class Transformer(nn.Module):
       dtype=self.dtype,
     )
     rope = dict(rope_theta=self.rope_theta, rope_sections=self.rope_sections, rope_scaling=self.rope_scaling)
-    self.embed = nn.Embed(
+    self.embed = Embed(
       self.vocabulary, self.width, embedding_init=nn.initializers.normal(self.width**-0.5), dtype=self.dtype
     )
     self.text = Stack(self.layers, dict(shared, mlp=self.mlp, axes=self.axes), self.remat, self.unroll, **rope)

@@ -53,6 +53,7 @@ LOGICAL: dict[str, tuple[str, ...]] = {
   "batch": ("slice", "data", "fsdp"),
   "rows": ("slice", "data", "fsdp", "context"),  # of short sequences, kept whole: pictures, captions, noisy blocks
   "sequence": ("context",),
+  "replicas": ("slice", "data"),  # the batch's, of what has "embed" as well
   "embed": ("fsdp",),
   "heads": ("tensor",),
   "mlp": ("tensor",),

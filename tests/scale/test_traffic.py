@@ -9,65 +9,77 @@ import sys
 
 import pytest
 
-# Print the bytes that one of eight devices receives, for two batches: in a step of a FlowHead's entry,
-ENTER = """
+# Prints the bytes that one of eight devices receives, of two batches: in a step of a FlowHead's entry, for the
+# gradient of a table of words, and for a sum over pictures that are taken in four parts.
+PROGRAM = """
 import json
 import jax
 import jax.numpy as jnp
 from clipflow_jax.models.clipflow import FlowHead
-from clipflow_jax.parallel import mesh, sharding
-from clipflow_jax.training import hlo
-
-head, places = FlowHead(width=64, channels=48, rows=4, columns=4), mesh.make(dict(data=2, fsdp=4))
-
-def place(of, to):
-  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), of, to)
-
-def received(rows):
-  x, t = jnp.zeros((rows, 2, 16, 48)), jnp.zeros((rows, 2))
-  params = jax.eval_shape(lambda: {"flow_head": head.init(jax.random.key(0), x, t, method="enter")["params"]})
-  params = place(params, sharding.of_parameters(params, places))
-
-  def loss(params, x, key):
-    noise, t = jax.random.normal(key, x.shape), jax.random.uniform(key, (rows, 2))
-    return jnp.square(head.apply({"params": params["flow_head"]}, x + noise, t, method="enter")).sum()
-
-  x = place(x, jax.NamedSharding(places, sharding.spec("batch")))
-  text = jax.jit(jax.grad(loss)).lower(params, x, jax.random.key(0)).compile().as_text()
-  program = hlo.Program(text, devices=8, flops_per_s=1.0, bytes_per_s=1.0, transfer=lambda one: 0.0)
-  return sum(one.bytes * one.times for one in program.cost().collectives)
-
-with jax.set_mesh(places):
-  print(json.dumps([received(rows) for rows in (16, 64)]))
-"""
-# and in a sum over pictures that are taken in four parts.
-PARTS = """
-import json
-import jax
-import jax.numpy as jnp
+from clipflow_jax.models.layers import Embed
 from clipflow_jax.parallel import mesh, sharding
 from clipflow_jax.training import hlo, step
 
 places = mesh.make(dict(data=2, fsdp=4))
 
-def received(rows):
-  pictures = jax.ShapeDtypeStruct((rows, 8, 8, 3), "uint8", sharding=jax.NamedSharding(places, sharding.spec("batch")))
-  run = jax.jit(lambda rows: step._in_parts(lambda part: jnp.square(part / 255.0).sum(), rows, 4))
-  text = run.lower(pictures).compile().as_text()
+def rows_of(*arrays):
+  at = jax.NamedSharding(places, sharding.spec("batch"))
+  return [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at) for a in arrays]
+
+def received(module, params, loss, *arguments):
+  at = sharding.of_parameters(params, places)
+  params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, at)
+  return sent(jax.jit(jax.grad(loss), out_shardings=at).lower(params, *arguments))
+
+def sent(lowered):
+  text = lowered.compile().as_text()
   program = hlo.Program(text, devices=8, flops_per_s=1.0, bytes_per_s=1.0, transfer=lambda one: 0.0)
   return sum(one.bytes * one.times for one in program.cost().collectives)
 
+def entry(rows):
+  head, x, t = FlowHead(width=64, channels=48, rows=4, columns=4), jnp.zeros((rows, 2, 16, 48)), jnp.zeros((rows, 2))
+  params = jax.eval_shape(lambda: {"flow_head": head.init(jax.random.key(0), x, t, method="enter")["params"]})
+
+  def loss(params, x, key):
+    noise, t = jax.random.normal(key, x.shape), jax.random.uniform(key, (rows, 2))
+    return jnp.square(head.apply({"params": params["flow_head"]}, x + noise, t, method="enter")).sum()
+
+  return received(head, params, loss, *rows_of(x), jax.random.key(0))
+
+def words(rows):
+  embed, ids, weights = Embed(1024, 64), jnp.zeros((rows, 16), jnp.int32), jnp.zeros((rows, 16, 64))
+  params = jax.eval_shape(lambda: {"embed": embed.init(jax.random.key(0), ids)["params"]})
+
+  def loss(params, ids, weights):
+    return (sharding.shard(embed.apply({"params": params["embed"]}, ids), "batch") * weights).sum()
+
+  return received(embed, params, loss, *rows_of(ids, weights))
+
+def parts(rows):
+  total = jax.jit(lambda rows: step._in_parts(lambda part: jnp.square(part / 255.0).sum(), rows, 4))
+  return sent(total.lower(*rows_of(jnp.zeros((4 * rows, 8, 8, 3), jnp.uint8))))
+
 with jax.set_mesh(places):
-  print(json.dumps([received(rows) for rows in (64, 256)]))
+  print(json.dumps([[of(rows) for rows in (16, 64)] for of in (entry, parts, words)]))
 """
 
 
-@pytest.mark.parametrize("program", [ENTER, PARTS], ids=["noisy blocks", "parts of a batch"])
-def test_rows_are_computed_where_they_are(program: str):
-  """A larger batch sends no more: weights and their gradients travel, rows do not."""
+@pytest.fixture(scope="module")
+def received() -> list[list[float]]:
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-  said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+  said = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
   assert said.returncode == 0, said.stderr
-  small, large = json.loads(said.stdout.splitlines()[-1])
+  return json.loads(said.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("program", [0, 1], ids=["noisy blocks", "parts of a batch"])
+def test_rows_are_computed_where_they_are(received, program):
+  """A larger batch sends no more: weights and their gradients travel, rows do not."""
+  small, large = received[program]
   assert 0 < large <= small
+
+
+def test_for_the_gradient_of_words_a_chip_gets_no_more_rows_than_it_has(received):
+  small, large = received[2]
+  assert 0 < large - small < (64 - 16) / 8 * 16 * (64 + 8) * 4  # f32[16,64] a row, and of all rows i32[16]
