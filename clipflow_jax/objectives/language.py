@@ -63,16 +63,16 @@ class _Settings(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _predict(how: _Settings, hidden: jax.Array, matrix: jax.Array, targets: jax.Array, weights: jax.Array) -> Predicted:
   """hidden f[B,S,D], matrix f[D,V], targets i32[B,S], weights f32[B,S]."""
-  matrix = matrix.astype(hidden.dtype)
+  low = _gathered(matrix, hidden.dtype)
 
   def add(total, part):
-    return jax.tree.map(jnp.add, total, _score(how, matrix, part)[0]), None
+    return jax.tree.map(jnp.add, total, _score(how, low, part)[0]), None
 
   return _in_chunks(how, add, _nothing(), (hidden, targets, weights))[0]
 
 
 def _predict_forward(how, hidden, matrix, targets, weights):
-  low = matrix.astype(hidden.dtype)
+  low = _gathered(matrix, hidden.dtype)
 
   def add(carry, part):
     total, of_matrix = carry
@@ -92,6 +92,11 @@ def _predict_backward(how, kept, gradient):
 
 
 _predict.defvjp(_predict_forward, _predict_backward)
+
+
+def _gathered(matrix: jax.Array, dtype: Any) -> jax.Array:
+  """matrix f[D,V] as all rows and chunks multiply with it: left to the partitioner it is gathered anew in each."""
+  return shard(matrix.astype(dtype), None, "vocabulary")
 
 
 def _nothing() -> Predicted:
