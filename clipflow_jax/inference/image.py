@@ -18,6 +18,7 @@ from clipflow_jax.models.clipflow import ClipFlow, Given, Place
 from clipflow_jax.models.layers import to_pixels
 
 DECODER_STEPS = 10  # of a flow decoder: given the features little is left to decide
+DECODER_KEY = 2**31 - 1  # folded into a row's key for its noise: features have the key's own, steps that of 0, 1, ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,8 @@ def decode(model: ClipFlow, params, features: jax.Array, keys: jax.Array) -> jax
       clean = bound.decode(features, pictures, t[:, 0]).reshape(x_t.shape)
       return path.velocity(clean, x_t, t)
 
-    noise = solvers.start(keys, (1, side * side, 3))
+    own = jax.vmap(lambda key: jax.random.fold_in(key, DECODER_KEY))(keys)
+    noise = solvers.start(own, (1, side * side, 3))
     x = solvers.solve(velocity, noise, path.grid(DECODER_STEPS, 1.0), method="heun")
     return to_pixels(x.reshape(-1, side, side, 3))
 
