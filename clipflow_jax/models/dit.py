@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import attend
 from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, fourier, standardise
@@ -51,9 +52,11 @@ class Look(nn.Module):
     return self._split(self.key_norm(self.key(y))), self._split(self.value(y))
 
   def __call__(self, x, rotation, seen=None):
-    q = turn(self._split(self.query_norm(self.query(x))), rotation)
+    q = checkpoint_name(turn(self._split(self.query_norm(self.query(x))), rotation), "query")
     k, v = seen or self.remember(x)
-    return attend(q, k if seen else turn(k, rotation), v, None, self.kernel)
+    if not seen:  # what is remembered of all layers is kept as it is
+      k, v = checkpoint_name(turn(k, rotation), "key"), checkpoint_name(v, "value")
+    return checkpoint_name(attend(q, k, v, None, self.kernel), "attention")
 
   def _split(self, a: jax.Array) -> jax.Array:
     return shard(a.reshape(*a.shape[:2], self.heads, -1), "rows", None, "heads")

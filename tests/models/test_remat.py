@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from clipflow_jax.errors import UserError
+from clipflow_jax.models.dit import DiT
 from clipflow_jax.models.encoder import Encoder
 from clipflow_jax.models.remat import KEPT, POLICIES, remat
 from clipflow_jax.models.transformer import Stack
@@ -24,7 +25,18 @@ def encoder(policy: str) -> nn.Module:
   return Encoder(2, heads=2, mlp=24, remat=policy)
 
 
-@pytest.mark.parametrize("make", [stack, encoder])
+class Drawer(nn.Module):
+  """A separate drawer of x f[B,4,D] for a condition of the rest."""
+
+  policy: str
+
+  @nn.compact
+  def __call__(self, x):
+    dit = DiT(grid=2, channels=16, width=16, layers=2, heads=2, mlp=24, remat=self.policy)
+    return dit(x[:, :4], jnp.ones(len(x)), dit.remember(x[:, 4:])), None
+
+
+@pytest.mark.parametrize("make", [stack, encoder, Drawer])
 def test_every_policy_has_the_same_loss_and_gradients(make: Any):
   positions = jnp.broadcast_to(jnp.arange(6)[:, None], (2, 6, 3))
   rest = (positions, None) if make is stack else ()
