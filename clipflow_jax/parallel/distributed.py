@@ -253,10 +253,11 @@ def share(folder: Path, patience: float = 30.0) -> None:
   if jax.process_count() == 1:
     return
   first = jax.process_index() == 0
-  told = {"mark": f".seen-by-all-{uuid.uuid4().hex}"} if first else {}
+  told = {"folder": str(folder), "mark": f".seen-by-all-{uuid.uuid4().hex}"} if first else {}
   if first:
     (folder / told["mark"]).touch()
-  mark = folder / gather(told)["mark"]
+  told = gather(told)
+  mark = folder / told["mark"]
   end = time.monotonic() + patience
   while not (seen := mark.exists()) and time.monotonic() < end:
     time.sleep(0.5)
@@ -266,7 +267,7 @@ def share(folder: Path, patience: float = 30.0) -> None:
   others = [name(int(i)) for i, theirs in found.items() if not theirs]
   if others:
     raise UserError(
-      f"{folder} of {', '.join(others)} is not the folder that process 0 has: "
+      f"{', '.join(others)} cannot see what process 0 wrote into {told['folder']}: "
       "give all the same --workdir, on a file system that they share"
     )
 
