@@ -11,7 +11,7 @@ mode: what learns, of the parts that the task teaches (the tower and the pixel d
 task: what is learned.
   converse      to answer: conversations about pictures, or descriptions
   draw          to draw from captions
-  both          the two, as many examples of each
+  both          the two, as many examples of each, in pairs of pictures of which one is drawn
   edit          to change a picture as words say: {"file": "after.png", "before": "a.png", "caption": "make it red"}
   talk          to answer without a picture: the one task of an imported language model
 data: a folder with captions.jsonl (captions, or conversations as LLaVA's), a .jsonl file or a JSON array of the same,
@@ -106,14 +106,17 @@ def _teach(config: ConfigDict, options: ConfigDict, wording: dict[str, tuple[str
   data.source = dict(where, size=model.clip.vision.image_size, role=ROLES[options.task], **wording)
   data.tasks = dict.fromkeys(tasks, 1.0)
   data.update(row=(), batch_size=options.batch, bins=options.batch, shards=1, length=max(data.length, 128))
-  if "edit" in tasks:
-    data.images_per_row = max(data.images_per_row, 2)  # before and after
+  paired = options.task in ("both", "edit")  # of two pictures one is drawn: so none is noised that is only read
+  if paired:
+    data.images_per_row = 2 * max(1, (data.images_per_row + 1) // 2)
   language = config.objective.weights.get("language") or 1.0  # beside a flow's loss it may have weighed less
   drawn = bool(DRAWING & set(tasks))
   weights = dict(language=language if options.task not in DRAWING else 0.0, flow=float(drawn))
   early = 0.5 if model.transformer.get("early_layer") and weights["flow"] else 0.0
   chunk = 2048 if data.length > 2048 else 0
-  config.objective = dict(presets.OBJECTIVE, weights=weights, levels=2, early=early, vocabulary_chunk=chunk)
+  targets = data.images_per_row // 2 if paired else 0
+  noised = dict(levels=2, early=early, targets=targets)
+  config.objective = dict(presets.OBJECTIVE, weights=weights, vocabulary_chunk=chunk, **noised)
   if model.get("drawer") and weights["flow"]:
     config.objective.drop_condition = 0.1
   if options.mode == "full":

@@ -36,12 +36,16 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The static shape of a row: S slots, N pictures of grid x grid tokens. pad: the token of a slot without a word."""
+  """The static shape of a row: S slots, N pictures of grid x grid tokens. pad: the token of a slot without a word.
+
+  targets: how many of its pictures may be drawn, where Grain packs it (0: all).
+  """
 
   length: int
   images: int
   grid: int
   pad: int = 0
+  targets: int = 0
 
   @property
   def tokens_per_image(self) -> int:
@@ -113,6 +117,7 @@ def encode(
     "image_roles": roles,
     "image_order": image_order,
     "image_positions": image_positions,
+    "targets": np.flatnonzero(roles & TARGET),
   }
 
 
@@ -122,7 +127,8 @@ PICTURES = ("images", "image_roles", "image_order", "image_positions")
 
 def lengths(layout: Layout) -> dict[str, int]:
   """The room that a row has for each field of `encode`: what Grain packs into."""
-  return dict.fromkeys(SLOTS, layout.length) | dict.fromkeys(PICTURES, layout.images)
+  pictures = dict.fromkeys(PICTURES, layout.images) | {"targets": layout.targets or layout.images}
+  return dict.fromkeys(SLOTS, layout.length) | pictures
 
 
 def finish(row: dict[str, np.ndarray], layout: Layout) -> Batch:

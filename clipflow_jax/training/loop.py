@@ -273,7 +273,7 @@ def make_pipeline(config: ConfigDict, told: Sequence[Mapping[str, Any]] = ()) ->
     if (size := getattr(part.source, "size", side)) != side:
       raise UserError(f"{part.name}: size is {size}, but the model's tower sees {side} pixels: set {part.name}.size")
   chat = text.Chat(_tokenizer(config, told, parts))
-  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid, chat.pad)
+  layout = Layout(fields.pop("length"), fields.pop("images_per_row"), model.grid, chat.pad, config.objective.targets)
   del fields["max_bad_fraction"]
   return Pipeline(parts=parts, chat=chat, layout=layout, seed=config.seed, **fields)
 

@@ -121,6 +121,19 @@ def test_batches_have_the_layouts_shape(chat):
   assert used > 0.3, used  # three short examples, whose pictures fill the row before their words do
 
 
+def test_packed_rows_have_no_more_targets_than_are_noised_and_lose_no_example(chat):
+  def pictures(targets: int) -> tuple[list[int], list[int]]:
+    """Of 30 batches how many are targets of each row, and which there are."""
+    layout = dataclasses.replace(PACKED, targets=targets)
+    batches = take(stream(make(chat, source=Constant(40), **LAYOUTS["packed"] | dict(layout=layout))), 30)
+    roles, images = (np.concatenate([getattr(b, name) for b in batches]) for name in ("image_roles", "images"))
+    return ((roles & TARGET) > 0).sum(axis=1).tolist(), images[roles > 0][:, 0, 0, 0].tolist()
+
+  (free, before), (bounded, after) = pictures(0), pictures(1)
+  assert max(free) > 1 and max(bounded) == 1
+  assert set(before[:200]) == set(after[:200]) == set(range(40))  # the five epochs that these are, each of all
+
+
 def test_an_epoch_shows_every_record_once(chat, tmp_path):
   folder = write_folder(tmp_path, 12)
   source = FolderSource(folder, size=24, split="all")

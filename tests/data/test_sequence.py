@@ -298,6 +298,7 @@ def unpack(row) -> list[dict[str, np.ndarray]]:
     one["read"] = np.where(index < 0, 0, colours[np.maximum(index, 0) // T])
     for name in ("images", "image_roles", "image_order", "image_positions"):
       one[name] = getattr(row, name)[pictures]
+    one["targets"] = np.flatnonzero(one["image_roles"] & TARGET)
     found.append(one)
   return found
 
@@ -313,4 +314,4 @@ def signature(example: dict[str, np.ndarray]) -> str:
 
 def test_a_layout_is_told_in_pictures_and_tokens():
   assert dataclasses.replace(LAYOUT, grid=6).tokens_per_image == 36
-  assert sequence.lengths(LAYOUT).keys() == {*sequence.SLOTS, *sequence.PICTURES}
+  assert sequence.lengths(LAYOUT).keys() == {*sequence.SLOTS, *sequence.PICTURES, "targets"}

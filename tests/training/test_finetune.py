@@ -17,6 +17,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from clipflow_jax import config_file
+from clipflow_jax.batch import TARGET
+from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import sampler
 from clipflow_jax.inference.pipeline import ClipFlow
@@ -142,6 +144,16 @@ def test_a_mode_trains_what_it_says(trained: Path, mode: str, task: str, learns:
   scales = state.multipliers(params, config.train)
   chosen = {path for path, scale in scales.items() if scale}
   assert chosen and all(re.fullmatch(learns, path) for path in chosen)
+
+
+@pytest.mark.parametrize("task", ["both", "edit"])
+def test_hardly_a_picture_is_noised_that_is_only_read(task: str):
+  config = finetune.get_config(f"task={task}")
+  batches = loop.make_pipeline(config).batches(BadRecords(None, 0.0))
+  roles = np.concatenate([next(batches).image_roles for _ in range(3)])
+  targets = ((roles & TARGET) > 0).sum(axis=1)
+  assert targets.max() == config.objective.targets == config.data.images_per_row // 2
+  assert targets.mean() > 0.9 * config.objective.targets
 
 
 def test_data_of_ones_own_are_put_in_the_words_that_the_model_was_taught_in(
