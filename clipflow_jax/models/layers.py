@@ -32,7 +32,9 @@ class Linear(nn.Module):
       y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
     y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
-      y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      # Cast where it is added, not before: its gradient, a sum over all rows, is then added up in float32.
+      y = y + jnp.broadcast_to(bias, y.shape).astype(self.dtype)
     return y
 
 

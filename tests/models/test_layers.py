@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipflow_jax.models.layers import Embed
+from clipflow_jax.models.layers import Embed, Linear
 
 
 def test_of_a_word_that_stands_often_no_gradient_is_lost_in_bfloat16():
@@ -23,3 +23,11 @@ def test_of_a_word_that_stands_often_no_gradient_is_lost_in_bfloat16():
   np.add.at(expected, ids, np.asarray(weights, np.float64))
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_gradient_of_a_bias_is_added_up_in_float32():
+  linear, x = Linear(8, True, dtype=jnp.bfloat16), jnp.zeros((4, 16, 8), jnp.bfloat16)
+  params = linear.init(jax.random.key(0), x)
+  gradient = jax.make_jaxpr(jax.grad(lambda params: linear.apply(params, x).astype(jnp.float32).sum()))(params)
+  sums = [equation for equation in gradient.eqns if equation.primitive.name == "reduce_sum"]
+  assert sums and all(equation.invars[0].aval.dtype == jnp.float32 for equation in sums)
