@@ -273,7 +273,7 @@ def test_a_prompt_that_is_too_long_is_told_in_one_line(capsys, trained):
     ("--output=drawn", "no picture ends in ''"),
     ("--seed=-1", "-1 is no seed; choose one of 0 to 4294967295"),
     (f"--seed={2**32}", "4294967296 is no seed"),
-    ("--steps=0", "at least 1 is needed"),
+    ("--steps=0", "give a whole number, at least 1"),
     ("--best-of=0", "the best of 0 candidates is none"),
     ("--judge=me", "judge 'me' is unknown"),
     ("--count=0", "--count=0 draws nothing"),

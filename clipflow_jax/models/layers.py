@@ -62,27 +62,30 @@ class Embed(nn.Embed):
   """ids i32[B,S] -> f[B,S,D] of `dtype`; the gradient of the table f32[V,D] is added up in float32.
 
   In bfloat16 a sum of 256 takes no more of what is near 1: of a word that stands often most would be lost.
+  slots: the logical axis on which S lies.
   """
 
+  slots: str | None = None
+
   def __call__(self, ids: jax.Array) -> jax.Array:
-    return _look_up(self.dtype, self.embedding, ids)
+    return _look_up(self.dtype, self.slots, self.embedding, ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _look_up(dtype: Dtype, table: jax.Array, ids: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(dtype: Dtype, slots: str | None, table: jax.Array, ids: jax.Array) -> jax.Array:
   # Cast before it is taken: on a mesh rows travel as they are taken.
   return jnp.take(table.astype(dtype), ids, axis=0)
 
 
-def _look_up_forward(dtype, table, ids):
-  return _look_up(dtype, table, ids), (table, ids)
+def _look_up_forward(dtype, slots, table, ids):
+  return _look_up(dtype, slots, table, ids), (table, ids)
 
 
-def _look_up_backward(dtype, kept, gradient):
+def _look_up_backward(dtype, slots, kept, gradient):
   table, ids = kept
   # The table's columns lie on axes that rows of the batch lie on too. Unless told that those change places, the
   # partitioner gathers what all chips have on each.
-  gradient = shard(gradient, "replicas", None, "embed").astype(jnp.float32)
+  gradient = shard(gradient, "replicas", slots, "embed").astype(jnp.float32)
   return jnp.zeros(table.shape, jnp.float32).at[ids].add(gradient).astype(table.dtype), None
 
 

@@ -175,7 +175,11 @@ class Transformer(nn.Module):
     )
     rope = dict(rope_theta=self.rope_theta, rope_sections=self.rope_sections, rope_scaling=self.rope_scaling)
     self.embed = Embed(
-      self.vocabulary, self.width, embedding_init=nn.initializers.normal(self.width**-0.5), dtype=self.dtype
+      self.vocabulary,
+      self.width,
+      embedding_init=nn.initializers.normal(self.width**-0.5),
+      dtype=self.dtype,
+      slots=self.axes[1],
     )
     self.text = Stack(self.layers, dict(shared, mlp=self.mlp, axes=self.axes), self.remat, self.unroll, **rope)
     self.text_norm = RMSNorm(self.norm_eps, self.dtype)

@@ -58,8 +58,8 @@ def make(
       decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
       average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trained)
     metrics |= {
-      "images": (batch.image_roles > 0).sum(),
-      "tokens": (batch.segments > 0).sum(),
+      "images": (batch.image_roles > 0).sum(dtype=jnp.float32),
+      "tokens": (batch.segments > 0).sum(dtype=jnp.float32),
       "gradient_norm": optax.tree.norm(grads),
       "skipped": opt_state.total_notfinite.astype(jnp.float32),
       "skipped_in_a_row": opt_state.notfinite_count.astype(jnp.float32),

@@ -94,7 +94,7 @@ def test_tasks_of_a_trained_model_are_measured_the_same_twice(trained, tmp_path,
 @pytest.mark.parametrize(
   ("fields", "said"),
   [
-    (dict(sampling=dict(steps=0)), "sampling steps 0: at least 1"),
+    (dict(sampling=dict(steps=0)), "sampling steps 0: give a whole number, at least 1"),
     (dict(evaluate=dict(mine=dict(kind="zeroshot", every=3))), "task mine: kind 'zeroshot' is unknown"),
     (dict(evaluate=dict(mine=dict(kind="yes_no", paht="x"))), "task mine: 'paht' is no setting of 'yes_no'"),
   ],

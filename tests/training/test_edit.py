@@ -68,5 +68,5 @@ def test_any_run_that_draws_can_be_taught_edits_of_ones_own(trained: Path, tmp_p
   config.update(steps=1, log_every=1)
   config.optimizer.warmup = 0
   loop.train(config, tmp_path / "run")
-  (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-  assert row["flow"] > 0 and "language" not in row
+  row, held_out = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+  assert row["flow"] > 0 and "language" not in row and held_out["held_out/flow"] > 0
