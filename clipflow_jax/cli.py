@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs one command. Bad input prints one line on stderr and returns 2."""
   logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
   logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # tells of every platform that is not there
+  logging.getLogger("httpx").setLevel(logging.WARNING)  # tells of the page's own requests to itself
   parser = _parser()
   try:
     options, rest = parser.parse_known_args(argv)

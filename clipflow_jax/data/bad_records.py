@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 MIN_SEEN = 100  # a fraction of fewer records says nothing
 SHOWN = 5  # names in the error itself
-CROWDED = 0.05  # the share of examples without room in their rows that is worth a warning
+CROWDED = 0.1  # the share of examples without room in their rows that is worth a warning
 
 
 class BadRecords:
@@ -41,6 +41,7 @@ class BadRecords:
     self.limit = limit
     self.seen = 0
     self.packed = self.left_out = 0  # good ones, and those among them for which their row had no room
+    self._told = False  # that these are many
     self.kinds: collections.Counter[str] = collections.Counter()
     self.named = {} if path is None else _read(path)  # name -> reason
     self._lock = threading.Lock()
@@ -73,15 +74,11 @@ class BadRecords:
   def leave_out(self, count: int, of: int) -> None:
     """Counts `of` more examples, for `count` of which their row had no room. Warns once, when they are too many."""
     with self._lock:
-      before = self._crowded
       self.packed, self.left_out = self.packed + of, self.left_out + count
-      if self._crowded and not before:
+      if not self._told and self.packed >= MIN_SEEN and self.left_out > CROWDED * self.packed:
+        self._told = True
         share = f"{self.left_out / self.packed:.0%}"
         log.warning("%s of the examples, the longest first, have no room in their rows: raise data.length", share)
-
-  @property
-  def _crowded(self) -> bool:
-    return self.packed >= MIN_SEEN and self.left_out > CROWDED * self.packed
 
   def summary(self) -> str:
     """One line: how many of how many were bad, of which kinds, and the first names."""

@@ -78,11 +78,11 @@ def test_packing_counts_what_is_full():
 
 def test_packing_tells_what_found_no_room(pipeline, tmp_path, caplog):
   row = ("converse", "draw", "draw")
-  wide, tight = (Pipeline(pipeline.parts, pipeline.chat, Layout(n, 3, 2), 4, {}, row=row) for n in (40, 33))
+  wide, tight = (Pipeline(pipeline.parts, pipeline.chat, Layout(n, 3, 2), 4, {}, row=row) for n in (40, 31))
   assert inspect.write(wide, tmp_path, "wide").left_out == 0
   with caplog.at_level("WARNING"):
     found = inspect.write(tight, tmp_path, "tight", batches=40)
-  assert found.left_out == pytest.approx(1 - found.examples / 3, abs=0.05) and found.left_out > 0.05
+  assert found.left_out == pytest.approx(1 - found.examples / 3, abs=0.05) and found.left_out > 0.1
   assert str(found).endswith(f"{found.left_out:.1%} of the examples had no room")
   (record,) = caplog.records
   assert record.getMessage().endswith("have no room in their rows: raise data.length")
