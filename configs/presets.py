@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -229,7 +228,7 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     if chunk := config.objective.contrastive_chunk:  # of 24 chips' rows 1024 is no part
       config.objective.contrastive_chunk = max(n for n in range(1, chunk + 1) if config.data.batch_size % n == 0)
     config.data.shards = found.devices  # whatever the number of processes, each reads whole parts, and nothing twice
-    config.data.threads = min(32, os.cpu_count() or 1)  # the stream is the same with any number
+    config.data.threads = 16  # the stream is the same with any number, but the config is to be so on every host
     config.hang_timeout = 1800.0
     if options.model != "tiny":
       computed_on(found, config.model)
