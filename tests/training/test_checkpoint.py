@@ -201,11 +201,11 @@ def test_a_save_gives_free_memory_back_to_the_system(tmp_path: Path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(1, make_state(1), data_state={}, meta={})
   checkpoints.wait()
-  texts = [f"{i:2000d}" for i in range(30_000)]
+  texts = [f"{i:2000d}" for i in range(100_000)]
   full = resident("VmRSS")
   del texts[:-1]  # the last one keeps glibc from shortening its heap
   checkpoints.save(2, make_state(1), data_state={}, meta={})
-  assert full - resident("VmRSS") > 40e6  # of 60
+  assert full - resident("VmRSS") > 100e6  # of 200; the save under way takes some
   checkpoints.close()
 
 
