@@ -154,7 +154,7 @@ def _pictures(fields: dict[str, Any], where: str) -> list[str]:
   named: Any = next((fields[key] for key in PICTURE_KEYS if fields.get(key)), [])
   pictures = named if isinstance(named, list) else [named]
   if not all(isinstance(path, str) and path and path == records.encodable(path) for path in pictures) or not (
-    pictures or any(fields.get(key) for key in records.TURN_KEYS)
+    pictures or records.talks(fields)
   ):
     raise BadRecord(where, "no file: 'file' (or 'image') must be the path of a picture")
   return pictures

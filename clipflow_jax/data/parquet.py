@@ -87,7 +87,7 @@ class ParquetSource(StoredSource):
     texts = {"captions" if isinstance(named, list) else "caption": named} if self.caption else fields
     texts |= {key: fields.get(key) for key in records.TURN_KEYS}
     shown = fields[self.image]
-    shown = shown if isinstance(shown, list) else [] if shown is None and _talks(fields) else [shown]
+    shown = shown if isinstance(shown, list) else [] if shown is None and records.talks(fields) else [shown]
     before = _picture(fields[self.before], where) if self.before else None
     id = _id(fields.get("id"), file, row - start)
     return records.record(id, texts, [_picture(picture, where) for picture in shown], where, before=before)
@@ -112,10 +112,6 @@ class ParquetSource(StoredSource):
 
 def _id(own: Any, file: Path, row: int) -> str:
   return f"{file.stem}/{row}" if own is None else records.clean(str(own))
-
-
-def _talks(fields: dict[str, Any]) -> bool:
-  return any(fields.get(key) for key in records.TURN_KEYS)
 
 
 def _picture(value: Any, where: str) -> bytes:

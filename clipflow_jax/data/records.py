@@ -56,6 +56,11 @@ def decode_text(data: bytes, where: str) -> str:
     raise BadRecord(where, f"not UTF-8: {error}") from error
 
 
+def talks(fields: Mapping[str, Any]) -> bool:
+  """Whether there is a conversation among the fields, which may be without a picture."""
+  return any(fields.get(key) for key in TURN_KEYS)
+
+
 def record(
   id: str,
   fields: Mapping[str, Any],
@@ -69,8 +74,8 @@ def record(
   "txt" and "text" are captions too, "messages" are conversations: turns in LLaVA's form, {"from": "human" or "gpt",
   "value": ...}, or {"role": "user" or "assistant", "content": a text, or parts such as {"type": "text", "text": ...}
   and {"type": "image"}}, or of role "system". IMAGE_MARKERs say where the pictures stand; without any they come before
-  the first words. Other keys are ignored. where: the record lies, name: its
-  pictures do, if not there. Raises BadRecord(where, ...).
+  the first words. Other keys are ignored. where: the record lies; name: its pictures do, if not there. Raises
+  BadRecord(where, ...).
   """
   captions, turns = _captions(fields, where), _turns(fields, where)
   if not captions and not turns:

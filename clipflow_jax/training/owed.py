@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from clipflow_jax import files
 
 FILE = "owed.json"  # {"step", "what": names}, there while they are being made
 
 
 def note(workdir: Path, step: int, what: list[str]) -> None:
   """Before the step is saved: whoever goes on from it finds what it owes."""
-  partial = workdir / f"{FILE}.partial"
-  partial.write_text(json.dumps(dict(step=step, what=what)), encoding="utf-8")
-  os.replace(partial, workdir / FILE)
+  files.write_text(workdir / FILE, json.dumps(dict(step=step, what=what)))
 
 
 def settle(workdir: Path) -> None:
