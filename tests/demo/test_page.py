@@ -229,9 +229,10 @@ def test_an_edit_of_nothing_is_refused_in_words(served):
 
 def test_a_new_conversation_ends_the_answer_that_is_being_written(visit):
   open_tab(visit, "Chat")
-  watch(visit, "[data-testid=bot]")
+  answers = visit.get_by_test_id("bot")
+  before = answers.count()
   ask(visit, "and what else?")
-  visit.wait_for_function("noted.length > 0")
+  answers.nth(before).wait_for()  # only now has the page heard of the request that it is to end
   visit.get_by_role("button", name="New conversation").click()
   wait_until_it_is_done(visit)
   visit.wait_for_function("!document.querySelector('[data-testid=bot]')")
