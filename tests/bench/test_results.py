@@ -20,7 +20,7 @@ del FOUND["ways"]["alone"]["ratio"]
 
 
 def test_a_subject_is_a_chapter_whose_figures_are_replaced_and_whose_words_stay():
-  page = results.write("# Side by side\n", FOUND)
+  page = results.write("# Benchmark results\n", FOUND)
   assert "## Generation, cpu, beside torch" in page and "- a card; a processor, 2 cores" in page
   assert "| dit | 500 | 1500 | **3.00** (2.00 - 4.00) | 2.50 | 5.0 |" in page
   assert "250 ms at the matmul ceiling, 125 ms to move the state; 50% of the roofline" in page

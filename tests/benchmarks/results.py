@@ -102,7 +102,7 @@ def main(subjects: list[str], rounds: int = 5) -> None:
     else:
       with tempfile.TemporaryDirectory() as scratch:
         found = measure(subject, Path(scratch), rounds)
-    text = FILE.read_text(encoding="utf-8") if FILE.exists() else "# Side by side\n"
+    text = FILE.read_text(encoding="utf-8") if FILE.exists() else "# Benchmark results\n"
     FILE.write_text(write(text, found), encoding="utf-8")
 
 
