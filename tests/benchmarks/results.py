@@ -23,7 +23,7 @@ BARS = {
   "cpu": {"generation": 5.0, "understanding": 1.2, "contrastive": 1.2, "decode": 2.0, "draw": 1.5, "evaluate": 1.2},
   "h100": {"generation": 10.0, "understanding": 1.2, "contrastive": 1.2, "decode": 1.5, "draw": 1.5, "evaluate": 1.2},
 }
-HEAD = """| way | ours, ms | peer, ms | peer / ours (range of turns) | of core-seconds | wanted |
+HEAD = """| way | ours, ms | peer, ms | peer / ours (range of turns) | of core-seconds | target |
 |---|---|---|---|---|---|"""
 
 
