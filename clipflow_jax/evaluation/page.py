@@ -108,7 +108,7 @@ def _bars(standings: Sequence[Standing]) -> str:
     [escape(s.bar.text), f"{s.bar.sense} {number(s.limit)}", _value(s), _mark(s.reached, "reached", "missed")]
     for s in standings
   ]
-  return "<h2>Bars</h2>" + table(["measure", "bar", "measured", ""], rows)
+  return "<h2>Targets</h2>" + table(["measure", "target", "measured", ""], rows)
 
 
 def _value(standing: Standing) -> str:
