@@ -182,6 +182,11 @@ ROWS: dict[str, dict[str, Any]] = {
 # Parts that a stage at full size computes nothing with: they would be begun at random, held and kept for nobody.
 UNUSED = {"contrastive": ("transformer", "pixel_decoder"), "decoder": ("transformer",)}
 
+# AdamW at full size, by stage: a tower from nothing learns as SigLIP's does (Zhai et al. 2023), all else as BLIP3-o.
+FRESH = {"contrastive": dict(learning_rate=1e-3, weight_decay=0.1)}
+ADAMW = dict(name="adamw", learning_rate=1e-4, warmup=2000)
+EMA = 0.9999  # at full size, as of DiT and SiT: the mean of the last ten thousand steps
+
 KEEP = 2  # checkpoints of what nobody wants to train anew: where the newest is damaged, the run goes on from the other
 
 
@@ -189,9 +194,10 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   """A stage of the quickstart at another size, by its config's argument: configs/joint.py:model=8b,hardware=v5p-512.
 
   model: of `models.MODELS`, those of its parts that the stage or a language model to start from needs. It brings full
-  rows, and AdamW's rates for weights that are there already. hardware: of `hardware.make`: its mesh, per-chip batch,
-  remat, unrolling, kernel and environment. from, tower: workdirs of an imported language model and of an imported
-  tower, to start from (`warm.start`, `warm.tower`). UserError for what is not there.
+  rows, AdamW's rates (for weights that are there already; `FRESH` for those that are not) and long averages.
+  hardware: of `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower:
+  workdirs of an imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`).
+  UserError for what is not there.
   """
   options = arguments(arg, model="tiny", hardware="", tower="", **{"from": ""})
   if options.model != "tiny":
@@ -212,7 +218,8 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
       config.objective.early = 0.5
       config.sampling.guide = "early"
     config.tokenizer.vocabulary = 32_768
-    config.optimizer.update(name="adamw", learning_rate=1e-4, warmup=2000)
+    config.optimizer.update(ADAMW | ({} if options.tower else FRESH.get(config.name, {})))
+    config.ema = EMA if config.ema else 0.0
     config.update(steps=100_000, log_every=100, frozen_dtype="bfloat16", keep=KEEP)
   if options["from"]:
     warm.start(config, options["from"])

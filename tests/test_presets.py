@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -25,6 +26,7 @@ from clipflow_jax.parallel import sharding
 from clipflow_jax.training import hardware as chips
 from clipflow_jax.training import plan, program, state
 from clipflow_jax.training.optimizer import Optimizer
+from configs import contrastive as contrastive_config
 from configs import hardware, presets
 
 STAGES = ("contrastive", "decoder", "understanding", "generation", "joint")
@@ -181,6 +183,21 @@ def test_slices_of_what_has_none_are_refused_with_what_to_name_instead(name: str
   with pytest.raises(UserError, match=f"TPUs alone have slices; .*, {instead}$"):
     hardware.make(name)
   assert not {flag for flag, *_ in hardware.make(instead).flags if "tpu" in flag}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_full_size_a_fresh_tower_learns_fast_and_averages_are_long(stage: str):
+  config, tiny = scaled(stage, "1b"), scaled(stage)
+  rates = config.optimizer.learning_rate, config.optimizer.weight_decay
+  assert rates == ((1e-3, 0.1) if stage == "contrastive" else (1e-4, 0.0))
+  assert config.ema == (0.9999 if tiny.ema else 0.0)
+
+
+def test_an_imported_tower_is_trained_further_at_the_rate_of_what_is_there_already(tmp_path):
+  vision = dict(presets.tiny()["clip"]["vision"], image_size=60)
+  (tmp_path / "model.json").write_text(json.dumps(dict(clip=dict(vision=vision))))
+  config = contrastive_config.get_config(f"model=1b,tower={tmp_path}")
+  assert config.optimizer.learning_rate == presets.ADAMW["learning_rate"]
 
 
 def test_an_unknown_size_is_named():
