@@ -22,8 +22,6 @@ drawn from them: task=draw and task=both want captions.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
@@ -58,8 +56,6 @@ def get_config(arg: str = "") -> ConfigDict:
   for name in ("rank", "batch"):
     if options[name] < 1:
       raise UserError(f"config argument {name}={options[name]}: give 1 or more")
-  if options.data and not Path(options.data).exists():
-    raise UserError(f"config argument data={options.data}: it is not there; give captioned pictures")
   config = presets.stage("finetune", steps=1000, checkpoint_every=200, keep=presets.KEEP, frozen_dtype="float32")
   config.held_out.every = 200  # of few data a model soon learns by heart what it is shown
   wording = _take(config, options["from"], options.task) if options["from"] else {}
@@ -102,7 +98,7 @@ def _teach(config: ConfigDict, options: ConfigDict, wording: dict[str, tuple[str
   """The data, the objective, and who learns."""
   tasks, model, data = TASKS[options.task], config.model, config.data
   built_in = dict(kind="shapes_edits" if "edit" in tasks else "shapes")
-  where = dict(kind=_kind(options.data), path=options.data) if options.data else built_in
+  where = presets.source(options.data) if options.data else built_in
   data.source = dict(where, size=model.clip.vision.image_size, role=ROLES[options.task], **wording)
   data.tasks = dict.fromkeys(tasks, 1.0)
   data.update(row=(), batch_size=options.batch, bins=options.batch, shards=1, length=max(data.length, 128))
@@ -130,14 +126,6 @@ def _teach(config: ConfigDict, options: ConfigDict, wording: dict[str, tuple[str
     base = dict(base=options.base, tile=options.tile) if options.mode == "qlora" else {}
     config.adapters = dict(rank=options.rank, alpha=options.alpha, where="|".join(where), **base)
   config.train = ((learns, 1.0), (rf"(?!{learns}$).*", 0.0))
-
-
-def _kind(data: str) -> str:
-  """What a source of captioned pictures is, by what lies there."""
-  folder = Path(data)
-  if (folder / "manifest.json").is_file():
-    return "prepared"
-  return "webdataset" if folder.suffix == ".tar" or any(folder.glob("*.tar")) else "folder"
 
 
 def _place(config: ConfigDict, name: str) -> None:

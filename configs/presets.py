@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -196,10 +197,12 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   model: of `models.MODELS`, those of its parts that the stage or a language model to start from needs. It brings full
   rows, AdamW's rates (for weights that are there already; `FRESH` for those that are not) and long averages.
   hardware: of `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower:
-  workdirs of an imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`).
-  UserError for what is not there.
+  workdirs of an imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`). data: of
+  `source`, in the place of the built-in shapes. UserError for what is not there.
   """
-  options = arguments(arg, model="tiny", hardware="", tower="", **{"from": ""})
+  options = arguments(arg, model="tiny", hardware="", data="", tower="", **{"from": ""})
+  if options.data and options.model == "tiny":
+    raise UserError("config argument data is for model=small and larger; at tiny's size: configs/folder.py:path=DIR")
   if options.model != "tiny":
     fields = models.make(options.model)
     unused = () if options["from"] else UNUSED.get(config.name, ())
@@ -225,6 +228,9 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     warm.start(config, options["from"])
   if options.tower:
     warm.tower(config, options.tower)
+  if options.data:
+    config.data.source = dict(source(options.data), size=config.data.source.size)
+    config.tokenizer.examples = 100_000
   if options.hardware:
     found = hardware.make(options.hardware)
     config.hardware = dict(chip=found.chip, topology=found.topology, slices=found.slices)
@@ -240,6 +246,20 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     if options.model != "tiny":
       computed_on(found, config.model)
   return config
+
+
+def source(data: str) -> dict[str, str]:
+  """Kind and path of captioned pictures: what `clipflow prepare` wrote, .tar files or their folder, or a folder or file
+  of records. UserError where nothing is there.
+  """
+  path = Path(data)
+  if not path.exists():
+    raise UserError(f"config argument data={data}: it is not there; give captioned pictures")
+  if (path / "manifest.json").is_file():
+    kind = "prepared"
+  else:
+    kind = "webdataset" if path.suffix == ".tar" or any(path.glob("*.tar")) else "folder"
+  return dict(kind=kind, path=data)
 
 
 def computed_on(found: hardware.Hardware, model: ConfigDict) -> None:

@@ -200,6 +200,17 @@ def test_an_imported_tower_is_trained_further_at_the_rate_of_what_is_there_alrea
   assert config.optimizer.learning_rate == presets.ADAMW["learning_rate"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_takes_pictures_of_ones_own_at_the_size_of_its_tower(stage: str, tmp_path):
+  module = importlib.import_module(f"configs.{stage}")
+  source = module.get_config(f"model=small,data={tmp_path}").data.source
+  assert source.to_dict() == dict(kind="folder", path=str(tmp_path), size=128)
+  with pytest.raises(UserError, match="configs/folder.py:path=DIR"):
+    module.get_config(f"data={tmp_path}")
+  with pytest.raises(UserError, match="data=nowhere: it is not there"):
+    module.get_config("model=small,data=nowhere")
+
+
 def test_an_unknown_size_is_named():
   with pytest.raises(UserError, match="'9b' is unknown; there are small, 1b"):
     scaled("joint", "9b")
