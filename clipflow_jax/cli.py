@@ -228,7 +228,11 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--max-aspect", type=float, default=float("inf"), help="and those that are so many times longer")
   sub.add_argument("--min-caption", type=int, default=1, help="leave out captions of fewer characters")
   sub.add_argument("--max-caption", type=int, default=2**31, help="and those of more")
-  sub.add_argument("--dedup", action="store_true", help="of pictures that look the same keep the first")
+  sub.add_argument(
+    "--dedup",
+    action="store_true",
+    help="leave out records whose words and picture, by its look, one before them has; other words about it stay",
+  )
   sub.add_argument("--max-bad-fraction", type=float, default=0.1, help="stop when more records cannot be read")
   sub.add_argument("--option", action="append", default=[], help="KEY=VALUE, another setting of the source; repeatable")
   sub.add_argument(

@@ -47,8 +47,9 @@ def prepare(
 ) -> dict[str, Any]:
   """Writes the pictures of `source`, of split "all", as squares of its size, with their texts, to the folder `output`.
 
-  dedup: of pictures that look the same only the first is kept. length: records that go into a shard. runner: options of
-  an Apache Beam pipeline that writes the shards; without any, `workers` threads do.
+  dedup: leaves out the records of which one before has both the words and a picture that looks the same. The same
+  picture with other words stays, on the same side of the split. length: records that go into a shard. runner: options
+  of an Apache Beam pipeline that writes the shards; without any, `workers` threads do.
 
   The folder appears whole or not at all: it is written as OUTPUT.partial, shard by shard, and renamed. Killed at any
   point, the same request goes on after the last complete shard, to the same bytes; a shard of which bad records have
@@ -114,8 +115,12 @@ def _finish(
   folder: Path, parts: list[dict[str, Any]], rows: dict[str, np.ndarray], request: dict[str, Any]
 ) -> dict[str, Any]:
   """What lies beside the shards, from what is known of each and of all records. Returns the statistics."""
-  same = duplicates.find(rows["hash"], rows["look"]) if request["dedup"] else np.zeros(0, np.int64)
-  rows["share"][same] = np.nan
+  same = np.zeros(0, np.int64)
+  if request["dedup"]:
+    first = duplicates.find(rows["hash"], rows["look"])
+    rows["share"] = rows["share"][first]  # or a picture to train on would be one to test on
+    same = _repeated(first, rows["rest"])
+    rows["share"][same] = np.nan
   kept = rows["share"] >= 0
   np.save(folder / INDEX, rows["share"])
   manifest = {
@@ -137,13 +142,21 @@ def _finish(
   return statistics
 
 
+def _repeated(*columns: np.ndarray) -> np.ndarray:
+  """i64[k], ascending: the rows that are equal, in all columns, to one before them."""
+  _, once = np.unique(np.stack([column.astype(np.uint64) for column in columns]), axis=1, return_index=True)
+  return np.setdiff1d(np.arange(len(columns[0])), once)
+
+
 def _columns(rows: dict[str, list], looks: bool) -> dict[str, np.ndarray]:
-  """The rows of a part, a few bytes of each: share f64[n], hash u64[n], mean and square f32[n,3], side, captions and
-  questions i32[n], and words i32 of every caption, record by record; look u8[n,192] only where they are wanted."""
+  """The rows of a part, a few bytes of each: share f64[n], hash and rest u64[n], mean and square f32[n,3], side,
+  captions and questions i32[n], and words i32 of every caption, record by record; look u8[n,192] only where they are
+  wanted."""
   captions = [len(words) for words in rows["words"]]
   return {
     "share": np.array(rows["share"], np.float64),
     "hash": np.array(rows["hash"], np.uint64),
+    "rest": np.array(rows["rest"], np.uint64),
     "look": np.frombuffer(bytes.fromhex("".join(rows["look"]) if looks else ""), np.uint8).reshape(-1, 192),
     "mean": np.array(rows["mean"], np.float32).reshape(-1, 3),
     "square": np.array(rows["square"], np.float32).reshape(-1, 3),

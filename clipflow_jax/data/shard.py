@@ -154,7 +154,9 @@ class Job:
     before = record.before
     if before is not None:
       before = _encode(images.decode(before, self.source.size, fit=self.source.fit, name=record.name), self.format)
-    words = [len(caption.split()) for caption in captions]
+    pictures = tuple(_encode(each, self.format) for each in every)
+    kept = dataclasses.replace(record, captions=captions, pictures=pictures, before=before)
+    rest = prepared.pack(dataclasses.replace(kept, id="", pictures=pictures[1:]))
     row = Row(
       share=self.source.share(i),
       hash=difference_hash(pixels),
@@ -162,11 +164,11 @@ class Job:
       mean=mean.tolist(),
       square=square.tolist(),
       side=min(sides),
-      words=words,
+      words=[len(caption.split()) for caption in captions],
       questions=sum(role == "assistant" for role, _ in record.turns),
+      rest=int.from_bytes(hashlib.blake2b(rest, digest_size=8).digest(), "big"),
     )
-    pictures = tuple(_encode(each, self.format) for each in every)
-    return prepared.pack(dataclasses.replace(record, captions=captions, pictures=pictures, before=before)), row
+    return prepared.pack(kept), row
 
   def _converted(self, indices: Sequence[int]) -> Iterator[tuple[bytes, Row] | BadRecord]:
     """The results of `convert` in order, errors in their places; few are held at a time."""
@@ -201,6 +203,7 @@ class Row:
   side: int  # the shorter one, of the picture as it was
   words: list[int]  # of each caption
   questions: int
+  rest: int  # a hash, of 64 bits, of what a duplicate has in common beside the look: words, and all other pictures
 
 
 def difference_hash(pixels: np.ndarray) -> int:

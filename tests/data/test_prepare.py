@@ -197,9 +197,9 @@ def test_filters_see_the_size_that_a_large_jpeg_has(tmp_path):
   assert statistics["written"] == 1 and statistics["shorter_side"]["min"] == 300
 
 
-def test_of_pictures_that_look_the_same_the_first_is_kept(tmp_path):
+def test_of_records_that_look_and_say_the_same_the_first_is_kept(tmp_path):
   data = [(f"{i}.png", tiny_data.noise(i), {"caption": f"{i}"}) for i in range(9)]
-  data[5] = ("5.jpg", tiny_data.noise(1, (48, 48), "JPEG"), {"caption": "1 again, larger and compressed"})
+  data[5] = ("5.jpg", tiny_data.noise(1, (48, 48), "JPEG"), {"caption": "1"})  # larger and compressed
   data[8] = ("8.png", tiny_data.noise(5), {"caption": "5, which is not in it"})
   for colour in ("red", "blue"):  # flat: the same hash, another colour
     Image.new("RGB", (24, 24), colour).save(tmp_path / f"{colour}.png")
@@ -210,6 +210,37 @@ def test_of_pictures_that_look_the_same_the_first_is_kept(tmp_path):
   assert [result[i].captions[0][0] for i in range(len(result))] == ["0", "1", "2", "3", "4", "6", "7", "5", "r", "b"]
   assert statistics["left_out"] == {"duplicate": 1} and statistics["written"] == len(result) == 10
   assert run(folder, tmp_path / "all")["written"] == 11
+
+
+def test_other_words_about_a_picture_are_no_duplicate_and_stay_on_its_side_of_the_split(tmp_path):
+  def says(answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]}
+
+  data = []
+  for i in range(40):
+    told = [{"caption": "a"}, {"caption": "b"}, {"caption": "a"} | says("A."), says("A."), says("B.")]
+    data += [(f"{i}-{n}.png", tiny_data.noise(i), words) for n, words in enumerate([*told, *told])]
+  statistics = run(tiny_data.folder(tmp_path / "in", data), tmp_path / "out", dedup=True)
+  assert statistics["left_out"] == {"duplicate": 200} and statistics["written"] == 200
+  sides = []
+  for split in ("train", "test"):
+    source = PreparedSource(tmp_path / "out", 16, split, 0.3)
+    sides.append({source.record(i).id.partition("-")[0] for i in range(len(source))})
+  assert all(sides) and not set.intersection(*sides)
+
+
+@pytest.mark.parametrize("several", ["file", "before"])
+def test_records_that_differ_in_any_of_their_pictures_are_no_duplicates(tmp_path, several):
+  (tmp_path / "in").mkdir()
+  for i in range(3):
+    (tmp_path / "in" / f"{i}.png").write_bytes(tiny_data.noise(i))
+  turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "The second."}]
+  lines = {
+    "file": [{"file": ["0.png", f"{i}.png"], "conversations": turns} for i in (1, 2, 1)],
+    "before": [{"file": "0.png", "before": f"{i}.png", "caption": "make it red"} for i in (1, 2, 1)],
+  }
+  (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines[several])))
+  assert run(tmp_path / "in", tmp_path / "out", dedup=True)["written"] == 2
 
 
 def test_pictures_may_be_stored_as_jpeg_which_is_smaller_and_nearly_the_same(tmp_path):
@@ -483,7 +514,7 @@ def test_the_command_prepares_by_its_options(tmp_path, capsys):
   data = [("0.png", tiny_data.noise(0, (30, 20)), {"caption": "short"})]
   data += [("1.png", tiny_data.noise(1, (90, 20)), {"caption": "too wide"})]
   data += [("2.png", tiny_data.noise(2), {"caption": "a fitting one"})]
-  data += [("3.png", tiny_data.noise(2), {"caption": "the same again"})]
+  data += [("3.png", tiny_data.noise(2), {"caption": "a fitting one"})]
   tar = tiny_data.webdataset(tmp_path / "a.tar", data)
   options = ["--size=16", "--fit=pad", "--format=webp", "--max-aspect=2", "--min-caption=6", "--dedup"]
   assert cli.main(["prepare", "--source=webdataset", f"--input={tar}", f"--output={tmp_path / 'out'}", *options]) == 0
