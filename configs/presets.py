@@ -121,6 +121,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       seed=0,
       # A workdir whose parameters and tokenizer to begin with; of several, commas between, the first that has one.
       init_from="",
+      frozen_at_random=False,  # what is frozen need not come from there: to try out a stage, not to train a model
       mesh=dict(fsdp=-1),
       hardware=dict(chip="", topology=(), slices=1),  # what `clipflow plan` compiles for
       environment=dict(),  # variables that the process starts with, the compiler's options among them

@@ -374,6 +374,11 @@ def test_what_makes_no_run_is_told_before_it_begins(capsys, tmp_path, argv, said
   assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_whose_tower_nobody_taught_is_refused(capsys, tmp_path):
+  said = fails(capsys, "train", "--config=configs/decoder.py", f"--workdir={tmp_path / 'run'}")
+  assert "freezes clip_model/vision_tower" in said and "init_from" in said and "frozen_at_random=True" in said
+
+
 def test_a_workdir_that_cannot_be_is_told(capsys, tmp_path):
   (tmp_path / "file").touch()
   for command in (("train", "--config=configs/contrastive.py"), ("quickstart",)):

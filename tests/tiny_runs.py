@@ -45,6 +45,7 @@ def decoder_stage(**fields: Any) -> ConfigDict:
     log_every=1,
     checkpoint_every=100,
     measure_features=16,
+    frozen_at_random=True,
   )
   config.data.source = dict(kind="shapes", size=SIZE, counts=(1.0,), questions=1)
   config.data.update(tasks=dict(caption=1.0), length=64, batch_size=4)

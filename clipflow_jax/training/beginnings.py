@@ -60,14 +60,19 @@ def take(
   return taken
 
 
-def warn_of_the_untaught(
-  fresh: set[str], scales: Mapping[str, float], pipeline: Pipeline, objective: Objective
-) -> None:
-  """A warning where what a stage learns beside is frozen and begins at random. fresh: the paths that begin so."""
+def refuse_the_untaught(fresh: set[str], scales: Mapping[str, float], pipeline: Pipeline, objective: Objective) -> None:
+  """UserError where what a stage learns beside is frozen and begins at random. fresh: the paths that begin so."""
   used = {
     "clip_model/vision_tower/": any(part.role != "text" for part in pipeline.parts),
     "language_model/text/": any(objective.weights.get(name) for name in ("language", "flow")),
   }
-  for part, needed in used.items():
-    if needed and any(path.startswith(part) and not scales.get(path, 0.0) for path in fresh):
-      log.warning("%s is frozen, and begins at random: name a run that taught it, config.init_from=DIR", part[:-1])
+  found = [
+    part[:-1]
+    for part, needed in used.items()
+    if needed and any(path.startswith(part) and not scales.get(path, 0.0) for path in fresh)
+  ]
+  if found:
+    raise UserError(
+      f"config.train freezes {' and '.join(found)}, which would begin at random: "
+      "set init_from to the workdir of a run or an import that taught it, or frozen_at_random=True to learn from noise"
+    )

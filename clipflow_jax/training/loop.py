@@ -137,8 +137,8 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       batches.set_state(restored.data_state)
     # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
     taken = beginnings.take(abstract, starts, sharding.of_parameters(abstract, mesh), scales) if starts else {}
-    if not restored:
-      beginnings.warn_of_the_untaught(set(state.flatten(abstract)) - taken.keys(), scales, pipeline, objective)
+    if not restored and not config.frozen_at_random:
+      beginnings.refuse_the_untaught(set(state.flatten(abstract)) - taken.keys(), scales, pipeline, objective)
 
     # With cached features the tower has nothing to see: it waits in the host's memory, for checkpoints and samples.
     cached = next((part.source for part in pipeline.parts if isinstance(part.source, FeatureSource)), None)

@@ -9,7 +9,7 @@
 # NAME=clipflow  ZONE=us-east5-a  TYPE=v5p-64  RUNTIME=v2-alpha-tpuv5  PROJECT=...
 # BUCKET=gs://... is mounted at /mnt/bucket by `install`: all hosts must see one workdir, as in
 #   bash launch/tpu/pod.sh run clipflow train --config=configs/joint.py:model=8b,hardware=v5p-64 \
-#     --workdir=/mnt/bucket/runs/joint
+#     --workdir=/mnt/bucket/runs/joint --config.init_from=/mnt/bucket/runs/decoder
 # where hardware is TYPE, or the topology of one that configs/hardware.py does not name.
 #
 # RUNTIME by TYPE: v4 tpu-ubuntu2204-base, v5e v2-alpha-tpuv5-lite, v5p v2-alpha-tpuv5, v6e v2-alpha-tpuv6e.

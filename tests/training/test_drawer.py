@@ -24,6 +24,7 @@ def trained(tmp_path_factory):
   small["transformer"].pop("early_layer")
   drawer = dict(queries=3, width=width, layers=2, heads=2, mlp=mlp)
   config.update(tokenizer=dict(vocabulary=300, examples=20), steps=2, log_every=1, measure_features=16)
+  config.frozen_at_random = True
   config.model = dict(small, drawer=drawer)
   config.data.source = dict(kind="shapes", size=tiny_runs.SIZE, counts=(1.0,), questions=1)
   config.data.update(length=64, batch_size=4)

@@ -24,6 +24,7 @@ from clipflow_jax.models.clipflow import ClipFlow
 from clipflow_jax.training import checkpoint, loop, owed, stages, state
 from clipflow_jax.training.optimizer import Optimizer
 from clipflow_jax.training.state import TrainState
+from configs import presets
 from tests import tiny_runs
 
 ROOT = Path(__file__).parents[2]
@@ -283,15 +284,22 @@ def test_what_an_earlier_step_owed_is_due_again_when_it_is_reached(tmp_path):
   assert seen == [3, 4] and not owed.at(tmp_path, 3)
 
 
-def test_a_frozen_tower_that_nobody_taught_is_told_of(whole, tmp_path, caplog):
-  def told() -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "at random" in r.getMessage()]
-
-  loop.train(tiny_runs.decoder_stage(steps=1, init_from=str(whole[0])), tmp_path / "taught")
-  assert not told()
-  loop.train(tiny_runs.decoder_stage(steps=1), tmp_path / "untaught")
-  (message,) = told()
-  assert message.startswith("clip_model/vision_tower is frozen, and begins at random: name a run that taught it")
+def test_what_is_frozen_is_begun_from_a_run_or_nothing_is_trained(whole, tmp_path, monkeypatch):
+  taught = tiny_runs.decoder_stage(steps=1, init_from=str(whole[0]), frozen_at_random=False)
+  loop.train(taught, tmp_path / "taught")
+  monkeypatch.setattr(loop.step, "make", uncompiled)
+  draws = dict(name="generation", model=tiny_runs.model(), train=presets.trains(flow=1.0))
+  for fields, weight, named in (
+    ({}, "pixels", "clip_model/vision_tower"),
+    (draws, "flow", "clip_model/vision_tower and language_model/text"),
+  ):
+    config = tiny_runs.decoder_stage(frozen_at_random=False, **fields)
+    config.objective.weights = {weight: 1.0}
+    with pytest.raises(UserError, match=f"config.train freezes {named}, which would begin at random: set init_from to"):
+      loop.train(config, tmp_path / "untaught")
+  taught.update(init_from="", steps=2)
+  with pytest.raises(AssertionError, match="it came to the step"):  # what goes on has what it began with
+    loop.train(taught, tmp_path / "taught")
 
 
 def test_the_workdirs_own_checkpoint_comes_before_another_run(whole, tmp_path):
