@@ -149,40 +149,79 @@ def barrier(what: str, timeout: float = 600.0) -> None:
 def termination() -> Iterator[Callable[[], int]]:
   """A function that says, once a step, which signal asks to stop, or 0: SIGTERM, to this process or to any other.
 
-  One process alone also heeds its first Ctrl-C so (SIGINT) once there has been a step, for then there is something to
-  keep; a second one ends it at once. Many processes agree in the background on one step to stop at, so all of them must
-  ask equally often. The signal is only remembered; what is inside acts between steps.
+  One process alone also heeds its first Ctrl-C so (SIGINT); a second one ends it at once. Many processes agree in the
+  background on one step to stop at, so all of them must ask equally often. The signal is only remembered; what is
+  inside acts between steps. Before it is first asked there is nothing to keep: as `_ending_at_once`.
   """
   seen: list[int] = []
-  if jax.process_count() > 1:  # JAX's own handler has been there since `joined`
+  with contextlib.ExitStack() as before_steps:
+    if threading.current_thread() is threading.main_thread():
+      before_steps.enter_context(_ending_at_once())
+    if jax.process_count() > 1:  # JAX's own handler of SIGTERM has been there since `joined`
 
-    def agreed() -> int:
-      if not seen and multihost_utils.reached_preemption_sync_point(next(_asked)):  # true at that one step only
-        seen.append(signal.SIGTERM)
+      def agreed() -> int:
+        before_steps.close()
+        if not seen and multihost_utils.reached_preemption_sync_point(next(_asked)):  # true at that one step only
+          seen.append(signal.SIGTERM)
+        return seen[0] if seen else 0
+
+      yield agreed
+      return
+    if threading.current_thread() is not threading.main_thread():  # the caller owns signals
+      yield lambda: 0
+      return
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))}
+
+    def interrupted(number: int, _: Any) -> None:
+      seen.append(number)
+      signal.signal(number, before[signal.SIGINT])
+      print("clipflow: stops after this step and its checkpoint; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def asked() -> int:
+      before_steps.close()
+      if signal.SIGINT not in before:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupted)
       return seen[0] if seen else 0
 
-    yield agreed
+    try:
+      yield asked
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+  """Inside, SIGINT and SIGTERM end the process and all others of the run, with code 130 and 0, saying so.
+
+  Python runs its handlers in the main thread, which hears nothing while it compiles, for minutes: here a thread hears
+  what Python writes of each signal that has a handler of its own (of many processes SIGTERM has JAX's). At a prompt,
+  such as a notebook's, Ctrl-C does what it always does.
+  """
+  if hasattr(sys, "ps1"):
+    yield
     return
-  if threading.current_thread() is not threading.main_thread():  # the caller owns signals
-    yield lambda: 0
-    return
-  before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))}
+  hears, told = socket.socketpair()
+  told.setblocking(False)  # as Python wants it
 
-  def interrupted(number: int, _: Any) -> None:
-    seen.append(number)
-    signal.signal(number, before[signal.SIGINT])
-    print("clipflow: stops after this step and its checkpoint; Ctrl-C again to stop at once", file=sys.stderr)
+  def hear() -> None:
+    while heard := hears.recv(1):
+      if (number := heard[0]) in (signal.SIGINT, signal.SIGTERM):
+        why = (
+          f"{signal.Signals(number).name} before the first step, with nothing to save; the same command begins again"
+        )
+        end(why, 0 if number == signal.SIGTERM else 130)
 
-  def asked() -> int:
-    if signal.SIGINT not in before:
-      before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupted)
-    return seen[0] if seen else 0
-
+  before = signal.set_wakeup_fd(told.fileno())
+  thread = threading.Thread(target=hear, name="clipflow-signals", daemon=True)
+  thread.start()
   try:
-    yield asked
+    yield
   finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+    signal.set_wakeup_fd(before)
+    told.close()  # at which the thread ends
+    thread.join()
+    hears.close()
 
 
 # Arrays and values of all processes.

@@ -65,8 +65,9 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
 
   Order of beginnings: the workdir's own checkpoint (its tokenizer too, and `config.init_from` is not looked at), else
   `config.init_from` (its tokenizer, its parameters where names and shapes agree), else fresh. SIGTERM writes a
-  checkpoint and raises SystemExit(0) at the next step; so does the first Ctrl-C, with KeyboardInterrupt. UserError for
-  settings that make no run, or not this one.
+  checkpoint and raises SystemExit(0) at the next step; so does the first Ctrl-C, with KeyboardInterrupt. Before the
+  first step both end the process, as `distributed.termination` says. UserError for settings that make no run, or not
+  this one.
 
   All processes of a run call this with the same config, inside `distributed.joined`; their workdir is one folder that
   all of them see.
@@ -131,7 +132,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
   )
-  with jax.set_mesh(mesh), distributed.termination() as stop, concurrent.futures.ThreadPoolExecutor(1) as compiler:
+  with jax.set_mesh(mesh), distributed.termination() as stop:
     restored = checkpoints.restore(target)
     if restored:
       batches.set_state(restored.data_state)
@@ -150,7 +151,9 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     adapted = Adapters(**config.adapters).around(model)
     pure = step.make(adapted, objective, tx, seed=seed, ema=config.ema, accumulate=config.accumulate)
     jitted = jax.jit(pure, in_shardings=(kept, batch_sharding), out_shardings=(kept, None), donate_argnums=0)
+    compiler = concurrent.futures.ThreadPoolExecutor(1)
     compiling = compiler.submit(jitted.lower(target, example).compile)
+    compiler.shutdown(wait=False)  # an error that ends us meanwhile is told at once
     log.info("compiling the step, which takes from seconds to minutes")
     losses = jax.jit(step.losses(adapted, objective, seed=seed, accumulate=config.accumulate))
 

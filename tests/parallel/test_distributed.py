@@ -98,6 +98,33 @@ def test_sigterm_is_remembered_and_the_handler_before_comes_back():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+COMPILES = """
+import ctypes, signal
+from clipflow_jax.parallel import distributed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without
+libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with distributed.termination():
+  print("compiles", flush=True)
+  for _ in range(2):
+    libc.pthread_mutex_lock(lock)  # the second time for ever, and without a look at what Python has heard
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_before_the_first_step_ends_the_process_at_once_and_says_so(number: signal.Signals, code: int):
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  with subprocess.Popen([sys.executable, "-c", COMPILES], env=environment, **pipes) as process:
+    try:
+      assert process.stdout.readline() == "compiles\n", process.stderr.read()
+      process.send_signal(number)
+      said = process.communicate(timeout=20)[1]
+    finally:
+      process.kill()
+  assert process.returncode == code
+  assert f"clipflow: ended: {number.name} before the first step, with nothing to save; the same command begins" in said
+
+
 # Arrays of all processes.
 
 

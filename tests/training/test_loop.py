@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,24 @@ def test_each_task_is_due_at_its_own_steps_and_all_at_the_end(tmp_path):
 
 
 # Interruption.
+
+
+def test_an_error_beside_the_compiler_is_told_before_that_is_done(tmp_path, monkeypatch):
+  told, compiled = threading.Event(), threading.Event()
+
+  def compiling(*_):
+    told.wait(200)
+    compiled.set()
+
+  def measuring(*_):
+    raise UserError("no picture can be read")
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", compiling)
+  monkeypatch.setattr(loop, "measure_features", measuring)
+  with pytest.raises(UserError, match="no picture can be read"):
+    loop.train(tiny_runs.decoder_stage(), tmp_path)
+  assert not compiled.is_set()
+  told.set()
 
 
 def terminate_at(when: int, number: int = signal.SIGTERM):
