@@ -12,15 +12,25 @@ from pathlib import Path
 from clipflow_jax.errors import UserError
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-  """Atomically: under another name first, so that no reader ever meets half a file, and an error leaves none."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+  """The name to write under, of the same ending, which becomes `path` at the end, atomically.
+
+  No reader ever meets half a file, and an error leaves none. What a killed process left is written over by the next.
+  """
   partial = path.with_name(f".partial-{path.name}")
   try:
-    save(partial)
+    yield partial
     os.replace(partial, path)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+  """What `save` writes into the file that it is given, as `whole`."""
+  with whole(path) as partial:
+    save(partial)
 
 
 def write_text(path: Path, text: str) -> None:

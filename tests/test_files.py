@@ -34,6 +34,19 @@ def test_a_folder_is_one_process_s_own_until_it_has_ended_however(tmp_path):
       assert time.monotonic() < end
 
 
+def test_an_error_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
+  file = tmp_path / "page.html"
+  files.write_text(file, "old")
+
+  def cut_off(partial):
+    partial.write_text("ne")
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    files.write(file, cut_off)
+  assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
 def test_where_the_file_system_knows_no_locks_nothing_is_kept(tmp_path, monkeypatch):
   def unknown(*_):
     raise OSError("no locks available")

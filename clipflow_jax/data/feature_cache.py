@@ -26,6 +26,7 @@ import msgpack
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clipflow_jax import files
 from clipflow_jax.data import feature_statistics
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.example import BadRecord, Dialogue, Example, said
@@ -168,8 +169,6 @@ def write(
   lead = jax.process_index() == 0
   if lead:
     _claim(folder, request)
-    for partial in folder.rglob("*.partial"):
-      partial.unlink()
   distributed.barrier("the folder of features")
   bad = BadRecords(folder / f"data_errors.{jax.process_index()}.jsonl", max_bad_fraction)
   encode_by, devices = _tower(tower, params)
@@ -205,10 +204,7 @@ def write(
 
 def write_statistics(folder: Path, statistics: Statistics) -> None:
   """What `read_statistics` reads."""
-  partial = folder / "statistics.partial"
-  with partial.open("wb") as file:
-    np.savez(file, allow_pickle=False, **statistics.arrays())
-  os.replace(partial, folder / STATISTICS)
+  files.write(folder / STATISTICS, lambda partial: np.savez(partial, allow_pickle=False, **statistics.arrays()))
 
 
 def write_shard(file: Path, examples: Iterator[tuple[list[Example], np.ndarray]], dtype: str) -> None:
@@ -216,9 +212,9 @@ def write_shard(file: Path, examples: Iterator[tuple[list[Example], np.ndarray]]
   from array_record.python.array_record_module import ArrayRecordWriter
 
   file.parent.mkdir(exist_ok=True)
-  texts, raw = file.with_suffix(".partial"), file.with_suffix(".features.partial")
-  writer = ArrayRecordWriter(str(texts), "group_size:1")  # random access is to one record
-  with raw.open("wb") as out:
+  # The texts become their file last: a shard is there when its texts are.
+  with files.whole(file) as texts, files.whole(file.with_suffix(FEATURES)) as raw, raw.open("wb") as out:
+    writer = ArrayRecordWriter(str(texts), "group_size:1")  # random access is to one record
     for some, features in examples:
       for example in some:
         fields = {name: getattr(example, name) for name in TEXTS}
@@ -229,22 +225,22 @@ def write_shard(file: Path, examples: Iterator[tuple[list[Example], np.ndarray]]
         out.write(features.astype(jnp.bfloat16).tobytes())
       else:
         out.write(np.rint(features / STEP).clip(-127, 127).astype(np.int8).tobytes())
-  writer.close()
-  os.replace(raw, file.with_suffix(FEATURES))
-  os.replace(texts, file)  # the last: a shard is there when its texts are
+    writer.close()
 
 
 def write_manifest(folder: Path, request: Mapping[str, Any], sources: Sequence[str]) -> None:
   """What `manifest` reads, of all the shards that are there. UserError for a source without a single picture."""
   shards: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
   for name in sources:
-    for file in sorted((folder / name).glob("*.array_record")):
+    for file in sorted((folder / name).glob("[0-9]*.array_record")):
       if records := _records(file):
         shards[name].append({"file": str(file.relative_to(folder)), "records": records})
     if not shards[name]:
       raise UserError(f"{name}: none of its pictures could be read, see data_errors in {folder}: mend them, remove it")
   pictures = sum(shard["records"] for every in shards.values() for shard in every)
-  _replace(folder / MANIFEST, json.dumps({"request": request, "pictures": pictures, "shards": shards}, indent=1))
+  files.write_text(
+    folder / MANIFEST, json.dumps({"request": request, "pictures": pictures, "shards": shards}, indent=1)
+  )
 
 
 def _claim(folder: Path, request: dict[str, Any]) -> None:
@@ -262,7 +258,7 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
   make_folder(folder)
   if any(folder.iterdir()):
     raise UserError(f"{folder} is not empty and was not written by clipflow cache-features: give another --output")
-  _replace(file, json.dumps(request, indent=1))
+  files.write_text(file, json.dumps(request, indent=1))
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
@@ -370,9 +366,3 @@ def _records(file: Path) -> int:
     return reader.num_records()
   finally:
     reader.close()
-
-
-def _replace(file: Path, content: str) -> None:
-  partial = file.with_suffix(".partial")
-  partial.write_text(content, encoding="utf-8")
-  os.replace(partial, file)

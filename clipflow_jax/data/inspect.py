@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from clipflow_jax import files
 from clipflow_jax.batch import BOTH, INPUT, TARGET, Batch
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.pipeline import Pipeline
@@ -68,10 +69,8 @@ def write(pipeline: Pipeline, output: Path, name: str, batches: int = 8) -> Pack
   bad = BadRecords(None, 0.5)
   found = list(itertools.islice(pipeline.batches(bad), batches))
   state = packing(found, bad.left_out / max(bad.packed, 1))
-  (output / f"{name}.html").write_text(
-    page(found[0], pipeline.layout, pipeline.chat, f"{name}: {state}"), encoding="utf-8"
-  )
-  sheet(found[0], pipeline.layout).save(output / f"{name}.png")
+  files.write_text(output / f"{name}.html", page(found[0], pipeline.layout, pipeline.chat, f"{name}: {state}"))
+  files.write(output / f"{name}.png", sheet(found[0], pipeline.layout).save)
   return state
 
 

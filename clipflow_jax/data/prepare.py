@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from clipflow_jax import files
 from clipflow_jax.data import beam, duplicates
 from clipflow_jax.data.bad_records import BadRecords
 from clipflow_jax.data.prepared import INDEX, MANIFEST, PreparedSource, read_manifest
@@ -251,7 +252,5 @@ def _begin(partial: Path, request: dict[str, Any]) -> Path:
     raise UserError(f"{partial} is in the way and was not written by prepare: move it")
   make_folder(partial)
   make_folder(partial / PARTS)
-  new = file.with_suffix(".partial")
-  new.write_text(json.dumps(request), encoding="utf-8")
-  os.replace(new, file)
+  files.write_text(file, json.dumps(request))
   return partial

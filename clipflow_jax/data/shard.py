@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipflow_jax import files
 from clipflow_jax.data import images, prepared
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.records import Record
@@ -102,24 +103,23 @@ class Job:
 
     indices = range(number * self.length, min((number + 1) * self.length, len(self.source)))
     file = self.folder / f"{number:05d}.array_record"
-    partial = file.with_suffix(".partial")
     bad: collections.Counter[str] = collections.Counter()
     left_out: collections.Counter[str] = collections.Counter()
     places, named, rows = [], [], []
-    writer = ArrayRecordWriter(str(partial), "group_size:1")  # random access is to one record
-    for i, found in zip(indices, self._converted(indices), strict=True):
-      if isinstance(found, LeftOut):
-        left_out[found.kind] += 1
-      elif isinstance(found, BadRecord):
-        bad[found.kind] += 1
-        places.append(i)
-        named.append([found.name, found.why])
-      else:
-        writer.write(found[0])
-        rows.append(found[1])
-    writer.close()
-    shard = _describe(partial, file.name, len(rows)) if rows else None
-    os.replace(partial, file)
+    with files.whole(file) as partial:
+      writer = ArrayRecordWriter(str(partial), "group_size:1")  # random access is to one record
+      for i, found in zip(indices, self._converted(indices), strict=True):
+        if isinstance(found, LeftOut):
+          left_out[found.kind] += 1
+        elif isinstance(found, BadRecord):
+          bad[found.kind] += 1
+          places.append(i)
+          named.append([found.name, found.why])
+        else:
+          writer.write(found[0])
+          rows.append(found[1])
+      writer.close()
+      shard = _describe(partial, file.name, len(rows)) if rows else None
     part = {
       "shard": shard,
       "seen": len(indices),
@@ -131,9 +131,7 @@ class Job:
     }
     if not rows:
       file.unlink()
-    partial = self._part_file(number).with_suffix(".partial")
-    partial.write_text(json.dumps(part), encoding="utf-8")
-    os.replace(partial, self._part_file(number))
+    files.write_text(self._part_file(number), json.dumps(part))
     return part
 
   def convert(self, i: int) -> tuple[bytes, Row]:

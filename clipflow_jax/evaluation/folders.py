@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from clipflow_jax import files
 from clipflow_jax.data.example import BadRecord
 from clipflow_jax.data.images import opened, square
 from clipflow_jax.errors import UserError
@@ -76,9 +77,8 @@ def pictures(folder: Path) -> Iterator[np.ndarray]:
   They keep their size: how it changes is part of a metric. UserError for a folder without pictures, and for a
   picture that cannot be read: a metric of fewer pictures than one believes is worse than none.
   """
-  files = list_pictures(folder)
   held: list[np.ndarray] = []
-  for file in files:
+  for file in list_pictures(folder):
     image = _read(file)
     if held and (image.shape != held[0].shape or len(held) == _TOGETHER):
       yield np.stack(held)
@@ -91,10 +91,10 @@ def list_pictures(folder: Path) -> list[Path]:
   """The files of `pictures`. UserError where there are none."""
   if not folder.is_dir():
     raise UserError(f"there is no folder {folder}: give one with pictures")
-  files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _ENDINGS and not f.name.startswith("."))
-  if not files:
+  found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _ENDINGS and not f.name.startswith("."))
+  if not found:
     raise UserError(f"{folder} has no pictures: none of {', '.join(_ENDINGS)}")
-  return files
+  return found
 
 
 def _read(file: Path) -> np.ndarray:
@@ -130,7 +130,7 @@ def save_statistics(folder: Path, features: Features, file: Path) -> None:
   """Writes the moments of a folder's features, an .npz that `compare` and pytorch-fid take in the folder's place."""
   if file.suffix != ".npz":
     raise UserError(f"statistics are written to an .npz, not to {file}")
-  images.moments(pictures(folder), features).save(file)
+  files.write(file, images.moments(pictures(folder), features).save)
 
 
 def reference(folder: Path, features: Features) -> images.Moments:
@@ -147,6 +147,7 @@ def reference(folder: Path, features: Features) -> images.Moments:
     log.info("the features of %s are known from before, in %s", folder, kept)
     return images.Moments.load(kept)
   made = images.moments(pictures(folder), features)
+  # Of this process alone: others may be keeping the same, of which neither knows.
   partial = kept.with_suffix(f".{os.getpid()}.partial.npz")
   try:
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from clipflow_jax import files
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation import compositional, folders, geneval, tasks
 from clipflow_jax.evaluation.items import Item
@@ -39,13 +39,13 @@ class Drawer:
 
   def draw(self, items: Sequence[Item], first: int) -> np.ndarray:
     """Pictures of items that are the first-th and following ones of all."""
-    files = [self._file(first + i) for i in range(len(items))]
-    if not all(file.is_file() for file in files):
+    pictures = [self._file(first + i) for i in range(len(items))]
+    if not all(file.is_file() for file in pictures):
       self.folder.mkdir(parents=True, exist_ok=True)
       seed = int(np.random.SeedSequence([self.seed, first]).generate_state(1)[0] >> 1)  # of 31 bits, as a key takes
       shown = np.stack([item.look(self.model.image_size) for item in items]) if self.edits else None
       drawn = self.model.draw([item.question for item in items], seed=seed, images=shown, **self.sampling)
-      for file, image in zip(files, drawn, strict=True):
+      for file, image in zip(pictures, drawn, strict=True):
         self._write(file, image)
     return np.stack([self.kept(first + i) for i in range(len(items))])
 
@@ -56,9 +56,7 @@ class Drawer:
     picture = Image.fromarray(image)
     if picture.size != (self.size, self.size):
       picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-    partial = file.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    os.replace(partial, file)
+    files.write(file, picture.save)
 
 
 class Drawn:

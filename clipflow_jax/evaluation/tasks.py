@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from clipflow_jax import files
 from clipflow_jax.errors import UserError
 from clipflow_jax.evaluation.items import Item
 
@@ -59,9 +60,7 @@ def run(file: Path, key: str, items: Sequence[Item], scorer: Scorer, *, chunk: i
   if whole:
     log.info("%s: %d of %d answers are there already", file.name, whole, len(items))
   file.parent.mkdir(parents=True, exist_ok=True)
-  partial = file.with_name(f".partial-{file.name}")
-  partial.write_text("".join(_line(row) for row in [{"key": key}, *map(dataclasses.asdict, done[:whole])]), "utf-8")
-  os.replace(partial, file)
+  files.write_text(file, "".join(_line(row) for row in [{"key": key}, *map(dataclasses.asdict, done[:whole])]))
   answers = done[:whole]
   with file.open("a", encoding="utf-8") as out:
     for start in range(whole, len(items), chunk):

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from clipflow_jax import files
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -204,14 +205,14 @@ class Writer:
     """One picture, such as a sheet of many, to samples/STAGE_STEP_NAME.png."""
     if not self._active:
       return
-    sheet.save(self._sample_path(step, name, "png"))
+    files.write(self._sample_path(step, name, "png"), sheet.save)
     self._tensorboard.add_image(name, np.asarray(sheet), step, dataformats="HWC")
 
   def text(self, step: int, name: str, texts: list[str]) -> None:
     """One text a line, to samples/STAGE_STEP_NAME.txt."""
     if not self._active:
       return
-    self._sample_path(step, name, "txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    files.write_text(self._sample_path(step, name, "txt"), "\n".join(texts) + "\n")
     self._tensorboard.add_text(name, "\n\n".join(texts), step)
 
   def close(self) -> None:
@@ -237,9 +238,7 @@ def _drop_later_steps(path: Path, stage: str, resume_step: int) -> None:
       return False  # cut off when the process was killed
 
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text("".join(f"{line}\n" for line in lines if stays(line)), encoding="utf-8")
-  os.replace(partial, path)
+  files.write_text(path, "".join(f"{line}\n" for line in lines if stays(line)))
 
 
 class _Progress:

@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: Path, sample: loop.Sampler | None = None)
 
 def _train_in_order(config: ConfigDict, workdir: Path, sample: loop.Sampler | None) -> None:
   if jax.process_index() == 0:
-    (workdir / ORDER).write_text(json.dumps(list(config.order)))
+    files.write_text(workdir / ORDER, json.dumps(list(config.order)))
   before = config.get("init_from", "")
   for name in config.order:
     stage = config.stages[name]

@@ -55,8 +55,8 @@ def main(folder: str, kills: int = 10, size: str = "60") -> int:
         process.send_signal(signal.SIGKILL)
         process.wait()
         done += 1
-        shards = len(list(killed.with_name("killed.partial").glob("parts/*.json"))) - 1
-        print(f"kill {done}: {max(shards, 0)} shards complete", flush=True)
+        shards = len(list(killed.with_name("killed.partial").glob("parts/[0-9]*.json")))
+        print(f"kill {done}: {shards} shards complete", flush=True)
     if start(folder, killed, size).wait():
       return 1
     same = contents(whole) == contents(killed)

@@ -150,15 +150,15 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(params, writte
   shutil.copytree(written, folder)
   (folder / "manifest.json").unlink()
   shards = folder / "data.source"
-  (shards / "00001.array_record").rename(shards / "00001.partial")  # half of a shard
+  (shards / "00001.array_record").rename(shards / ".partial-00001.array_record")  # half of a shard
   (shards / "00001.features").write_bytes(b"half")
-  before = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.array_record")}
+  before = {file.name: file.stat().st_mtime_ns for file in shards.glob("0*.array_record")}
   with pytest.raises(UserError, match="is not complete: run the same clipflow cache-features again"):
     FeatureSource(folder, "data.source")
   source = Pictures()
   write(params, folder, source=source)
   assert source.read == 8  # the records of that shard alone
-  assert {file.name: file.stat().st_mtime_ns for file in shards.glob("*.array_record")}.items() >= before.items()
+  assert {file.name: file.stat().st_mtime_ns for file in shards.glob("0*.array_record")}.items() >= before.items()
   files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
   assert files == sorted(file.relative_to(written) for file in written.rglob("*") if file.is_file())
   for file in files:

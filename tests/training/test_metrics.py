@@ -197,7 +197,7 @@ def test_writer_keeps_the_old_metrics_when_rewriting_them_fails(tmp_path: Path, 
   def fail(*_):
     raise OSError("killed")
 
-  monkeypatch.setattr(metrics.os, "replace", fail)
+  monkeypatch.setattr(metrics.files.os, "replace", fail)
   with pytest.raises(OSError, match="killed"):
     Writer(tmp_path, stage="flow", total_steps=2, resume_step=1)
   assert (tmp_path / "metrics.jsonl").read_text() == text
