@@ -97,7 +97,7 @@ def rouge_l(said: Sequence[str], references: Sequence[Sequence[str]]) -> float:
   common = [_longest_common(said, reference) for reference in references]
   precision = max(c / max(1, len(said)) for c in common)
   recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
-  if not precision or not recall:
+  if not precision:
     return 0.0
   return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
@@ -136,8 +136,7 @@ class Cider:
     return [{ngram: weight(ngram, count) for ngram, count in _ngrams(text, n).items()} for n in _ORDERS]
 
   def _similar(self, a, length_a: int, b, length_b: int) -> float:
-    # The official code takes lengths in pairs of words.
-    penalty = np.exp(-((max(0, length_a - 1) - max(0, length_b - 1)) ** 2) / (2 * _SIGMA**2))
+    penalty = np.exp(-((length_a - length_b) ** 2) / (2 * _SIGMA**2))
     total = 0.0
     for x, y in zip(a, b, strict=True):
       overlap = sum(min(value, y.get(ngram, 0.0)) * y.get(ngram, 0.0) for ngram, value in x.items())

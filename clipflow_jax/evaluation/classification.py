@@ -142,7 +142,7 @@ def by_examples(
   if probe:
     matrix, bias = logistic_regression(x, labels, len(names), l2)
   else:
-    matrix = _unit(np.stack([_unit(x[labels == label].mean(axis=0)) for label in range(len(names))])).T
+    matrix = _unit(np.stack([x[labels == label].mean(axis=0) for label in range(len(names))])).T
     bias = np.zeros(len(names))
   return Classifier(lambda images: model.embed_image(images) @ matrix + bias, names, model.image_size)
 

@@ -56,6 +56,11 @@ def test_frechet_distance_is_symmetric_not_negative_and_scales_with_the_square(s
   assert images.frechet_distance_of(scale * a, scale * b) == pytest.approx(scale**2 * there, rel=1e-6, abs=1e-7)
 
 
+def test_an_eigenvalue_below_zero_counts_as_none():
+  a, b = np.diag([1.0, -0.01]), np.diag([4.0, 0.04])  # as rounding leaves them, here large
+  assert images.frechet_distance(np.zeros(2), a, np.zeros(2), b) == pytest.approx(np.trace(a + b) - 2 * 2.0)
+
+
 def test_frechet_distance_of_one_sample_is_an_error():
   with pytest.raises(ValueError, match="two samples"):
     images.frechet_distance_of(np.zeros((1, 3)), np.zeros((9, 3)))
@@ -172,8 +177,24 @@ def test_too_few_pictures_for_a_metric_are_told():
     images.kid_of(many, many)
   with pytest.raises(UserError, match="10 splits needs as many pictures, got 1"):
     images.inception_score_of(one)
-  with pytest.raises(UserError, match="more than 3 pictures in each set, got 20 and 1"):
-    images.precision_recall_of(many, one)
+  with pytest.raises(UserError, match="more than 3 pictures in each set, got 20 and 3"):
+    images.precision_recall_of(many, many[:3])
+
+
+def test_just_enough_pictures_are_enough():
+  four = flat(np.concatenate(stream(0, 20)))[:4]
+  assert images.precision_recall_of(four, four) == (1.0, 1.0)
+  assert images.kid_of(four, four, subsets=2, size=4)[1] == pytest.approx(0)
+  assert images.inception_score_of(four, splits=4) == (1.0, 0.0)  # each alone tells nothing
+
+
+def test_the_inception_score_leaves_out_no_picture_where_splits_are_uneven_and_takes_any_size_of_logits():
+  logits = np.array([[0.0, 9.0], [0.0, 9.0], [9.0, 0.0]])
+  alone, pair = 1.0, images.inception_score_of(logits[1:], splits=1)[0]
+  assert pair > 1.5
+  found = images.inception_score_of(logits, splits=2, seed=None)
+  assert found == pytest.approx((np.mean([alone, pair]), np.std([alone, pair])))
+  assert images.inception_score_of(logits + 1000, splits=2, seed=None) == pytest.approx(found)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +224,11 @@ def test_precision_falls_for_fakes_off_the_manifold_and_recall_for_modes_that_ar
   assert precision > 0.8 and 0.3 < recall < 0.55
   precision, recall = images.precision_recall_of(both, np.concatenate([both + 0.01, far, far + 0.01]))
   assert precision == pytest.approx(0.5, abs=0.02) and recall > 0.9
+
+
+def test_what_lies_at_the_edge_of_a_manifold_is_within_it():
+  real, fake = np.arange(4.0)[:, None], np.array([[4.0], [4.5], [-1.0], [9.0]])  # balls that reach to the next
+  assert images.precision_recall_of(real, fake, k=1)[0] == 0.5
 
 
 def test_distances_in_blocks_are_those_of_the_whole(two_sets, monkeypatch):

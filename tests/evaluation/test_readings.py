@@ -51,6 +51,8 @@ def test_retrieval_is_the_share_of_pictures_nearest_to_their_own_text():
   texts = np.eye(4)
   assert classification.retrieval(texts, texts) == 1
   assert classification.retrieval(texts[[0, 1, 3, 2]], texts) == 0.5
+  pictures = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 0.6, 0.8]])  # to each text its own is nearest, but not to each
+  assert classification.retrieval(pictures, np.eye(3)) == pytest.approx(2 / 3)
 
 
 def test_captions_are_exact_or_not():
@@ -64,6 +66,7 @@ def test_one_wrong_word_costs_one_attribute_and_silence_all():
   assert captioning.attributes([""] * 20, truth) == 0
   text = "a small red circle at the top on a white background"
   assert captioning.attributes([text.replace("red", "blue")], [text]) == pytest.approx(4 / 5)
+  assert captioning.attributes(["a red circle"], ["an outlined red circle"]) == pytest.approx(4 / 5)
 
 
 def test_questions_count_by_their_kind():
@@ -78,6 +81,7 @@ def test_questions_count_by_their_kind():
     "question_how_many": 0.5,
     "question_is_there": 1.0,
   }
+  assert vqa.accuracy(["is there a"], [""], ["no"])["question_accuracy"] == 0
 
 
 def test_every_question_of_the_data_is_of_one_of_six_kinds():

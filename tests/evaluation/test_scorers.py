@@ -81,6 +81,16 @@ def test_every_way_tells_colours_apart(how):
   assert [answer.scores for answer in answers] == [{"top1": 1.0, "top5": 1.0, "label": label} for label in labels]
 
 
+@pytest.mark.parametrize("probe", [False, True])
+def test_of_so_many_shots_the_first_of_every_class_teach_it(probe):
+  misled = [Item("a", picture("red"), answers=("green",)), Item("b", picture("green"), answers=("red",))]
+  for shots, wanted in ((1, ["green", "red", "blue"]), (0, COLOURS)):
+    classifier = classification.by_examples(Colours(), COLOURS, misled + PICTURES, shots=shots, l2=0.01, probe=probe)
+    assert [
+      classifier.names[i] for i in classifier.similar(np.stack(list(map(picture, COLOURS)))).argmax(axis=1)
+    ] == wanted
+
+
 def test_words_are_ranked_of_what_was_seen_once_of_each_picture():
   model = Colours()
   classification.by_words(model, COLOURS, "which?").score(PICTURES)
@@ -102,7 +112,8 @@ def test_examples_in_context_stand_before_the_question_the_same_wherever_the_ite
   scorer = classification.InContext(model, COLOURS, PICTURES, "which?", 9)
   answers = scorer.score(PICTURES[:3])
   assert all(answer.scores == {"top1": 1.0} for answer in answers)
-  assert len(said[0]) == 2 * 9 + 1 and said[0][-1]["content"][1]["text"] == "which?"
+  shown = {message["content"][0]["image"].tobytes() for message in said[0][:-1:2]}
+  assert len(said[0]) == 2 * 9 + 1 and len(shown) == 9 and said[0][-1]["content"][1]["text"] == "which?"
   alone = scorer.score(PICTURES[2:3])
   assert alone[0] == answers[2]
   assert [m["content"] for m in said[-1] if m["role"] == "assistant"] == [
@@ -159,6 +170,8 @@ def test_the_mean_per_class_counts_each_class_once():
   scores = {"top1": np.array([1.0, 1, 1, 0]), "top5": np.ones(4), "label": np.array([0.0, 0, 0, 1])}
   found = classification.per_class(scores, np.array([1.0, 1, 1, 2]), np.array([""] * 4))
   assert found == {"top1": 0.6, "top5": 1.0, "mean_per_class": 0.5}
+  without = classification.per_class(scores, np.array([1.0, 1, 1, 0]), np.array([""] * 4))  # as a resample may be
+  assert without["mean_per_class"] == 1.0
 
 
 @pytest.mark.parametrize("categories", [("", "", "", ""), ("easy", "hard", "easy", "hard"), ("hard",) * 3 + ("easy",)])
@@ -251,6 +264,16 @@ def test_captions_score_as_in_pycocoevalcap(captions):
   )
 
 
+def test_bleu_of_a_beginning_is_its_brevity_alone():
+  reference = [str(i) for i in range(30)]
+  for length in (15, 29):
+    counts = captioning.bleu_counts(reference[:length], [reference])
+    assert captioning.bleu(counts) == pytest.approx(np.exp(1 - 30 / length))
+  assert (
+    captioning.bleu(captioning.bleu_counts([*reference, "30"], [reference])) > 0.9
+  )  # what is too long has no penalty
+
+
 def test_corpus_bleu_is_not_the_mean_of_its_items(captions):
   asked, scorer, answers = captions
   each = [tasks.summarise([a], [i], scorer.summary)["metrics"]["bleu_4"]["value"] for a, i in zip(answers, asked)]
@@ -259,6 +282,7 @@ def test_corpus_bleu_is_not_the_mean_of_its_items(captions):
 
 def test_words_are_in_lower_case_without_punctuation():
   assert captioning.words("A man's dog, isn't it? (No.)") == ["a", "man", "'s", "dog", "is", "n't", "it", "no"]
+  assert captioning.words("a man’s") == ["a", "man", "'s"]
   assert captioning.words("a T-shirt at 3.5 dollars.") == ["a", "t-shirt", "at", "3.5", "dollars"]
 
 
@@ -267,6 +291,8 @@ def test_captions_are_asked_for_as_a_protocol_words_it():
   model = types.SimpleNamespace(image_size=2, caption=lambda images: ["a cat"], answer=lambda images, q: q)
   assert captioning.Captioner(model, asked).score(asked)[0].written == "a cat"
   assert captioning.Captioner(model, asked, "Say it.").score(asked)[0].written == "Say it."
+  (blanks,) = captioning.Captioner(model, asked, " a dog\n").score(asked)
+  assert blanks.scores["exact"] == 1.0
 
 
 def test_captions_without_references_are_told():
@@ -313,6 +339,8 @@ def test_answers_are_normalised_as_by_vqav2s_script(given, wanted):
     ("blue", ["red"] * 7 + ["blue"] * 3, 0.9),
     ("green", ["red"] * 5 + ["blue"] * 5, 0.0),
     ("red", ["red"], 1.0),
+    ("red", ["red", "blue"], 0.5),
+    ("red", ["red", "red", "blue"], 4 / 9),  # from three on each is left out: 1/3, 1/3 and 2/3
     ("red", ["red\n", " red"] + ["red"] * 8, 1.0),  # blanks at the ends are no disagreement
   ],
 )
@@ -338,14 +366,21 @@ def test_anls(written, answers, wanted):
 
 def test_yes_and_no_have_popes_statistics():
   written = ["Yes", "yes.", "Yes, there is", "No", "There is not. yes", "no", "yes", "no"]
-  truth = ["yes", "yes", "no", "no", "no", "yes", "yes", "no"]
+  truth = ["yes", "no", "no", "no", "no", "yes", "yes", "no"]  # two false alarms, one miss
   asked = [Item(str(i), picture("red"), "is there?", (t,)) for i, t in enumerate(truth)]
   model = types.SimpleNamespace(image_size=2, answer=lambda images, questions: written)
   scorer = vqa.YesNo(model)
   metrics = tasks.summarise(scorer.score(asked), asked, scorer.summary, resamples=0)["metrics"]
   assert {name: metric["value"] for name, metric in metrics.items()} == pytest.approx(
-    {"accuracy": 6 / 8, "precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4, "yes_ratio": 1 / 2}
+    {"accuracy": 5 / 8, "precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "yes_ratio": 4 / 8}
   )
+
+
+def test_who_never_says_yes_has_no_precision():
+  asked = [Item("0", picture("red"), "is there?", ("yes",))]
+  scorer = vqa.YesNo(types.SimpleNamespace(image_size=2, answer=lambda images, questions: ["no"]))
+  metrics = tasks.summarise(scorer.score(asked), asked, scorer.summary, resamples=0)["metrics"]
+  assert {metric["value"] for metric in metrics.values()} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -443,6 +478,44 @@ def test_a_question_without_an_answer_is_told():
     vqa.Answerer(model, vqa.exact).score([Item("4", picture("red"), "what?")])
   with pytest.raises(UserError, match="item 4 has no picture"):
     vqa.Answerer(model, vqa.exact).score([Item("4", None, "what?", ("cat",))])
+
+
+# Drawing.
+
+
+def test_what_is_detected_counts_each_category_once():
+  scores, categories = {"correct": np.array([1.0, 1, 1, 0])}, np.array(["a", "a", "a", "b"])
+  assert generation.Detected.summary(scores, np.ones(4), categories) == {"correct": 0.75, "score": 0.5}
+  assert generation.Detected.summary(scores, np.array([1.0, 1, 1, 0]), categories)["score"] == 1.0
+
+
+def test_of_a_kind_that_nothing_was_asked_of_nothing_is_told():
+  scores = {name: np.array([value]) for name, value in {"score": 1.0, "asked size": 0.0, "yes size": 0.0}.items()}
+  found = generation.Questioned.summary(scores, np.ones(1), np.array([""]))
+  assert found["score"] == 1.0 and np.isnan(found["size"])
+
+
+def test_a_picture_unlike_its_prompt_has_a_clip_score_of_zero():
+  model = types.SimpleNamespace(
+    image_size=2, embed_image=Colours().embed_image, embed_text=lambda texts: np.array([[-1.0, 0, 0], [1.0, 0, 0]])
+  )
+  low, high = generation.by_clip(model)(np.stack([picture("red")] * 2), [Item("0"), Item("1")])
+  assert low.scores == {"clip_score": 0.0} and high.scores["clip_score"] > 99
+
+
+def test_each_chunk_of_items_is_drawn_with_a_seed_of_its_own_the_same_every_time(tmp_path):
+  seeds = []
+
+  def draw(prompts, seed, images):
+    seeds.append(seed)
+    return np.stack([picture("red")] * len(prompts))
+
+  model = types.SimpleNamespace(image_size=2, draw=draw)
+  for folder in ("a", "b"):
+    drawer = generation.Drawer(model, tmp_path / folder, seed=7)
+    for first in (0, 2, 0):  # what is there is not drawn again
+      assert drawer.draw(PICTURES[first : first + 2], first).shape == (2, 2, 2, 3)
+  assert len(seeds) == 4 and seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
 
 
 # Where items come from.

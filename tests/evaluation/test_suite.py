@@ -433,6 +433,8 @@ def at(name, x, y, colour=None, side=10.0):
     ((0, 0), (50, 50), {"left of", "above"}),
     ((0, 0), (90, 30), {"left of"}),  # more beside than above
     ((0, 0), (1, 1), set()),
+    ((0, 0), (5, 0), {"left of"}),  # a tenth of both extents, 2, is taken off, and more than half is left
+    ((0, 0), (3, 0), set()),
   ],
 )
 def test_relations_are_told_by_where_the_boxes_middles_lie(a, b, wanted):
@@ -449,6 +451,7 @@ def test_relations_are_told_by_where_the_boxes_middles_lie(a, b, wanted):
       [at("cat", 0, 0), at("cat", 50, 0)],
       "2 cat, fewer than 2 wanted",
     ),
+    (dict(exclude=[{"class": "cat", "count": 17}]), [at("cat", i, 0) for i in range(20)], ""),  # the script sees 16
     (dict(include=[{"class": "cat", "count": 1, "color": "red"}]), [at("cat", 0, 0, "red")], ""),
     (
       dict(include=[{"class": "cat", "count": 1, "color": "red"}]),
@@ -484,7 +487,10 @@ def test_what_is_less_sure_than_genevals_script_asks_is_not_there():
   assert geneval.right(one, things, "counting") == (True, "")
   assert geneval.right(one, things[:1], "single_object") == (False, "0 cat, 1 wanted")
   blue = dataclasses.replace(at("cat", 90, 0, "blue"), score=0.99)
-  assert geneval.right(dict(include=[{"class": "cat", "count": 1, "color": "blue"}]), [*things, blue])[0]  # the surest
+  wanted = dict(include=[{"class": "cat", "count": 1, "color": "blue"}])
+  assert geneval.right(wanted, [*things, blue])[0]  # the surest
+  assert not geneval.right(wanted, [*things, dataclasses.replace(blue, score=0.9)])[0]
+  assert not geneval.right(one, [dataclasses.replace(blue, score=0.3)])[0]
 
 
 def test_prompts_about_shapes_want_in_genevals_words_what_they_say():
