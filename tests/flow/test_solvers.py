@@ -99,6 +99,13 @@ def test_an_unknown_method_and_missing_keys_are_errors():
     solvers.solve(exact_velocity, noise, path.grid(2, 1.0), eta=0.5)
 
 
+def test_the_state_is_in_float32_whatever_it_begins_as(noise: jax.Array):
+  rounded, times = noise.astype(jnp.bfloat16), path.grid(4, 2.0)
+  end = solvers.solve(exact_velocity, rounded, times)
+  np.testing.assert_array_equal(end, solvers.solve(exact_velocity, rounded.astype(jnp.float32), times))
+  assert solvers.advance(exact_velocity, rounded, times, 0, 2)[0].dtype == end.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_way_begins_as_noise_and_its_last_step_leads_to_the_end(eta: float, noise: jax.Array, keys: jax.Array):
   times = path.grid(4, 2.0)

@@ -40,6 +40,7 @@ def test_with_a_bias_each_pair_is_judged_alone():
 def test_in_chunks_loss_and_gradients_are_the_same_and_no_square_of_the_batch_exists(bias):
   images, texts = np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float32)
   texts[3] = images[7]  # one image finds another's text
+  texts[[1, 9]] = images[1]  # and one its own twice, in two chunks: the first counts
   arguments = images, texts, np.float32(5.0)
 
   def with_gradients(chunk: int):
@@ -53,7 +54,7 @@ def test_in_chunks_loss_and_gradients_are_the_same_and_no_square_of_the_batch_ex
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, chunks)
   assert "[12,12]" in str(jax.make_jaxpr(with_gradients(0))(*arguments))
   program = str(jax.make_jaxpr(with_gradients(4))(*arguments))
-  assert "[12,4]" in program and "[12,12]" not in program
+  assert "[12,4]" in program and "[12,12]" not in program and "[3,12,4]" not in program  # nor kept in parts
 
 
 def test_a_chunk_that_does_not_divide_the_batch_is_refused():

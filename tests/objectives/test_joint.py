@@ -83,9 +83,34 @@ def test_counts_are_of_what_the_sums_add_up():
   assert counts.keys() == set(joint.NAMES)
   assert counts["contrastive"] == counts["readout"] == 2
   assert counts["flow"] == 3 and counts["pixels"] == 5
+  assert Objective({"flow": 1.0}, targets=1).counts(BATCH)["flow"] == 2
   assert all(count.dtype == jnp.float32 for count in counts.values())
   empty = tiny.pack([[], []])
   assert {float(count) for count in Objective({"flow": 1.0}).counts(empty).values()} == {1.0, 2.0}
+
+
+def traced(objective: Objective, params, batch) -> dict[str, jax.ShapeDtypeStruct]:
+  return jax.eval_shape(lambda: tiny.model().apply({"params": params}, batch, KEYS, method=objective.sums))
+
+
+def test_settings_reach_the_objectives_that_they_are_of(params, monkeypatch):
+  told: dict[str, float] = {}
+  for part in (joint.flow, joint.pixels):
+    monkeypatch.setattr(part, "losses", lambda *arrays, **settings: told.update(settings) or {})
+  own = dict(levels=3, early=0.25, targets=2, drop_condition=0.1, decoder_noise=0.3, decoder_edges=4.0)
+  traced(Objective({"flow": 1.0, "pixels": 1.0}, **own), params, BATCH)
+  assert told == dict(levels=3, early=0.25, targets=2, drop=0.1, noise=0.3, edges=4.0)
+
+
+@pytest.mark.parametrize(
+  ("name", "chunk"),
+  [("contrastive", "contrastive_chunk"), ("caption", "vocabulary_chunk"), ("language", "vocabulary_chunk")],
+)
+def test_a_chunk_reaches_the_objective_that_it_is_of(params, name: str, chunk: str):
+  batch = tiny.pack([[], [], []], pictures=1)  # of three rows of 24 slots; neither is a multiple
+  size = 2 if name == "contrastive" else 5
+  with pytest.raises(UserError, match=f"objective.{chunk} {size} does not divide"):
+    traced(Objective({name: 1.0}, **{chunk: size}), params, batch)
 
 
 @pytest.mark.parametrize("name", joint.NAMES)
