@@ -18,6 +18,7 @@ data: a folder with captions.jsonl (captions, or conversations as LLaVA's), a .j
 what `clipflow prepare` wrote, or .tar files or their folder, such as BLIP3o-60k's pairs of caption and picture.
 Conversations are learned in their order, about one picture, several (data.images_per_row at once) or none. Nothing is
 drawn from them: task=draw and task=both want captions.
+size: of pictures, pixels a side, where not that of `from`: what that learned of places is resampled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from clipflow_jax.errors import UserError
-from configs import hardware, presets
+from configs import hardware, presets, warm
 
 TASKS = {
   "converse": ("converse",),
@@ -49,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
   batch: rows of a step. hardware: of `hardware.make`, its mesh, environment, remat, unrolling and kernel.
   """
   given = {"from": "", "data": "", "mode": "full", "task": "both", "base": "nf4", "hardware": ""}
-  options = presets.arguments(arg, rank=16, alpha=32.0, tile=64, batch=16, **given)
+  options = presets.arguments(arg, rank=16, alpha=32.0, tile=64, batch=16, size=0, **given)
   for name, known in (("mode", RATES), ("task", TASKS)):
     if options[name] not in known:
       raise UserError(f"config argument {name}={options[name]}: choose one of {', '.join(known)}")
@@ -59,6 +60,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config = presets.stage("finetune", steps=1000, checkpoint_every=200, keep=presets.KEEP, frozen_dtype="float32")
   config.held_out.every = 200  # of few data a model soon learns by heart what it is shown
   wording = _take(config, options["from"], options.task) if options["from"] else {}
+  if options.size:
+    warm.sized(config, options.size)
+    config.measure_features = 4096
   model = config.model
   draws = model.get("drawer") or (model.transformer or {}).get("flow_width")
   if DRAWING & set(TASKS[options.task]) and not draws:

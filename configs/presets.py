@@ -198,10 +198,11 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
   model: of `models.MODELS`, those of its parts that the stage or a language model to start from needs. It brings full
   rows, AdamW's rates (for weights that are there already; `FRESH` for those that are not) and long averages.
   hardware: of `hardware.make`: its mesh, per-chip batch, remat, unrolling, kernel and environment. from, tower:
-  workdirs of an imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`). data: of
-  `source`, in the place of the built-in shapes. UserError for what is not there.
+  workdirs of an imported language model and of an imported tower, to start from (`warm.start`, `warm.tower`). size: of
+  pictures, pixels a side, in place of the model's or the tower's own (`warm.sized`). data: of `source`, in place of the
+  built-in shapes. UserError for what is not there.
   """
-  options = arguments(arg, model="tiny", hardware="", data="", tower="", **{"from": ""})
+  options = arguments(arg, model="tiny", hardware="", data="", tower="", size=0, **{"from": ""})
   if options.data and options.model == "tiny":
     raise UserError("config argument data is for model=small and larger; at tiny's size: configs/folder.py:path=DIR")
   if options.model != "tiny":
@@ -229,6 +230,8 @@ def scale(config: ConfigDict, arg: str) -> ConfigDict:
     warm.start(config, options["from"])
   if options.tower:
     warm.tower(config, options.tower)
+  if options.size:
+    warm.sized(config, options.size)
   if options.data:
     config.data.source = dict(source(options.data), size=config.data.source.size)
     config.tokenizer.examples = 100_000

@@ -49,12 +49,23 @@ def tower(config: ConfigDict, workdir: str) -> None:
     ours[name] = value if run is None else dict(value, **run)
   if "text" in fields:
     config.data.length = fields["text"]["length"]
-  config.data.source.size = vision["image_size"]
-  if config.model.get("pixel_decoder"):
-    seen = vision["image_size"] // vision["patch_size"] * vision["patch_size"]
-    config.model.pixel_decoder.update(image_size=seen, patch_size=vision["patch_size"])
+  sized(config, vision["image_size"])
   config.measure_features = 4096
   begin_from(config, workdir)
+
+
+def sized(config: ConfigDict, size: int) -> None:
+  """Pictures of so many pixels a side, for the tower and the pixel decoder too: as many of the tower's patches as fit.
+
+  What a run of another size learned of places is resampled where this one begins from it.
+  """
+  vision = config.model.clip.vision
+  if size < vision.patch_size:
+    raise UserError(f"pictures of {size} pixels a side are smaller than the tower's patches, {vision.patch_size}")
+  vision.image_size = config.data.source.size = size
+  if config.model.get("pixel_decoder"):
+    seen = size // vision.patch_size * vision.patch_size
+    config.model.pixel_decoder.update(image_size=seen, patch_size=vision.patch_size * vision.get("feature_pool", 1))
 
 
 def _takes_tokenizer(config: ConfigDict, workdir: str) -> bool:

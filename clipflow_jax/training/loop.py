@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
   """Runs one stage to its end, from its newest checkpoint if it has one. Returns the final state.
 
   Order of beginnings: the workdir's own checkpoint (its tokenizer too, and `config.init_from` is not looked at), else
-  `config.init_from` (its tokenizer, its parameters where names and shapes agree), else fresh. SIGTERM writes a
+  `config.init_from` (its tokenizer, its parameters as `beginnings.take`), else fresh. SIGTERM writes a
   checkpoint and raises SystemExit(0) at the next step; so does the first Ctrl-C, with KeyboardInterrupt. Before the
   first step both end the process, as `distributed.termination` says. UserError for settings that make no run, or not
   this one.
@@ -137,7 +137,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
     if restored:
       batches.set_state(restored.data_state)
     # What is taken is not drawn at random first: of that, which is most of what there is to compile, nothing is left.
-    taken = beginnings.take(abstract, starts, sharding.of_parameters(abstract, mesh), scales) if starts else {}
+    taken = {}
+    if starts:
+      measured = bool(config.measure_features or config.data.get("features"))
+      taken = beginnings.take(abstract, starts, sharding.of_parameters(abstract, mesh), scales, measured)
     if not restored and not config.frozen_at_random:
       beginnings.refuse_the_untaught(set(state.flatten(abstract)) - taken.keys(), scales, pipeline, objective)
 
