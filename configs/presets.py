@@ -149,7 +149,7 @@ def stage(name: str, **fields: Any) -> ConfigDict:
       accumulate=1,
       ema=0.0,
       frozen_dtype="float32",  # of what is not trained; what computes in bfloat16 loses nothing by "bfloat16"
-      measure_features=0,  # pictures to measure the features' statistics on before the first step
+      measure_features=0,  # pictures to measure the features' statistics on at first, where no beginning has them
       log_every=20,
       checkpoint_every=1000,  # 0: only at the last step
       sample_every=0,

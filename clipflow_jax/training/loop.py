@@ -165,8 +165,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
       log.info("resumed at step %d", restored.step)
     else:
       now = jax.jit(fresh, out_shardings=shardings)(taken)
+      # What a beginning measured stays: its decoder, and whatever else it taught, know features by that scale.
+      unmeasured = features.of_run(taken) is None
       del taken
-      if config.measure_features and not config.data.get("features"):
+      if config.measure_features and unmeasured and not config.data.get("features"):
         pictures = map(put, pipeline.batches(BadRecords(None, 1.0), shards))
         now = measure_features(model, now, pictures, config.measure_features)
     now, aside = state.set_aside(now, unused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.training import beginnings, checkpoint, exchange, loop
 from clipflow_jax.training.state import flatten, merge
-from configs import presets, warm
+from configs import decoder, joint, presets, warm
 from tests import tiny, tiny_runs
 
 VOCABULARY = 320
@@ -149,6 +150,25 @@ def test_a_language_model_and_a_tower_of_two_imports_begin_one_run(imported, tow
   with pytest.raises(UserError, match="no text tower, so it cannot embed texts"):
     ClipFlow.from_checkpoint(tmp_path).embed_text(["a red star"])
   assert np.std(frozen["statistics/mean"]) > 0  # of this tower's features
+
+
+def test_what_a_decoder_learned_on_an_imported_tower_serves_a_language_model_beside_it(imported, tower, tmp_path):
+  def run(stage: ModuleType, arg: str, init_from: str) -> dict[str, Any]:
+    config = stage.get_config(arg)
+    del config.model.clip["captioner"]
+    config.update(init_from=init_from, steps=1, log_every=1, measure_features=8, seed=len(init_from))
+    config.tokenizer.update(vocabulary=300, examples=20)
+    config.data.batch_size = 4
+    loop.train(config, tmp_path / config.name)
+    return flatten(ClipFlow.from_checkpoint(tmp_path / config.name).params)
+
+  taught = run(decoder, f"tower={tower}", str(tower))
+  whole = run(joint, f"from={imported},tower={tower}", f"{imported},{tmp_path / 'decoder'}")
+  assert any(path.startswith("language_model/flow/") for path in whole)
+  for path in taught:
+    if path.startswith(("statistics/", "decoder/", "clip_model/vision_tower/")):
+      np.testing.assert_array_equal(taught[path], whole[path], err_msg=path)
+  assert np.std(taught["statistics/mean"]) > 0
 
 
 @pytest.mark.parametrize("stage", ["captions", "conversations", "captions by a language model", "without a tokenizer"])
