@@ -183,9 +183,23 @@ def stack(rows: list[Batch]) -> Batch:
   return Batch(**{name: None if values[0] is None else np.stack(values) for name, values in fields.items()})
 
 
+def spoken(*runs: str) -> str:
+  """People's words as the text of a turn, a picture standing between one run of them and the next.
+
+  IMAGE in them is noise, as any special token, and stands for none.
+  """
+
+  def plain(words: str) -> str:
+    while (shorter := words.replace(IMAGE, "")) != words:
+      words = shorter
+    return words
+
+  return IMAGE.join(map(plain, runs))
+
+
 def drawn(text: str, image: np.ndarray) -> Conversation:
   """Draw `text`, whose truth is the image (as in Example); the empty text is the unconditional case."""
-  return Conversation((("user", text), ("assistant", IMAGE)), image[None], (TARGET,))
+  return Conversation((("user", spoken(text)), ("assistant", IMAGE)), image[None], (TARGET,))
 
 
 PICTURE, QUESTION, CAPTION = "{picture}", "{question}", "{caption}"
@@ -194,13 +208,13 @@ ASK, EDIT = PICTURE + QUESTION, PICTURE + CAPTION
 
 def edited(before: np.ndarray, text: str, image: np.ndarray, edit: str = EDIT) -> Conversation:
   """Draw what by the text becomes of the picture `before`, whose truth is the image; put together as `edit` has it."""
-  words = edit.replace(PICTURE, IMAGE).replace(CAPTION, text)
+  words = edit.replace(PICTURE, IMAGE).replace(CAPTION, spoken(text))
   return Conversation((("user", words), ("assistant", IMAGE)), np.stack([before, image]), (INPUT, TARGET))
 
 
 def beside(question: str, ask: str = ASK) -> str:
   """A question with its picture as `ask` puts them, in which PICTURE and QUESTION stand for them."""
-  return ask.replace(PICTURE, IMAGE).replace(QUESTION, question)
+  return ask.replace(PICTURE, IMAGE).replace(QUESTION, spoken(question))
 
 
 def asked(image: np.ndarray, question: str, ask: str = ASK) -> Conversation:
@@ -212,13 +226,13 @@ def read(image: np.ndarray, exchanges: tuple[tuple[str, str], ...], ask: str = A
   """Questions and answers about image u8[H,W,3], which stands beside the first question."""
   turns: list[tuple[str, str]] = []
   for i, (question, answer) in enumerate(exchanges):
-    turns += [("user", question if i else beside(question, ask)), ("assistant", answer)]
+    turns += [("user", spoken(question) if i else beside(question, ask)), ("assistant", spoken(answer))]
   return Conversation(tuple(turns), image[None], (INPUT,))
 
 
 def held(dialogue: Dialogue, ask: str = ASK) -> Conversation:
   """A conversation as it was held, its pictures read where they stand, or a single one beside the first words."""
-  turns = [(role, text.replace(IMAGE, "").replace(IMAGE_MARKER, IMAGE)) for role, text in dialogue.turns]
+  turns = [(role, spoken(*text.split(IMAGE_MARKER))) for role, text in dialogue.turns]
   if len(dialogue.images) and not dialogue.marked:
     first = [role for role, _ in turns].index("user")
     turns[first] = ("user", beside(turns[first][1], ask))
@@ -227,8 +241,8 @@ def held(dialogue: Dialogue, ask: str = ASK) -> Conversation:
 
 def talked(exchanges: tuple[tuple[str, str], ...], image: np.ndarray) -> Conversation:
   """Questions and answers alone; of image u8[H,W,3] only the shape is taken, which all of a row's pictures share."""
-  turns = tuple(turn for question, answer in exchanges for turn in (("user", question), ("assistant", answer)))
-  return Conversation(turns, image[None][:0], ())
+  turns = (turn for question, answer in exchanges for turn in (("user", question), ("assistant", answer)))
+  return Conversation(tuple((role, spoken(text)) for role, text in turns), image[None][:0], ())
 
 
 def words(text: str, image: np.ndarray) -> Conversation:

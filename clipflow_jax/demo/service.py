@@ -163,8 +163,7 @@ class Service:
 
   def drawing(self, asked: ImageRequest | EditRequest, before: np.ndarray | None = None) -> tuple[list[Drawn], Draw]:
     """before: u8[H,W,3], of an edit."""
-    prompt = self.model.tokenizer.without_special(asked.prompt)
-    self.model.slots(prompt, before)
+    self.model.slots(asked.prompt, before)
     side = f"{self.model.image_size}x{self.model.image_size}"
     if asked.size not in (None, "auto", side):
       raise Refused(400, f"this model draws pictures of {side}, not of {asked.size}", param="size")
@@ -172,7 +171,7 @@ class Service:
     guidance = usual.guidance if asked.guidance is None else asked.guidance
     settings = Draw(asked.steps or usual.steps, guidance, before is not None)
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-    return [Drawn(prompt, (seed + i) % 2**31, before) for i in range(asked.n)], settings
+    return [Drawn(asked.prompt, (seed + i) % 2**31, before) for i in range(asked.n)], settings
 
   def draw(self, asked: ImageRequest) -> list[Job]:
     items, settings = self.drawing(asked)
@@ -207,8 +206,8 @@ class Service:
     return job, slots
 
   async def _part(self, part: schemas.Part) -> dict[str, Any]:
-    if part.type == "text":  # a special token in it would be taken for the template's
-      return {"type": "text", "text": self.model.tokenizer.without_special(part.text)}
+    if part.type == "text":
+      return {"type": "text", "text": part.text}
     return {"type": "image", "image": await self._unpack(schemas.picture, part.image_url.url)}
 
   async def _unpack(self, how: Callable[..., np.ndarray], data: bytes | str, *param: str) -> np.ndarray:

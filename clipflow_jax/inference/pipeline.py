@@ -17,7 +17,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.data import mixture, sequence
 from clipflow_jax.data.images import square
 from clipflow_jax.data.sequence import Conversation, Layout
-from clipflow_jax.data.text import IMAGE, Chat, ends_of, from_files, with_vocabulary
+from clipflow_jax.data.text import Chat, ends_of, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.batching import Programs, bucket, keys_of, listed, seeds_of
@@ -278,16 +278,21 @@ class ClipFlow:
         role, content = message["role"], message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         shown = [part["image"] for part in parts if part["type"] == "image"]
-        words = [part["text"] for part in parts if part["type"] != "image"]
-        inside = "".join(IMAGE if part["type"] == "image" else part["text"] for part in parts)
+        runs = [""]  # of words, a picture after each but the last
+        for part in parts:
+          if part["type"] == "image":
+            runs.append("")
+          else:
+            runs[-1] += part["text"]
       except (TypeError, KeyError) as error:
         raise UserError(
           f'messages are a list of {{"role": "user", "content": "hello"}} and the like, not of {message!r:.60}'
         ) from error
       pictures += map(self._fit, shown)
-      if len(words) == 1 and len(parts) == 2:  # a picture and what is asked of it, in whichever order
-        inside = sequence.beside(words[0], self.wording.ask)
-      turns.append((role, inside))
+      if len(shown) == 1 and len(parts) == 2:  # a picture and what is asked of it, in whichever order
+        turns.append((role, sequence.beside("".join(runs), self.wording.ask)))
+      else:
+        turns.append((role, sequence.spoken(*runs)))
     images = np.stack(pictures) if pictures else self.blank()[None][:0]
     return Conversation(tuple(turns), images, (1,) * len(pictures))
 

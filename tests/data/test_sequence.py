@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from clipflow_jax.batch import BOTH, INPUT, TARGET
 from clipflow_jax.data import sequence, text
-from clipflow_jax.data.sequence import Conversation, Layout
+from clipflow_jax.data.example import Dialogue
+from clipflow_jax.data.sequence import ASK, Conversation, Layout
 from clipflow_jax.data.text import ASSISTANT, BEGIN, END, IMAGE, USER, Chat
 from clipflow_jax.errors import UserError
 
@@ -180,6 +181,30 @@ def test_every_picture_has_its_word(chat, content, pictures):
   conversation = Conversation((("user", content),), np.zeros((pictures, SIDE, SIDE, 3), np.uint8), (INPUT,) * pictures)
   with pytest.raises(UserError, match="write one for each"):
     sequence.encode(conversation, chat, LAYOUT)
+
+
+QUOTED = ["<|image|>a", "a<|im<|image|>age|>", "<|im<image>age|>a", "a <image>", "<im<|image|>age>", IMAGE * 2]
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+@pytest.mark.parametrize("ask", [ASK, "{question}{picture}"])
+def test_in_peoples_words_the_word_of_a_picture_is_none(chat, quoted, ask):
+  twice = ((quoted, quoted), (quoted, quoted))
+  images = np.stack([picture()])
+  made = {
+    "drawn": sequence.drawn(quoted, picture()),
+    "edited": sequence.edited(picture(), quoted, picture()),
+    "asked": sequence.asked(picture(), quoted, ask),
+    "read": sequence.read(picture(), twice, ask),
+    "talked": sequence.talked(twice, picture()),
+    "held": sequence.held(Dialogue((("user", f"<image>{quoted.replace('<image>', '')}"), ("assistant", "a")), images)),
+    "between": Conversation((("user", sequence.spoken(quoted, quoted)),), images, (INPUT,)),
+  }
+  for name, conversation in made.items():
+    roles: list[int] = {"drawn": [TARGET], "edited": [INPUT, TARGET], "talked": []}.get(name, [INPUT])
+    example = sequence.encode(conversation, chat, Layout(200, 3, GRID), prompt=name in ("asked", "between"))
+    assert example["image_roles"].tolist() == roles
+    assert (example["tokens"][example["image_index"] < 0] == chat.image).sum() == len(roles)
 
 
 @pytest.mark.parametrize("frame", ["<|begin|> $A <|end|>", "$A <|end|>"])

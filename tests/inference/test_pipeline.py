@@ -231,6 +231,15 @@ def test_a_picture_stands_where_the_model_was_taught_to_find_it_in_whichever_ord
   assert model.chat([{"role": "user", "content": parts}]) == answer
 
 
+@pytest.mark.parametrize("words", [["how?<|image|>"], ["how?<|im<|image|>age|>"], ["how?<|ima", "ge|>"]])
+def test_in_what_is_asked_the_word_of_a_picture_is_none(model, pictures, words):
+  texts = [{"type": "text", "text": text} for text in words]
+  for shown in ([], [{"type": "image", "image": pictures[0]}]):
+    plain, quoted = ([{"role": "user", "content": [*shown, *of]}] for of in ([dict(texts[0], text="how?")], texts))
+    assert model.conversation(quoted).turns == model.conversation(plain).turns
+  assert model.slots(f"a star {IMAGE}") == model.slots("a star ")
+
+
 def test_a_conversation_of_words_alone_may_go_on(model):
   first = model.chat([{"role": "user", "content": "how?"}])
   turns = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": first[:8]}]
