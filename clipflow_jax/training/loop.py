@@ -255,10 +255,10 @@ def train(config: ConfigDict, workdir: Path, sample: Sampler | None = None) -> T
           watchdog.beat(f"the checkpoint of step {number}")
           checkpoints.save(number, whole(now), data_state=distributed.gather(batches.get_state()), meta=meta)
           saved = number
+        if stopping:
+          break  # what is due is owed: who stops us does not wait for it
         if due:
           show(now, number, due)
-        if stopping:
-          break
       watchdog.beat("the last checkpoint")
     if bad.bad:
       log.warning("%s", bad.summary())

@@ -183,6 +183,20 @@ def test_a_terminated_run_goes_on_bit_for_bit_as_if_nothing_had_been(whole, tmp_
   assert metrics(tmp_path) == metrics(whole[0])
 
 
+def test_a_run_that_is_to_stop_leaves_what_is_due_to_the_run_that_goes_on(tmp_path):
+  config, seen = tiny_runs.decoder_stage(sample_every=1), []
+
+  def sample(*given):
+    seen.append(given[4])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(SystemExit):
+    loop.train(config, tmp_path, sample)
+  assert seen == [1] and steps_of(tmp_path) == ["2"]
+  loop.train(config, tmp_path, lambda *given: seen.append(given[4]))
+  assert seen == [1, 2, 3, 4]
+
+
 def test_a_signal_during_the_last_step_ends_the_program_after_it(whole, tmp_path):
   with pytest.raises(SystemExit) as stop:
     loop.train(tiny_runs.decoder_stage(sample_every=1), tmp_path, terminate_at(4))
