@@ -45,9 +45,10 @@ DRAWER = r"separate_drawer/layers/(attention/((own|cross)/(query|key|value)|out)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """arg: see above; without `from` the model of the quickstart, untrained, without `data` the built-in shapes.
+  """arg: see above; without `from` the model of the quickstart, untrained: to plan with.
 
-  batch: rows of a step. hardware: of `hardware.make`, its mesh, environment, remat, unrolling and kernel.
+  Without `data` the built-in shapes. batch: rows of a step. hardware: of `hardware.make`, its mesh, environment, remat,
+  unrolling and kernel.
   """
   given = {"from": "", "data": "", "mode": "full", "task": "both", "base": "nf4", "hardware": ""}
   options = presets.arguments(arg, rank=16, alpha=32.0, tile=64, batch=16, size=0, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,8 +60,11 @@ def merge(a: Params, b: Params) -> Params:
 def multipliers(params: Params, table: tuple[tuple[str, float], ...]) -> dict[str, float]:
   """{path: learning-rate multiplier} by a table of (regex, multiplier).
 
-  UserError unless one row matches each path, and one path learns.
+  UserError unless one row matches each path, and one path learns, and for a multiplier that is no number from 0.
   """
+  for pattern, scale in table:
+    if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
+      raise UserError(f"config.train gives {pattern!r} the multiplier {scale!r}: give a number from 0")
   patterns = [pattern for pattern, _ in table]
   scales = {path: table[sharding.match_once(path, patterns, "config.train")][1] for path in flatten(params)}
   if not any(scales.values()):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 import pytest
 
+from clipflow_jax.errors import UserError
 from clipflow_jax.parallel import mesh
 from clipflow_jax.training import optimizer, state
 from tests import tiny
@@ -27,3 +30,10 @@ def test_every_moment_lies_where_its_parameter_does(name: str):
       assert place.spec == of_parameters[path], path
       found.add(path)
   assert found == of_parameters.keys()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, "1"])
+def test_a_multiplier_that_would_spoil_its_parameters_is_refused(scale: Any):
+  """Of one that is no number a finite gradient makes an update that is none, which nothing else would stop."""
+  with pytest.raises(UserError, match="config.train gives 'a/.*' the multiplier .*: give a number from 0"):
+    state.multipliers({"a": {"kernel": 0}}, (("a/.*", scale),))
