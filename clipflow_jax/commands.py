@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -16,11 +15,13 @@ from clipflow_jax.errors import UserError
 if TYPE_CHECKING:
   import numpy as np
 
+  from clipflow_jax.inference.pipeline import ClipFlow
+
 START = time.time()
 
 
 def quickstart(options: argparse.Namespace) -> None:
-  from clipflow_jax.evaluation import sampler
+  from clipflow_jax.evaluation import command, sampler
   from clipflow_jax.training import checkpoint, stages
 
   config = config_file.load(options.config, options.overrides)
@@ -31,7 +32,7 @@ def quickstart(options: argparse.Namespace) -> None:
       raise UserError(f"evaluation.{name} is {config.evaluation[name]}: give {least} or more")
   begun = any(checkpoint.steps(options.workdir / name) for name in config.order)
   stages.train(config, options.workdir, sampler.make(config))
-  _report(options.workdir, trained=not begun, **config.evaluation)
+  command.write_report(options.workdir, begun=None if begun else START, **config.evaluation)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -75,7 +76,7 @@ def draw(options: argparse.Namespace) -> None:
   image.Sampling(**sampling)
   batching.seeds_of(1, options.seed)
   rerank.check(options.best_of, options.judge)
-  model = _load(options.workdir, options.weights)
+  model = _load(options)
   how = dict(sampling, best_of=options.best_of, judge=options.judge)
   if folder:
     whose = dict(workdir=str(options.workdir.resolve()), weights=options.weights)
@@ -96,7 +97,7 @@ def chat(options: argparse.Namespace) -> None:
 
   text.check(options.tokens, options.temperature)
   batching.seeds_of(1, options.seed)
-  model = _load(options.workdir, options.weights)
+  model = _load(options)
   picture = _picture(options.image, model.image_size) if options.image else None
   how = dict(new=options.tokens, temperature=options.temperature, seed=options.seed)
   talk.hold(model, options.message, picture, **how)
@@ -113,7 +114,7 @@ def serve(options: argparse.Namespace) -> None:
   if not key:
     address.check_closed(options.host, "add --auth=FILE with a key that clients have to send")
   with address.bind(options.host, options.port) as listening:
-    model, name = _load(options.workdir, options.weights), options.workdir.resolve().name
+    model, name = _load(options), options.workdir.resolve().name
     queue = service.Service(model, name, size=options.batch, limit=options.queue)
     server.serve(queue, listening, key)
 
@@ -125,7 +126,7 @@ def demo(options: argparse.Namespace) -> None:
     raise UserError(f"clipflow demo needs {error.name}: pip install 'clipflow_jax[demo]'") from error
   door = page.Door.make(options.host, options.port, options.auth)
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  served = page.launch(_load(options.workdir, options.weights), options.workdir, door)
+  served = page.launch(_load(options), options.workdir, door)
   print(f"the page is at {served.local_url}", flush=True)
   served.block_thread()
 
@@ -143,66 +144,25 @@ def evaluate(options: argparse.Namespace) -> None:
     raise UserError(f"{named} are of the report without --tasks; a task's are --config.tasks.NAME.n=N, --config.seed=N")
   if options.statistics and not options.real:
     raise UserError(f"--statistics={options.statistics} needs --real=DIR: the folder whose statistics are written")
-  if compared:
-    found = _compare(options, chosen)
-  elif options.workdir is None:
+  if options.statistics and chosen not in ([], ["fid"]):
+    raise UserError(f"--statistics={options.statistics} are those of fid: leave --tasks out")
+  if not compared and options.workdir is None:
     raise UserError("clipflow evaluate needs --workdir=DIR, or --real=DIR and --fake=DIR")
+  from clipflow_jax.evaluation import command
+
+  of_model = dict(workdir=options.workdir, weights=options.weights)
+  by = dict(resize=options.resize, inception=options.inception)
+  if options.statistics:
+    found = command.write_statistics(options.real, options.statistics, **by)
+  elif compared:
+    found = command.compare(chosen, options.real, options.fake, dinov2=options.dinov2, **by, **of_model)
   elif chosen:
-    found = _measure(options, chosen)
+    config = config_file.load(options.config, options.overrides)
+    found = command.measure(chosen, config, named=options.config, **of_model)
   else:
-    found = _report(options.workdir, options.weights, **size)
+    found = command.write_report(**of_model, **size)
   if options.json:
     _write_json(options.json, found)
-
-
-def _compare(options: argparse.Namespace, chosen: list[str]) -> dict:
-  from clipflow_jax.evaluation import folders, report
-
-  chosen = chosen or ["fid"]
-  folders.check(chosen, options.real, options.real if options.statistics else options.fake)
-  by_clip = [name for name in chosen if name in folders.CLIP_TASKS]
-  if by_clip and options.workdir is None:
-    raise UserError(f"{', '.join(by_clip)} need --workdir=DIR, whose CLIP looks at the pictures")
-  rest = [name for name in chosen if name not in by_clip]
-  found = {}
-  if by_clip:
-    model = _load(options.workdir, options.weights).spread()
-    found = folders.compare_by_clip(by_clip, options.real, options.fake, model)
-  if rest:
-    using = folders.extractors(
-      ["fid"] if options.statistics else rest,
-      inception_weights=options.inception,
-      resize=options.resize,
-      dinov2_weights=options.dinov2,
-    )
-    if options.statistics:
-      folders.save_statistics(options.real, using.inception, options.statistics)
-      print(f"wrote the statistics of {options.real} to {options.statistics}")
-      return {"resize": options.resize, **report.software()}
-    found |= folders.compare(rest, options.real, options.fake, using)
-  print("\n".join(f"{name:<28} {value:10.6g}" for name, value in found.items()))
-  return {**found, "resize": options.resize, **report.software()}
-
-
-def _measure(options: argparse.Namespace, chosen: list[str]) -> dict:
-  from clipflow_jax.data import mixture
-  from clipflow_jax.evaluation import results, suite
-
-  config = config_file.load(options.config, options.overrides)
-  known = config.to_dict().get("tasks")
-  if not known:
-    raise UserError(f"{options.config} has no tasks: give a config that has some, such as configs/evaluate.py")
-  names = list(known) if chosen == ["all"] else chosen
-  unknown = [name for name in names if name not in known]
-  if unknown:
-    raise UserError(f"there is no task {unknown[0]!r} in {options.config}; there are {', '.join(known)}")
-  model = _load(options.workdir, options.weights).spread()
-  source = mixture.shown(model.config.data.source) if "data" in model.config else None
-  run = suite.Run(model, options.workdir / "evaluation", source, config.seed, config.resamples)
-  found = results.write(run, suite.evaluate(run, {name: known[name] for name in names}))
-  print(results.table(found))
-  print(f"result: {run.directory / 'RESULT.json'}, page: {run.directory / 'index.html'}")
-  return found
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -342,13 +302,10 @@ def plan(options: argparse.Namespace) -> None:
 # What commands share.
 
 
-def _load(workdir: Path, weights: str):
+def _load(options: argparse.Namespace) -> ClipFlow:
   from clipflow_jax.inference.pipeline import ClipFlow
-  from clipflow_jax.training import stages
 
-  if not workdir.exists():
-    raise UserError(f"workdir {workdir} does not exist; train one with: clipflow quickstart --workdir={workdir}")
-  return ClipFlow.from_checkpoint(stages.newest(workdir), weights=weights)
+  return ClipFlow.from_checkpoint(options.workdir, weights=options.weights)
 
 
 def _picture(path: Path, size: int) -> np.ndarray:
@@ -378,41 +335,3 @@ def _write_text(path: Path, text: str) -> None:
     files.write_text(path, text)
   except OSError as error:
     raise UserError(f"cannot write {path}: {error}") from error
-
-
-def _report(
-  workdir: Path,
-  weights: str = "",
-  *,
-  trained: bool = False,
-  n: int = 1000,
-  per_category: int | None = None,
-  seed: int = 0,
-) -> dict:
-  """Writes WORKDIR/report. trained: in this process, from the first step on; per_category: by default as `n` allows."""
-  from clipflow_jax.data import mixture, sources
-  from clipflow_jax.evaluation import bars, report
-  from clipflow_jax.training import stages
-
-  model = _load(workdir, weights).spread()
-  if "data" not in model.config:
-    raise UserError(f"{workdir} was imported, without data to be measured on; name what is to be measured: --tasks=...")
-  print(f"evaluating on {n} pictures")
-  source = mixture.shown(model.config.data.source)
-  shown: tuple[bars.Bar, ...] = ()
-  if isinstance(source, sources.ShapesSource):
-    shown = bars.QUICKSTART
-    per_category = per_category or min(128, n)
-    metrics, artefacts = report.evaluate_shapes(model, source, n=n, per_category=per_category, seed=seed)
-  else:
-    metrics, artefacts = report.evaluate_folder(model, source, n=n, seed=seed)
-  if trained:
-    install = float(os.environ.get("CLIPFLOW_INSTALL_SECONDS", 0)) / 60
-    run = {"minutes_total": (time.time() - START) / 60 + install, "minutes_install": install}
-  else:  # of what the training took an evaluation knows what was written then
-    run = report.of_training(workdir / "report")
-  metrics = run | metrics
-  metrics = report.write_report(workdir / "report", metrics, artefacts, stages.history(workdir), bars=shown)
-  print(bars.table(metrics, shown))
-  print(f"report: {workdir / 'report' / 'index.html'}")
-  return metrics

@@ -19,7 +19,8 @@ from clipflow_jax.demo import uploads
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import rerank, show, writing
 from clipflow_jax.inference.forming import Forming
-from clipflow_jax.inference.pipeline import ClipFlow, Message
+from clipflow_jax.inference.messages import Message
+from clipflow_jax.inference.pipeline import ClipFlow
 
 MOST_CHARACTERS = 2000  # of a prompt or a question: longer ones fit no model here, and cost time to cut into tokens
 MOST_WORDS = 256  # tokens of an answer, as many as over HTTP

@@ -52,7 +52,9 @@ class Extractors:
   dinov2: Features | None = None
 
 
-def extractors(tasks: Sequence[str], *, inception_weights: str, resize: str, dinov2_weights: str) -> Extractors:
+def extractors(
+  tasks: Sequence[str], *, inception_weights: str | None, resize: str, dinov2_weights: str | None
+) -> Extractors:
   """Those that the tasks need. UserError where their weights are not given, and as the extractors raise it."""
   by_inception = [task for task in tasks if task in INCEPTION_TASKS]
   if by_inception and not inception_weights:

@@ -23,7 +23,8 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.inference import writing
 
 if TYPE_CHECKING:
-  from clipflow_jax.inference.pipeline import ClipFlow, Message
+  from clipflow_jax.inference.messages import Message
+  from clipflow_jax.inference.pipeline import ClipFlow
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from clipflow_jax.batch import Batch
 from clipflow_jax.data import mixture, sequence
-from clipflow_jax.data.images import square
 from clipflow_jax.data.sequence import Conversation, Layout
 from clipflow_jax.data.text import Chat, ends_of, from_files, with_vocabulary
 from clipflow_jax.errors import UserError
@@ -23,6 +22,7 @@ from clipflow_jax.inference import image, likelihood, rerank, text
 from clipflow_jax.inference.batching import Programs, bucket, keys_of, listed, seeds_of
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.inference.likelihood import Likelihood
+from clipflow_jax.inference.messages import Message, conversation
 from clipflow_jax.inference.untaught import untaught
 from clipflow_jax.inference.weights import int8
 from clipflow_jax.models.clipflow import ClipFlow as Model
@@ -30,10 +30,6 @@ from clipflow_jax.parallel import mesh as meshes
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training import adapters, checkpoint, stages
 from clipflow_jax.training.state import Params, flatten
-
-# {"role", "content"}; content: text, or parts {"type": "text", "text"} | {"type": "image", "image"}
-Message = dict[str, Any]
-
 
 ROW, LONGEST = 512, 4096  # slots that a row may always have, and that an imported model's may have
 
@@ -73,6 +69,8 @@ class ClipFlow:
     """
     if weights not in ("", "int8"):
       raise UserError(f"weights {weights!r} are unknown; choose int8, or leave it out for those of the checkpoint")
+    if not Path(path).exists():
+      raise UserError(f"workdir {path} does not exist; train one with: clipflow quickstart --workdir={path}")
     read = checkpoint.load(stages.newest(path), ("averaged", "frozen"))
     params = adapters.plain(read)
     nothing = untaught(params, flatten(read.state["averaged"]))
@@ -255,7 +253,7 @@ class ClipFlow:
     new: tokens at most. temperature: 0 for the likeliest words; above, they are drawn, and the seed says which.
     """
     self.need("transformer", "chat")
-    return self._write([self.conversation(messages)], new, temperature, seed)[0]
+    return self._write([conversation(self, messages)], new, temperature, seed)[0]
 
   def slots(self, asked: list[Message] | str, before: np.ndarray | None = None) -> int:
     """How many slots of a row a conversation takes, or a prompt to draw. Raises UserError for what cannot be done.
@@ -267,34 +265,7 @@ class ClipFlow:
       images = None if before is None else before[None]
       return int(self.to_draw([asked], None, None, images)[1].segments.sum())
     self.need("transformer", "chat")
-    return int(self.rows([self.conversation(asked)], prompt=True).segments.sum())
-
-  def conversation(self, messages: list[Message]) -> Conversation:
-    """Messages as `chat` takes them, worded as the run's data words questions. UserError for others."""
-    turns: list[tuple[str, str]] = []
-    pictures: list[np.ndarray] = []
-    for message in messages:
-      try:
-        role, content = message["role"], message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        shown = [part["image"] for part in parts if part["type"] == "image"]
-        runs = [""]  # of words, a picture after each but the last
-        for part in parts:
-          if part["type"] == "image":
-            runs.append("")
-          else:
-            runs[-1] += part["text"]
-      except (TypeError, KeyError) as error:
-        raise UserError(
-          f'messages are a list of {{"role": "user", "content": "hello"}} and the like, not of {message!r:.60}'
-        ) from error
-      pictures += map(self._fit, shown)
-      if len(shown) == 1 and len(parts) == 2:  # a picture and what is asked of it, in whichever order
-        turns.append((role, sequence.beside("".join(runs), self.wording.ask)))
-      else:
-        turns.append((role, sequence.spoken(*runs)))
-    images = np.stack(pictures) if pictures else self.blank()[None][:0]
-    return Conversation(tuple(turns), images, (1,) * len(pictures))
+    return int(self.rows([conversation(self, asked)], prompt=True).segments.sum())
 
   def likelihood(
     self,
@@ -385,13 +356,6 @@ class ClipFlow:
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
       raise UserError(f"pictures are {images.dtype}{list(images.shape)}; this model takes uint8 [N,{size},{size},3]")
     return images
-
-  def _fit(self, picture: Any) -> np.ndarray:
-    from PIL import Image
-
-    if not isinstance(picture, Image.Image):
-      picture = Image.fromarray(np.asarray(picture))
-    return square(picture, self.image_size)
 
   def need(self, part: str, verb: str) -> None:
     """UserError for a model without the part, which therefore cannot do what the verb says."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import untaught, writing
-from clipflow_jax.inference.pipeline import ClipFlow, Message
+from clipflow_jax.inference.messages import Message
+from clipflow_jax.inference.pipeline import ClipFlow
 
 
 def hold(

@@ -10,7 +10,8 @@ import numpy as np
 from clipflow_jax.data.text import Chat
 from clipflow_jax.inference import text
 from clipflow_jax.inference.batching import bucket, keys_of, padded, seeds_of
-from clipflow_jax.inference.pipeline import ClipFlow, Message
+from clipflow_jax.inference.messages import Message, conversation
+from clipflow_jax.inference.pipeline import ClipFlow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ def stream(
   model.need("transformer", "chat")
   n = len(talks)
   part = padded(n)
-  rows = model.rows([model.conversation(talks[i]) for i in part], prompt=True)
+  rows = model.rows([conversation(model, talks[i]) for i in part], prompt=True)
   heat, noise = np.asarray(temperature, np.float32)[part], seeds_of(n, seeds)[part]
   room = bucket(max(room, *new), every)
 

@@ -60,6 +60,9 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(sets, tmp_path, capsys):  
   assert "no task 'fud' of folders" in fails(capsys, *both, "--tasks=fud")
   assert "need --real=DIR and --fake=DIR" in fails(capsys, f"--real={real}")
   assert "cmmd need --workdir=DIR" in fails(capsys, *both, "--tasks=fid,cmmd")
+  assert "give --inception=DIR" in fails(capsys, *both, "--tasks=fid,cmmd", f"--workdir={tmp_path}")  # before a model
+  statistics = f"--real={real}", f"--statistics={tmp_path / 'real.npz'}"
+  assert "are those of fid: leave --tasks out" in fails(capsys, *statistics, "--tasks=cmmd", f"--workdir={tmp_path}")
   assert "has no safetensors file" in fails(capsys, *both, f"--inception={tmp_path}")
   assert "resize 'best' is unknown" in fails(capsys, *both, f"--inception={tmp_path}", "--resize=best")
   assert "there is no task 'taste'" in fails(capsys, f"--workdir={tmp_path}", "--tasks=taste")

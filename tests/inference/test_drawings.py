@@ -27,7 +27,7 @@ def model(trained) -> ClipFlow:
 @pytest.fixture
 def draw(model, trained, monkeypatch, tmp_path):
   """Runs `clipflow draw` on PROMPTS into tmp_path/drawn; returns the exit code."""
-  monkeypatch.setattr(commands, "_load", lambda workdir, weights: model)
+  monkeypatch.setattr(commands, "_load", lambda options: model)
   (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
   def run(*options: str) -> int:

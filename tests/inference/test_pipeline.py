@@ -22,6 +22,7 @@ from clipflow_jax.data.text import IMAGE
 from clipflow_jax.errors import UserError
 from clipflow_jax.inference import batching, text
 from clipflow_jax.inference.image import Sampling
+from clipflow_jax.inference.messages import conversation
 from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.models.clipflow import ClipFlow as Model
 from clipflow_jax.training import checkpoint, stages
@@ -224,9 +225,9 @@ def test_a_picture_stands_where_the_model_was_taught_to_find_it_in_whichever_ord
   parts = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "how?"}]
   monkeypatch.setattr(model, "wording", mixture.Wording("{question}{picture}", "{caption}", ""))
   for given in (parts, parts[::-1]):
-    assert model.conversation([{"role": "user", "content": given}]).turns == (("user", "how?" + IMAGE),)
+    assert conversation(model, [{"role": "user", "content": given}]).turns == (("user", "how?" + IMAGE),)
   between = [*parts, {"type": "text", "text": "why?"}]  # a place of its own
-  assert model.conversation([{"role": "user", "content": between}]).turns == (("user", IMAGE + "how?why?"),)
+  assert conversation(model, [{"role": "user", "content": between}]).turns == (("user", IMAGE + "how?why?"),)
   (answer,) = model.answer(pictures[:1], ["how?"])
   assert model.chat([{"role": "user", "content": parts}]) == answer
 
@@ -248,9 +249,11 @@ def test_a_conversation_of_words_alone_may_go_on(model):
 
 def test_any_picture_is_fitted_as_in_training(model):
   wide = Image.new("RGBA", (2 * SIZE, SIZE), (255, 0, 0, 0))  # nothing to see: white
-  np.testing.assert_array_equal(model._fit(wide), np.full((SIZE, SIZE, 3), 255, np.uint8))
   grey = np.tile(np.arange(50, dtype=np.uint8)[:, None], (1, 70))
-  np.testing.assert_array_equal(model._fit(grey), images.square(Image.fromarray(grey), SIZE))
+  shown = [{"type": "image", "image": picture} for picture in (wide, grey)]
+  fitted = conversation(model, [{"role": "user", "content": shown}]).images
+  expected = np.full((SIZE, SIZE, 3), 255, np.uint8), images.square(Image.fromarray(grey), SIZE)
+  np.testing.assert_array_equal(fitted, expected)
 
 
 # Greedy writing against the plain way: the whole stream again for every word.
@@ -466,6 +469,7 @@ def test_sampling_that_cannot_be_is_refused(wrong, what):
 ON_FOUR = """
 import sys, jax, numpy as np
 from clipflow_jax.inference import batching
+from clipflow_jax.inference.messages import conversation
 from clipflow_jax.inference.pipeline import ClipFlow
 assert jax.device_count() == 4
 model = ClipFlow.from_checkpoint(sys.argv[1]).spread()

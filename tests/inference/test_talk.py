@@ -22,7 +22,7 @@ def model(trained) -> ClipFlow:
 @pytest.fixture
 def chat(model, monkeypatch, capsys):
   """What `clipflow chat` with such options says on stdout and on stderr, of a model that has something to say."""
-  monkeypatch.setattr(commands, "_load", lambda workdir, weights: model)
+  monkeypatch.setattr(commands, "_load", lambda options: model)
 
   def run(*options: str) -> tuple[str, str]:
     assert cli.main(["chat", "--workdir=x", *options]) == 0
@@ -92,7 +92,7 @@ def test_what_makes_no_answer_is_told_before_a_model_is_loaded(capsys, option, s
 
 
 def test_more_tokens_than_a_row_has_slots_are_refused(model, monkeypatch, capsys):
-  monkeypatch.setattr(commands, "_load", lambda workdir, weights: model)
+  monkeypatch.setattr(commands, "_load", lambda options: model)
   assert cli.main(["chat", "--workdir=x", "--message=how?", "--tokens=100000"]) == 2
   assert f"more than the {model.longest} slots" in capsys.readouterr().err
 
