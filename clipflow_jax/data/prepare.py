@@ -193,8 +193,9 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
   }
 
 
-def contact_sheet(source: StoredSource, columns: int = 8, rows: int = 6) -> Image.Image:
-  """Up to columns x rows evenly spaced examples, each with the start of what is said of it, for the eye to judge."""
+def contact_sheet(source: StoredSource) -> Image.Image:
+  """Up to 8 x 6 evenly spaced examples, each with the start of what is said of it, for the eye to judge."""
+  columns, rows = 8, 6
   chosen = np.linspace(0, len(source) - 1, min(columns * rows, len(source))).astype(int)
   side, lines, line = 128, 3, 12
   sheet = Image.new("RGB", (columns * side, -(-len(chosen) // columns) * (side + lines * line)), "white")

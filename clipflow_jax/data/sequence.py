@@ -206,13 +206,13 @@ PICTURE, QUESTION, CAPTION = "{picture}", "{question}", "{caption}"
 ASK, EDIT = PICTURE + QUESTION, PICTURE + CAPTION
 
 
-def edited(before: np.ndarray, text: str, image: np.ndarray, edit: str = EDIT) -> Conversation:
+def edited(before: np.ndarray, text: str, image: np.ndarray, edit: str) -> Conversation:
   """Draw what by the text becomes of the picture `before`, whose truth is the image; put together as `edit` has it."""
   words = edit.replace(PICTURE, IMAGE).replace(CAPTION, spoken(text))
   return Conversation((("user", words), ("assistant", IMAGE)), np.stack([before, image]), (INPUT, TARGET))
 
 
-def beside(question: str, ask: str = ASK) -> str:
+def beside(question: str, ask: str) -> str:
   """A question with its picture as `ask` puts them, in which PICTURE and QUESTION stand for them."""
   return ask.replace(PICTURE, IMAGE).replace(QUESTION, spoken(question))
 

@@ -170,8 +170,8 @@ def find_files(paths: Iterable[Path], suffix: str) -> list[Path]:
   return found
 
 
-def _hash_ends(path: Path, length: int = 2**20) -> str:
-  size = path.stat().st_size
+def _hash_ends(path: Path) -> str:
+  size, length = path.stat().st_size, 2**20
   with path.open("rb") as file:
     sha256 = hashlib.sha256(file.read(length))
     file.seek(max(length, size - length))

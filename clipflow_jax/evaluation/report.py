@@ -38,7 +38,7 @@ _RETRIEVED = 100  # captions to choose from
 
 
 def evaluate_shapes(
-  model: ClipFlow, source: ShapesSource, *, n: int = 1000, per_category: int = 128, seed: int = 0
+  model: ClipFlow, source: ShapesSource, *, n: int, per_category: int, seed: int
 ) -> tuple[dict[str, Any], Artefacts]:
   """Everything the bars ask of a model of shapes, on `source`, its test split.
 
@@ -86,9 +86,7 @@ def evaluate_shapes(
   return metrics, Artefacts("clipflow on shapes", _shown(verdicts), readings, real[:_SHOWN], decoded[:_SHOWN])
 
 
-def evaluate_folder(
-  model: ClipFlow, source: Source, *, n: int = 1000, seed: int = 0
-) -> tuple[dict[str, Any], Artefacts]:
+def evaluate_folder(model: ClipFlow, source: Source, *, n: int, seed: int = 0) -> tuple[dict[str, Any], Artefacts]:
   """The same for real captioned pictures, which have no reader: distances, PSNR, retrieval, CLIP scores.
 
   Takes up to 2 n readable pictures of the source at random. The first half is drawn anew from its captions;

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ARRAY = ".npy"  # what a file of features ends in
 
+_SCALE = 2  # by which pictures on a sheet are enlarged
 _GAP = 6
 _FONT_SIZE = 11
 _LINE_HEIGHT = 13
@@ -31,7 +32,7 @@ _LABEL_WIDTH = 150
 _GLOW = (255, 60, 0)  # seen on black, grey and white alike
 
 
-def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
+def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, scale: int = _SCALE) -> Image.Image:
   """A contact sheet.
 
   images: u8[N,H,W,3], shown in reading order; captions: N texts, wrapped to the width of their picture and
@@ -82,15 +83,15 @@ def enlarged(image: np.ndarray, scale: int) -> Image.Image:
   return Image.fromarray(_stretched(image, height * scale, width * scale))
 
 
-def side_by_side(rows: Mapping[str, np.ndarray], scale: int = 2, heads: Sequence[str] = ()) -> Image.Image:
+def side_by_side(rows: Mapping[str, np.ndarray], heads: Sequence[str] = ()) -> Image.Image:
   """Rows of pictures under each other, each with its label at the left, and what columns have in common above them.
 
   rows: label -> u8[N,H,W,3]; heads: a text for each of the first columns. Long texts are wrapped.
   """
   labels = [_wrap(label, _LABEL_WIDTH) for label in rows]
   margin = _GAP + int(max((_font().getlength(line) for lines in labels for line in lines), default=0))
-  sheets = [grid(images, columns=len(images), scale=scale) for images in rows.values()]
-  cell = _GAP + scale * max(images.shape[2] for images in rows.values())
+  sheets = [grid(images, columns=len(images)) for images in rows.values()]
+  cell = _GAP + _SCALE * max(images.shape[2] for images in rows.values())
   above = [_wrap(head, cell - _GAP) for head in heads]
   top = _LINE_HEIGHT * max(map(len, above), default=0)
   sheet = Image.new("RGB", (margin + max(s.width for s in sheets), top + sum(s.height for s in sheets)), "white")

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from clipflow_jax.models.kernels import attend
-from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, fourier, standardise
+from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, fourier, layer_norm
 from clipflow_jax.models.remat import scan
 from clipflow_jax.models.rotary import Rotation, grid_angles, turn
 from clipflow_jax.parallel.sharding import shard
@@ -174,7 +174,7 @@ class DiT(nn.Module):
 
     x, _ = scan(body, self.layers, self.remat, self.unroll)(self.blocks, x, (remembered.keys, remembered.values))
     scale = self.out_modulation(nn.silu(embedding))[:, None]
-    return self.head(standardise(x) * (1 + scale.astype(jnp.float32)))
+    return self.head(layer_norm(x) * (1 + scale.astype(jnp.float32)))
 
   def _time(self, t: jax.Array) -> jax.Array:
     """f[B,E], which with the condition's mean every norm is told."""

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from clipflow_jax.models.kernels import attend, mask_at
-from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, at_slot, standardise
+from clipflow_jax.models.layers import Linear, RMSNorm, SwiGLU, at_slot, layer_norm
 from clipflow_jax.models.remat import remat, scan
 from clipflow_jax.models.rotary import turn
 from clipflow_jax.parallel.sharding import shard
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
       x = block(x, mask, rotation)
       # Summed in the carry: no layer's output outlives its layer.
       if weight is not None:
-        total = total + weight * (standardise(x) if self.feature_norm else x.astype(jnp.float32))
+        total = total + weight * (layer_norm(x) if self.feature_norm else x.astype(jnp.float32))
       return (x, total), None
 
     if self.kernel == "flash":

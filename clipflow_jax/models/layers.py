@@ -106,11 +106,11 @@ class RMSNorm(nn.Module):
     return (x * scale).astype(self.dtype)
 
 
-def standardise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+def layer_norm(x: jax.Array) -> jax.Array:
   """LayerNorm without affine, in float32: every token f[..., C] to mean 0, variance 1."""
   x = x.astype(jnp.float32)
   x = x - x.mean(axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 class SwiGLU(nn.Module):

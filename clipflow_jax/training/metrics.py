@@ -154,7 +154,8 @@ def peak_flops() -> float:
   return next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), math.nan)
 
 
-def _measured_matmul_flops(size: int = 1024, seconds: float = 0.1) -> float:
+def _measured_matmul_flops() -> float:
+  size, seconds = 1024, 0.1
   a = jnp.ones((size, size), jnp.float32)
   multiply = jax.jit(jnp.dot).lower(a, a).compile()
   best, end = math.inf, time.perf_counter() + seconds

@@ -469,7 +469,6 @@ def test_sampling_that_cannot_be_is_refused(wrong, what):
 ON_FOUR = """
 import sys, jax, numpy as np
 from clipflow_jax.inference import batching
-from clipflow_jax.inference.messages import conversation
 from clipflow_jax.inference.pipeline import ClipFlow
 assert jax.device_count() == 4
 model = ClipFlow.from_checkpoint(sys.argv[1]).spread()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipflow_jax.models.layers import standardise
+from clipflow_jax.models.layers import layer_norm
 from clipflow_jax.models.vision import Seen, VisionTower, Want
 from tests import tiny
 
@@ -35,7 +35,7 @@ def test_shapes_and_types(params):
 def test_features_are_the_mean_of_the_chosen_layers_each_standardised(params):
   first, last, both = (see(params, layers) for layers in ((1,), (2,), ()))
   np.testing.assert_allclose(both.features, (first.features + last.features) / 2, atol=1e-5)
-  np.testing.assert_allclose(last.features, standardise(last.tokens), atol=1e-5)
+  np.testing.assert_allclose(last.features, layer_norm(last.tokens), atol=1e-5)
   assert not np.isclose(first.features, last.features, atol=1e-2).all()
   for one in (first, last):
     np.testing.assert_allclose(one.features.mean(axis=-1), 0, atol=1e-5)
