@@ -237,7 +237,7 @@ def test_in_what_is_asked_the_word_of_a_picture_is_none(model, pictures, words):
   texts = [{"type": "text", "text": text} for text in words]
   for shown in ([], [{"type": "image", "image": pictures[0]}]):
     plain, quoted = ([{"role": "user", "content": [*shown, *of]}] for of in ([dict(texts[0], text="how?")], texts))
-    assert model.conversation(quoted).turns == model.conversation(plain).turns
+    assert conversation(model, quoted).turns == conversation(model, plain).turns
   assert model.slots(f"a star {IMAGE}") == model.slots("a star ")
 
 
