@@ -167,8 +167,11 @@ class Pipeline:
         f"the tasks of data.row take {pictures} pictures, data.images_per_row is {self.layout.images}: raise it to "
         f"{pictures}, or shorten data.row"
       )
-    if set(self.row or [task for part in self.parts for task in self._tasks_of(part)]) != {"caption"}:
+    wanted = set(self.row or [task for part in self.parts for task in self._tasks_of(part)])
+    if wanted != {"caption"}:
       self.chat.check()
+    if wanted & {"converse", "ask", "talk"}:
+      self.chat.pieces((("user", "a"), ("assistant", "b")) * 2)  # UserError where the template cannot show a talk
 
   def _tasks_of(self, part: Part) -> dict[str, float]:
     """{task: weight} of what examples of a part are put to, by name."""

@@ -174,22 +174,31 @@ class Chat:
     return words
 
   def _rendered(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-    return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **VARIABLES)
+    from jinja2 import TemplateError
 
-  def _frames_of(self, shape: tuple[tuple[str, int], ...]) -> list[tuple[str, bool]]:
+    try:
+      return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **VARIABLES)
+    except TemplateError as error:  # as of roles that it does not know
+      raise UserError(f"the tokenizer's chat template cannot show the conversation: {error}") from error
+
+  def _frames_of(self, shape: tuple[tuple[str, int], ...], prompt: bool) -> list[tuple[str, bool]]:
     """(rendered piece with holes, is written by the assistant) of a conversation of (role, number of parts).
 
     Asking the template for longer and longer beginnings tells whose words are whose, whatever the template. An answer
     that is not the last may be shown otherwise than when it was given (Qwen3 leaves out the thought before it): then
-    its words and the end that the template gave them are found where they stand in the whole. What the template has
-    behind that end, such as a line's, is the template's own.
+    its words and the end that the template gave them are found where they stand in the whole, or its words alone, if
+    only a last answer ends so (gpt-oss). What the template has behind that end, such as a line's, is the template's
+    own; so is what it puts behind whatever is last (Phi-3), and a header before an answer that has special tokens.
     """
     hole = itertools.count()
     # Content as one string, pictures by their word: templates of language models know nothing else.
     messages = [
       {"role": role, "content": "".join(_HOLE.format(next(hole)) for _ in range(parts))} for role, parts in shape
     ]
-    whole, done = self._rendered(messages), ""
+    whole, done = self._rendered(messages, prompt), ""
+    if prompt:
+      answered = self._rendered([*messages, {"role": "assistant", "content": (answer := _HOLE.format(next(hole)))}])
+      whole = self._headed(whole, answered.partition(answer)[0])
     pieces: list[tuple[str, bool]] = []
 
     def cut(*beginnings: str, written: bool) -> None:
@@ -205,19 +214,24 @@ class Chat:
       done = found
 
     for i, (role, _) in enumerate(shape):
-      shown = self._rendered(messages[: i + 1])
+      shown, words = self._rendered(messages[: i + 1]), messages[i]["content"]
       if role != "assistant":
-        cut(shown, written=False)
+        before, said, _ = shown.rpartition(words or shown)
+        cut(shown, before + said if words and said else done, written=False)
         continue
-      words = messages[i]["content"]
-      asked = [self._rendered(messages[:i], prompt=True)] if i else []  # transformers renders no empty conversation
-      cut(*asked, whole.partition(words or shown)[0], written=False)
+      begins = whole.partition(words or shown)[0]
+      asked = self._rendered(messages[:i], prompt=True) if i else begins  # transformers renders no empty conversation
+      cut(self._headed(asked, begins), begins, written=False)
       behind = shown.rpartition(words)[2] if words else shown.removeprefix(done)
       end = self._noise.search(behind)
       said = words + (behind[: end.end()] if end else behind)
-      cut(done + said, whole.partition(said or whole)[0] + said, written=True)
+      cut(done + said, whole.partition(said or whole)[0] + said, done + words, written=True)
     cut(whole, written=False)
-    return [*pieces, (self._rendered(messages, prompt=True)[len(done) :], False)]
+    return pieces
+
+  def _headed(self, asked: str, begins: str) -> str:
+    """What asks for an answer, up to where its words begin if a special token stands between, as gpt-oss's channel."""
+    return begins if begins.startswith(asked) and self._noise.search(begins[len(asked) :]) else asked
 
   def pieces(self, turns: tuple[tuple[str, str], ...], *, prompt: bool = False) -> list[tuple[tuple[int, ...], bool]]:
     """(token ids, is written by the assistant) of successive pieces of a conversation.
@@ -228,9 +242,8 @@ class Chat:
     self.check(pictures=any(IMAGE in text for _, text in turns))
     turns = tuple((role, text.strip() if role in self._trimmed else text) for role, text in turns)
     parts = [(role, [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]) for role, text in turns]
-    frames = self._frames(tuple((role, len(split)) for role, split in parts))
+    frames = self._frames(tuple((role, len(split)) for role, split in parts), prompt)
     words = [part if part == IMAGE else self.without_special(part) for _, split in parts for part in split]
-    frames = frames if prompt else frames[:-1]
     pieces, after = [], ""
     for frame, written in frames:
       text = _HOLES.sub(lambda hole: words[int(hole[1])], frame)

@@ -99,6 +99,14 @@ def test_a_stream_resumes_where_its_state_says(chat, name, before):
   assert same(take(interrupted, 4), whole[before:])  # asking for the state moves nothing
 
 
+def test_a_template_that_cannot_show_a_talk_is_told_before_anything_is_read():
+  tokenizer = text.train_tokenizer(["one two"], 300)
+  tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  make(Chat(tokenizer))
+  with pytest.raises(UserError, match="chat template rewrites earlier turns"):
+    make(Chat(tokenizer), tasks={"draw": 1.0, "converse": 1.0})
+
+
 @pytest.mark.parametrize(
   ("name", "digest"),
   [("alone", "3e003b55a496a66f"), ("packed", "1be4be584bc015c9"), ("by recipe", "e2f310aefd28f3c7")],
@@ -374,9 +382,9 @@ def test_only_what_fits_no_row_is_called_too_long(chat):
     dataclasses.replace(pipeline, layout=Layout(8, 1, 3)).example((0, 1), "converse", np.random.default_rng(0))
   assert error.value.kind == "too long"
   chat = Chat(text.train_tokenizer(["one two"], 300))
-  chat.tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-  with pytest.raises(BadRecord, match="cannot be told: the tokenizer's chat template rewrites earlier") as error:
-    dataclasses.replace(pipeline, chat=chat).example((0, 1), "converse", np.random.default_rng(0))
+  chat.tokenizer.chat_template = "{{ raise_exception('no more') if messages | length < 3 }}" + text.CHAT_TEMPLATE
+  with pytest.raises(BadRecord, match="cannot be told: the tokenizer's chat template .* no more") as error:
+    make(chat).example((0, 1), "converse", np.random.default_rng(0))
   assert error.value.kind == "cannot be told"
 
 

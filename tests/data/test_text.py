@@ -27,6 +27,20 @@ THINKS = (
 )
 # Llama 3.2's.
 DATED = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
+# Phi-3's and Phi-4's rule: where nothing is asked for, whatever is last has the tokenizer's end behind it.
+PHI = (
+  "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# gpt-oss's: the system's words are a developer's, an answer is in a channel, and the last has an end of its own.
+GPT_OSS = (
+  "{{ '<|start|>system<|message|>You are<|end|>' }}"
+  "{% for m in messages %}{% if m.role == 'system' %}{{ '<|start|>developer<|message|>' + m.content + '<|end|>' }}"
+  "{% elif m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}"
+  "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
+  "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +48,10 @@ def chat() -> Chat:
   return Chat(text.train_tokenizer(TEXTS, 320))
 
 
-def of_template(template: str) -> Chat:
+def of_template(template: str, special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")) -> Chat:
   tokenizer = text.train_tokenizer(TEXTS, 320)
-  tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", IMAGE]})
-  tokenizer.eos_token = "<|im_end|>"
+  tokenizer.add_special_tokens({"additional_special_tokens": [*special, IMAGE]})
+  tokenizer.eos_token = special[-1]
   tokenizer.chat_template = template
   return Chat(tokenizer)
 
@@ -348,6 +362,39 @@ def test_answers_that_are_shown_otherwise_once_others_follow_are_learned_as_they
   )
   answers = ["red<|im_end|>", "so<|image|><|im_end|>", "two<|im_end|>"]  # the thought is the template's
   assert [piece for piece, written in said if written] == answers
+
+
+@pytest.mark.parametrize(
+  ("template", "special", "answers"),
+  [
+    (PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"), ["red<|end|>", "so<|end|>"]),
+    # The end of an earlier one is no end to write: it would not be taken for one.
+    (GPT_OSS, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"), ["red", "so<|return|>"]),
+  ],
+  ids=["Phi", "gpt-oss"],
+)
+@pytest.mark.parametrize("system", [(), (("system", "be brief"),)])
+def test_a_talk_of_several_turns_is_shown_as_the_template_shows_it_and_asked_for_as_it_is_learned(
+  template, special, answers, system, monkeypatch
+):
+  chat = of_template(template, special)
+  turns = (*system, ("user", "what?"), ("assistant", "red"), ("user", "why?"), ("assistant", "so"))
+  messages = [{"role": role, "content": words} for role, words in turns]
+  wanted = chat.tokenizer.apply_chat_template(messages, tokenize=False, **text.VARIABLES)
+  monkeypatch.setattr(chat, "encode", lambda text, after: text)
+  pieces = chat.pieces(turns)
+  assert "".join(piece for piece, _ in pieces) == wanted
+  assert [piece for piece, written in pieces if written] == answers
+  for end in (len(turns) - 2, len(turns)):
+    asked = "".join(piece for piece, _ in chat.pieces(turns[: end - 1], prompt=True))
+    assert wanted.startswith(asked + turns[end - 1][1])
+  assert chat.ends[0] == chat.tokenizer.convert_tokens_to_ids(answers[1][2:])
+
+
+def test_roles_that_a_template_refuses_are_told():
+  refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+  with pytest.raises(UserError, match="chat template cannot show the conversation: no system here"):
+    of_template(refuses + CHATML).pieces((("system", "a"), ("user", "b"), ("assistant", "c")))
 
 
 @pytest.mark.parametrize("answered", [0, 1, 2])
