@@ -111,7 +111,9 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def _to_rgb(image: Image.Image) -> Image.Image:
   if image.mode.startswith("I"):  # 16-bit greys; Pillow's own conversion would clip them at 255
     grey = np.asarray(image, np.int64).clip(0, 2**16 - 1)
-    return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    pixels = (grey / 257).round().astype(np.uint8)
+    pixels[grey == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(pixels).convert("RGB")
   if image.mode == "F":
     raise ValueError("floating-point pixels have no agreed white")
   if image.has_transparency_data:

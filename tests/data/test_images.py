@@ -59,6 +59,11 @@ def test_every_mode_becomes_rgb(image, format, expected):
   np.testing.assert_allclose(pixels, np.broadcast_to(np.array(expected, np.uint8), (4, 4, 3)), atol=2)
 
 
+def test_the_transparent_grey_of_16_bits_is_white():
+  levels = Image.fromarray(np.array([[7, 7], [7, 128 * 257]], np.uint16))
+  assert decode(encoded(levels, transparency=7), 2)[..., 0].tolist() == [[255, 255], [255, 128]]
+
+
 def test_sixteen_bit_greys_are_scaled_not_clipped():
   levels = np.array([[0, 1], [128, 255]], np.uint16) * 257
   png = encoded(Image.fromarray(levels))
