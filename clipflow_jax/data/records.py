@@ -128,11 +128,14 @@ def _turns(fields: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
   conversation: Any = next((fields[key] for key in TURN_KEYS if fields.get(key) is not None), [])
   if not isinstance(conversation, list):
     raise BadRecord(where, "conversation not a list of turns")
+  contents = [turn.get("value", turn.get("content")) if isinstance(turn, dict) else None for turn in conversation]
+  # Where pictures are parts of their own, a marker in the words is only quoted.
+  placed = any(_is_picture(part) for content in contents if isinstance(content, list) for part in content)
   turns: list[tuple[str, str]] = []
-  for turn in conversation:
+  for turn, content in zip(conversation, contents, strict=True):
     turn = turn if isinstance(turn, dict) else {}
     role = ROLES.get(str(turn.get("from", turn.get("role"))))
-    text = _words(turn.get("value", turn.get("content")))
+    text = _words(content, "" if placed else IMAGE_MARKER)
     if role is None or text is None:
       raise BadRecord(where, f"conversation not understood: a turn has a role of {', '.join(ROLES)} and a text")
     text = encodable(text).strip() if role == "user" else clean(text)
@@ -144,10 +147,19 @@ def _turns(fields: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
   return turns
 
 
-def _words(content: Any) -> str | None:
-  """A turn's text, or that of its parts, of which pictures are markers; None for what is neither."""
-  if not isinstance(content, list):
-    return content if isinstance(content, str) else None
-  parts = [part if isinstance(part, dict) else {} for part in content]
-  words = [IMAGE_MARKER if part.get("type") == "image" else part.get("text") for part in parts]
-  return "".join(words) if all(isinstance(word, str) for word in words) else None
+def _words(content: Any, quoted: str) -> str | None:
+  """A turn's text, or that of its parts, of which pictures are markers; None for what is neither.
+
+  quoted: what is put in the place of a marker among the words.
+  """
+  words = []
+  for part in content if isinstance(content, list) else [{"text": content}]:
+    text = part.get("text") if isinstance(part, dict) else None
+    if not _is_picture(part) and not isinstance(text, str):
+      return None
+    words.append(IMAGE_MARKER if _is_picture(part) else text.replace(IMAGE_MARKER, quoted))
+  return "".join(words)
+
+
+def _is_picture(part: Any) -> bool:
+  return isinstance(part, dict) and part.get("type") == "image"

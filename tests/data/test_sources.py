@@ -96,6 +96,14 @@ def test_an_answer_to_the_bare_picture_is_no_question(tmp_path):
   assert example.questions == ()
 
 
+def test_where_pictures_are_parts_of_their_own_a_marker_in_the_words_is_only_quoted(tmp_path):
+  asked = [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}]
+  turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A picture."}]
+  turns += [{"role": "user", "content": "So <image> is one?"}, {"role": "assistant", "content": "Yes."}]
+  example = one(tmp_path / "a", {"file": "0.png", "messages": turns})
+  assert [text for _, text in example.dialogue.turns[::2]] == ["What does  mean?", "So  is one?"]
+
+
 def test_a_conversation_may_be_about_several_pictures_or_none(tmp_path):
   turns = [{"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "The second."}]
   lines = [
