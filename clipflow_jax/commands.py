@@ -32,7 +32,7 @@ def quickstart(options: argparse.Namespace) -> None:
       raise UserError(f"evaluation.{name} is {config.evaluation[name]}: give {least} or more")
   begun = any(checkpoint.steps(options.workdir / name) for name in config.order)
   stages.train(config, options.workdir, sampler.make(config))
-  command.write_report(options.workdir, begun=None if begun else START, **config.evaluation)
+  command.report_on(options.workdir, begun=None if begun else START, **config.evaluation)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def evaluate(options: argparse.Namespace) -> None:
     config = config_file.load(options.config, options.overrides)
     found = command.measure(chosen, config, named=options.config, **of_model)
   else:
-    found = command.write_report(**of_model, **size)
+    found = command.report_on(**of_model, **size)
   if options.json:
     _write_json(options.json, found)
 

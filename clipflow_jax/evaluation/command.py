@@ -17,7 +17,7 @@ from clipflow_jax.inference.pipeline import ClipFlow
 from clipflow_jax.training import stages
 
 
-def write_report(
+def report_on(
   workdir: Path,
   weights: str = "",
   *,

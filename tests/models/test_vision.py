@@ -50,9 +50,9 @@ def test_what_is_not_asked_for_is_left_out_and_the_rest_is_the_same(params):
     np.testing.assert_allclose(short.embedding, whole.embedding, atol=1e-6)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+  ("layers", "remat", "unroll"), [(1, "none", False), (3, "none", True), (3, "full", False), (3, "full", True)]
+)
 def test_of_the_last_layer_a_class_token_is_made_alone(layers, remat, unroll):
   """The same embedding and the same gradients as where all tokens are made, for less work."""
   fields = dict(FIELDS, layers=layers, has_class=True, pooling="class", rope_span=2, remat=remat, unroll=unroll)
