@@ -220,7 +220,7 @@ def import_(options: argparse.Namespace) -> None:
   count = sum(leaf.size for leaf in leaves)
   print(f"imported {count:,} parameters of {options.source} ({leaves[0].dtype}) into {options.output}")
   if options.check:
-    for name, value in exchange.check(module, params).items():
+    for name, value in exchange.run_once(module, params).items():
       values = np.asarray(value, np.float32)
       finite = "finite" if np.isfinite(values).all() else "NOT FINITE"
       print(f"{name} {list(values.shape)}: mean {values.mean():.4f}, deviation {values.std():.4f}, {finite}")

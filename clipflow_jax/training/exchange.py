@@ -174,7 +174,7 @@ def bring_in_adapters(source: Path, base: Path, output: Path) -> int:
   return len(learned)
 
 
-def check(module: nn.Module, params: Params) -> dict[str, jax.Array]:
+def run_once(module: nn.Module, params: Params) -> dict[str, jax.Array]:
   """{what: array} of one forward pass over made-up words and pictures."""
   rng = np.random.default_rng(0)
 
