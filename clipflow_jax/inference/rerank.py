@@ -105,7 +105,8 @@ def clip_reads(model: Model) -> bool:
   """Whether the features are what CLIP's embedding is made of: its last layer's, of every token that it pools."""
   tower = model.clip["vision"]
   last = tuple(tower.get("feature_layers", ())) == (tower["layers"],) or tower["layers"] == 1
-  return last and tower.get("pooling", "mean") != "class" and tower.get("feature_pool", 1) == 1
+  pools_them = tower.get("pooling", "mean") != "class" and not tower.get("has_class")
+  return last and pools_them and tower.get("feature_pool", 1) == 1
 
 
 def embed_features(model: Model, params: Any, features: jax.Array) -> jax.Array:

@@ -95,6 +95,7 @@ def test_clip_judges_features_by_a_program_that_is_compiled_once(monkeypatch):
 def test_clip_looks_at_pictures_where_the_features_are_not_what_it_reads():
   assert rerank.clip_reads(vision(feature_layers=(2,)))
   assert not rerank.clip_reads(vision(feature_layers=(2,), pooling="class"))
+  assert not rerank.clip_reads(vision(feature_layers=(2,), has_class=True))  # whose mean has the class token in it
   directions = {"up": [0.0, 1.0], "right": [1.0, 0.0]}
   model = types.SimpleNamespace(
     model=vision(),  # whose features are of both layers
