@@ -121,7 +121,7 @@ def find(source: Path | str) -> Path:
 
 
 def read_config(folder: Path, family: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(config.json with every default filled in, preprocessor_config.json or {})."""
+  """(config.json with every default filled in, what is said of pictures or {})."""
   from transformers import AutoConfig
 
   written = _read_json(folder / "config.json")
@@ -139,8 +139,11 @@ def read_config(folder: Path, family: str | None = None) -> tuple[dict[str, Any]
     raise UserError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
   if config.get("quantization_config"):
     raise UserError(f"{folder} is quantised; take the repository with the original weights")
-  file = folder / "preprocessor_config.json"
-  return config, _read_json(file) if file.is_file() else {}
+  for name in ("preprocessor_config.json", "processor_config.json"):  # the second of processors of words and pictures
+    if (folder / name).is_file():
+      said = _read_json(folder / name)
+      return config, said.get("image_processor", said)
+  return config, {}
 
 
 def read_words(folder: Path) -> dict[str, dict[str, Any]]:
