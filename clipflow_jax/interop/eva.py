@@ -9,7 +9,7 @@ from typing import Any
 from clipflow_jax.errors import UserError
 from clipflow_jax.interop.family import Config, Family, described
 from clipflow_jax.interop.tensors import LED, LED_TWICE, LINEAR, PATCHES, Files, Row
-from clipflow_jax.interop.vision import OPENAI, linear, norm, parameters
+from clipflow_jax.interop.vision import OPENAI, UNSAID, fits, linear, norm, parameters
 from clipflow_jax.models.vision import VisionTower
 
 BLOCK, LAYER = "blocks.{}.", "encoder/layers/"
@@ -86,7 +86,7 @@ def _module(always: dict[str, Any]) -> Callable[[Config, Config], VisionTower]:
 
 def _config(always: dict[str, Any], size: str) -> Callable[[VisionTower], dict[str, Any] | None]:
   def config(module: VisionTower) -> dict[str, Any] | None:
-    if not always.items() <= described(module).items():
+    if not fits(described(module), always, (*UNSAID, "norm_eps")):
       return None
     shape = [3, module.image_size, module.image_size]
     return {

@@ -118,6 +118,7 @@ CLIP_TEXT = dict(pooling="end", projection_bias=False)
 SIGLIP_VISION = dict(embedding=0, pooling="attention")
 SIGLIP_TEXT = dict(pooling="last", projection_bias=True)
 DINO_TOWER = dict(embedding=0, has_class=True, layer_scale=True, pooling="class")
+UNSAID = ("post_norm", "rope_span")  # fields that no tensor tells of, and no config.json
 # Pixels' mean and deviation where no preprocessor_config.json tells.
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -143,8 +144,10 @@ def pixels(processor: Config, usual: dict[str, Any]) -> dict[str, Any]:
   return {ours: tuple(processor.get(theirs) or usual[ours]) for ours, theirs in names.items()}
 
 
-def _fits(fields: Any, always: dict[str, Any]) -> bool:
-  return all(fields.get(name) == value for name, value in always.items())
+def fits(fields: Any, always: dict[str, Any], unsaid: tuple[str, ...] = UNSAID) -> bool:
+  """Whether a tower's fields are what its family always is, in what neither tensors nor config.json say too."""
+  alike = bool(fields) and all(fields.get(name) == value for name, value in always.items())
+  return alike and all((fields.get(name) or 0) == always.get(name, 0) for name in unsaid)
 
 
 def _clip(config: Config, processor: Config) -> Clip:
@@ -159,13 +162,13 @@ def _clip(config: Config, processor: Config) -> Clip:
 
 
 def _clip_config(module: Clip) -> dict[str, Any] | None:
-  if not _fits(module.vision, CLIP_VISION) or not _fits(module.text, CLIP_TEXT):
+  if not fits(module.vision, CLIP_VISION) or not fits(module.text, CLIP_TEXT):
     return None
-  end = {"eos_token_id": 2 if module.text["end"] is None else module.text["end"]}
-  return {
-    "projection_dim": module.vision["embedding"],
-    "vision_config": _section(module.vision, VISION),
-    "text_config": _section(module.text, TEXT) | end,
+  end = module.text.get("end")
+  size = {"projection_dim": module.vision["embedding"]}  # of each tower too, which may be read alone
+  return size | {
+    "vision_config": _section(module.vision, VISION) | size,
+    "text_config": _section(module.text, TEXT) | size | {"eos_token_id": 2 if end is None else end},
   }
 
 
@@ -180,7 +183,7 @@ def _siglip(config: Config, processor: Config) -> Clip:
 
 
 def _siglip_config(module: Clip) -> dict[str, Any] | None:
-  if not _fits(module.vision, SIGLIP_VISION) or not _fits(module.text, SIGLIP_TEXT):
+  if not fits(module.vision, SIGLIP_VISION) or not fits(module.text, SIGLIP_TEXT):
     return None
   return {
     "vision_config": _section(module.vision, VISION),
@@ -197,7 +200,7 @@ def _dinov2(config: Config, processor: Config) -> VisionTower:
 
 
 def _dinov2_config(module: VisionTower) -> dict[str, Any] | None:
-  if not _fits(vars(module), DINO_TOWER):
+  if not fits(vars(module), DINO_TOWER):
     return None
   ratios = [ratio for ratio in range(1, 17) if _dino_mlp(ratio * module.width, module.gated) == module.mlp]
   own = {"use_mask_token": module.has_mask, "use_swiglu_ffn": module.gated}

@@ -16,9 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.interop import huggingface, language, tensors
+from clipflow_jax.interop import eva, huggingface, language, tensors
 from clipflow_jax.interop.tensors import LINEAR, PATCHES, SAME, Row
+from clipflow_jax.models.clip import Clip
 from clipflow_jax.models.transformer import Transformer
+from clipflow_jax.models.vision import VisionTower
 from clipflow_jax.training.state import flatten
 from tests import tiny
 
@@ -236,3 +238,59 @@ def test_each_device_reads_its_own_part(folder):
   env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
   done = subprocess.run([sys.executable, "-c", SHARDED, folder], capture_output=True, text=True, env=env)
   assert done.stdout == "same\n", done.stderr
+
+
+# Towers.
+
+SEES = dict(image_size=8, patch_size=4, width=32, layers=1, heads=2, mlp=128)
+DINO = dict(SEES, embedding=0, has_class=True, has_mask=True, layer_scale=True, pooling="class", activation="gelu")
+BOTH = dict(
+  vision=dict(SEES, embedding=20, has_class=True, patch_bias=False, in_norm=True, pooling="class"),
+  text=dict(vocabulary=20, length=8, width=16, layers=1, heads=2, mlp=32, embedding=20, pooling="end"),
+)
+CLIP = dict(BOTH, text=dict(BOTH["text"], projection_bias=False))
+
+
+def saved(path: Path, module: Any, family: str) -> Path:
+  huggingface.save(path, module, tiny.random_params(huggingface.family(family).parameters(module)), family=family)
+  return path
+
+
+@pytest.mark.parametrize("beyond", [dict(rope_span=2), dict(post_norm=True)])
+def test_a_tower_that_is_told_apart_by_no_tensor_is_not_saved_as_another(beyond, tmp_path):
+  assert saved(tmp_path / "plain", VisionTower(**DINO), "dinov2")
+  with pytest.raises(UserError, match="a dinov2 checkpoint cannot say what this VisionTower is"):
+    saved(tmp_path / "other", VisionTower(**DINO | beyond), "dinov2")
+  clip = Clip(**CLIP | dict(vision=CLIP["vision"] | beyond))
+  with pytest.raises(UserError, match="a clip checkpoint cannot say what this Clip is"):
+    saved(tmp_path / "other", clip, "clip")
+
+
+def test_another_epsilon_is_nothing_that_timms_towers_can_say(tmp_path):
+  fields = SEES | eva.LARGE | dict(width=64, embedding=8)
+  assert saved(tmp_path / "usual", VisionTower(**fields), "eva02_large")
+  with pytest.raises(UserError, match="a eva02_large checkpoint cannot say what this VisionTower is"):
+    saved(tmp_path / "other", VisionTower(**fields, norm_eps=1e-5), "eva02_large")
+
+
+def test_a_clip_says_the_size_of_its_embeddings_in_both_towers_and_needs_no_end(tmp_path):
+  config = json.loads((saved(tmp_path / "model", Clip(**CLIP), "clip") / "config.json").read_text())
+  sizes = (config, config["vision_config"], config["text_config"])
+  assert [one["projection_dim"] for one in sizes] == [20] * 3
+  assert huggingface.load(tmp_path / "model")[0].text["end"] is None
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_vision_tower_alone_is_no_model_of_two_towers(family, tmp_path):
+  vision = CLIP["vision"] if family == "clip" else dict(SEES, embedding=0, pooling="attention")
+  with pytest.raises(UserError, match=f"a {family} checkpoint cannot say what this Clip is"):
+    huggingface.save(tmp_path / "model", Clip(vision=vision), {}, family=family)
+
+
+def test_pixels_are_as_a_processor_of_words_and_pictures_says(tmp_path):
+  file = saved(tmp_path / "model", Clip(**CLIP), "clip") / "preprocessor_config.json"
+  said = json.loads(file.read_text()) | dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+  file.unlink()
+  (tmp_path / "model" / "processor_config.json").write_text(json.dumps({"image_processor": said}))
+  vision = huggingface.load(tmp_path / "model")[0].vision
+  assert (vision["mean"], vision["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -33,8 +33,8 @@ def pair(**more: Any) -> dict[str, Any]:
 
 
 FAMILIES = {
-  "clip": ("CLIPModel", pair() | dict(projection_dim=24)),
-  "clip-gelu": ("CLIPModel", pair(hidden_act="gelu", eos_token_id=2) | dict(projection_dim=24)),
+  "clip": ("CLIPModel", pair(projection_dim=24) | dict(projection_dim=24)),
+  "clip-gelu": ("CLIPModel", pair(hidden_act="gelu", eos_token_id=2, projection_dim=24) | dict(projection_dim=24)),
   "siglip": ("SiglipModel", dict(pair(), text_config=WORDS | dict(hidden_size=48))),
   # SigLIP 2 of fixed resolution, as its giant: the text tower is narrower, and its embeddings are brought to the width.
   "siglip2": ("SiglipModel", dict(pair(), text_config=WORDS | dict(projection_size=48, vocab_size=300))),
