@@ -13,6 +13,7 @@ import numpy as np
 
 from clipflow_jax.batch import Batch
 from clipflow_jax.data import sequence
+from clipflow_jax.errors import UserError
 from clipflow_jax.inference.batching import listed
 from clipflow_jax.models.clipflow import ClipFlow as Model
 
@@ -65,6 +66,9 @@ def told(
   model.need("transformer", "tell how likely words are")
   questions = listed("questions", questions)
   answers = listed("answers", answers, len(questions))
+  for what, given in (("pictures", images), ("pictures' features", features)):
+    if given is not None and len(given) != len(questions):
+      raise UserError(f"{len(given)} {what} for {len(questions)} questions: give one for each")
   # In the place of pictures that are not looked at: where their features are given no pixels are needed.
   blank = model.blank() if features is None else np.zeros((0, 0, 3), np.uint8)
   looked = [blank] * len(questions) if images is None else model.checked(images)

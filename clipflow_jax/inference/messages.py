@@ -22,6 +22,8 @@ Message = dict[str, Any]
 
 def conversation(model: ClipFlow, messages: Sequence[Message]) -> Conversation:
   """Messages as `ClipFlow.chat` takes them, worded as the run's data words questions. UserError for others."""
+  if not len(messages):
+    raise UserError("there are no messages to answer; give at least one")
   turns: list[tuple[str, str]] = []
   pictures: list[np.ndarray] = []
   for message in messages:
@@ -50,5 +52,8 @@ def conversation(model: ClipFlow, messages: Sequence[Message]) -> Conversation:
 
 def _fit(picture: Any, size: int) -> np.ndarray:
   if not isinstance(picture, Image.Image):
-    picture = Image.fromarray(np.asarray(picture))
+    try:
+      picture = Image.fromarray(np.asarray(picture))
+    except TypeError as error:
+      raise UserError(f"no picture among messages: {error}; give uint8 [H,W,3] or one of Pillow's") from error
   return square(picture, size)

@@ -490,3 +490,22 @@ def test_batches_are_cut_over_devices_and_give_the_same(loaded, trained, picture
     np.testing.assert_allclose(found["seen"], loaded.embed_image(pictures), atol=1e-5)
     drawn = loaded.draw_features(["red", "a star", "blue"], steps=2, seed=3)
     np.testing.assert_allclose(found["drawn"], drawn, atol=1e-4)
+
+
+@pytest.mark.parametrize("picture", ["a.png", np.zeros((4, 4, 3), np.float32)], ids=["a name", "floats"])
+def test_what_is_no_picture_among_messages_is_told(model, picture):
+  parts = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]
+  with pytest.raises(UserError, match=r"no picture among messages: .*; give uint8 \[H,W,3\]"):
+    model.conversation([{"role": "user", "content": parts}])
+
+
+def test_no_messages_are_none_to_answer(model):
+  with pytest.raises(UserError, match="there are no messages to answer"):
+    model.chat([])
+
+
+def test_other_pictures_than_questions_have_no_likelihood(model, pictures):
+  with pytest.raises(UserError, match="1 pictures for 2 questions: give one for each"):
+    model.likelihood(["a", "b"], ["c", "d"], pictures[:1])
+  with pytest.raises(UserError, match="1 pictures' features for 2 questions"):
+    model.likelihood(["a", "b"], ["c", "d"], features=np.zeros((1, T, C), np.float32))
