@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,20 @@ def test_a_source_ends_after_its_epochs_and_its_share_goes_to_the_others(size, e
   assert after == {1: BLOCK // 4, 2: 3 * BLOCK // 4}
 
 
+def test_each_block_and_each_place_of_a_row_has_an_order_of_its_own():
+  parts = [Part(Plain(7)), Part(Plain(7))]
+  found = np.array([part for part, _ in items(Order(parts, [range(2)] * 2, 0), 4 * BLOCK)]).reshape(2, BLOCK, 2)
+  sequences = found.swapaxes(1, 2).reshape(4, BLOCK)  # of block 0 and 1, in place 0 and 1 each
+  assert all(np.mean(a == b) < 0.6 for a, b in itertools.combinations(sequences, 2))
+
+
+def test_sources_end_each_in_its_own_time():
+  parts = [Part(Plain(300), epochs=2, weight=2), Part(Plain(700), epochs=3), Part(Plain(9))]
+  found = items(Order(parts, [range(3)], 1), 8 * BLOCK)
+  own = {part: [k for which, k in found if which == part] for part in range(3)}
+  assert own[0] == list(range(600)) and own[1] == list(range(2100)) and own[2] == list(range(len(own[2])))
+
+
 def test_the_places_of_a_row_share_a_parts_examples_among_them():
   parts = [Part(Plain(7), role="understand"), Part(Plain(7), role="both"), Part(Plain(4), role="both", epochs=25)]
   order = Order(parts, [[0, 1, 2], [1, 2], [1, 2]], 3)
@@ -118,6 +133,8 @@ def test_sources_that_all_end_and_weights_too_small_are_refused():
     Order([Part(Plain(7), name=name, epochs=2) for name in "ab"], [range(2)], 0)
   with pytest.raises(UserError, match=r"a: weight 1e-06 is less than a 1000th of all: raise it"):
     Order([Part(Plain(7), name="a", weight=1e-6), Part(Plain(7))], [range(2)], 0)
+  least = Order([Part(Plain(7), weight=1.0), Part(Plain(7), weight=BLOCK - 1.0)], [range(2)], 0)
+  assert sum(part == 0 for part, _ in items(least, 2 * BLOCK)) == 2
 
 
 # Settings.
@@ -164,9 +181,11 @@ def test_only_a_model_that_was_taught_edits_has_words_for_them():
     (dict(kind="mixture", a=dict(kind="mixture")), "data.source.a is no source"),
     (dict(kind="mixture", a=dict(kind="paint")), "data.source.a: data.kind is 'paint'"),
     (dict(kind="mixture", a=dict(SHAPES, colour=3)), "data.source.a: data.colour is no setting"),
+    (dict(kind="mixture", a=dict(SHAPES, role="paint")), "data.source.a: role is 'paint'"),
     (dict(SHAPES, weight=0.0), "data.source: weight is 0.0: give a number above 0"),
     (dict(SHAPES, role="paint"), "role is 'paint': choose one of both, understand, generate, edit, text"),
     (dict(SHAPES, epochs=1.5), "epochs is 1.5: give a whole number"),
+    (dict(SHAPES, epochs=-1), "epochs is -1: give a whole number"),
     (dict(SHAPES, describe="what?"), "describe is 'what?': give a list of phrasings"),
     (dict(SHAPES, describe=()), "describe is ()"),
     (
@@ -181,6 +200,16 @@ def test_settings_that_do_not_fit_are_refused_by_the_name_of_their_source(source
   with pytest.raises(UserError) as error:
     mixture.make(source, "train")
   assert says in str(error.value) and "\n" not in str(error.value)
+  assert str(error.value).count("data.source") <= 1  # its name is told once
+
+
+def test_cached_features_are_of_their_source_wherever_it_lies_and_however_it_is_put():
+  cached = dict(kind="folder", path="/then", size=24)
+  features = types.SimpleNamespace(folder="cache", manifest=dict(request=dict(source=cached)))
+  now = dict(cached, path="/now", weight=2.0, describe=("what is it?",))
+  mixture._check_cached(features, "data.source", now)
+  with pytest.raises(UserError, match="data.source.size is 48, but cache was cached with 24: set it so"):
+    mixture._check_cached(features, "data.source", dict(now, size=48))
 
 
 def test_a_split_that_is_none_is_refused():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clipflow_jax.batch import BOTH, INPUT, TARGET
 from clipflow_jax.data import sequence, text
-from clipflow_jax.data.example import Dialogue
+from clipflow_jax.data.example import IMAGE_MARKER, Dialogue
 from clipflow_jax.data.sequence import ASK, Conversation, Layout
 from clipflow_jax.data.text import ASSISTANT, BEGIN, END, IMAGE, USER, Chat
 from clipflow_jax.errors import UserError
@@ -217,6 +217,33 @@ def test_a_caption_begins_as_the_tokenizer_itself_begins_a_text(frame):
   example = sequence.encode(sequence.words("a red star", picture()), Chat(tokenizer), LAYOUT)
   assert example["tokens"].tolist() == tokenizer("a red star")["input_ids"]
   assert example["loss_weights"].tolist() == [0.0 if token == ends[0][1] else 1.0 for token in example["tokens"]]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_an_example_may_fill_its_row_to_the_last_slot(chat, room):
+  conversation = sequence.read(picture(), (("what colour?", "red"),))
+  length = len(sequence.encode(conversation, chat, LAYOUT)["tokens"])
+  assert len(sequence.encode(conversation, chat, Layout(length + room, 1, GRID))["tokens"]) == length
+  with pytest.raises(UserError, match=f"of {length} tokens and 1 pictures does not fit a row of {length - 1} and 1"):
+    sequence.encode(conversation, chat, Layout(length - 1, 1, GRID))
+
+
+def test_a_caption_is_cut_to_the_whole_row_and_still_ends(chat):
+  words = sequence.words("a red star " * LAYOUT.length, picture())
+  whole = sequence.encode(words, chat, dataclasses.replace(LAYOUT, length=1000))["tokens"]
+  cut = sequence.encode(words, chat, LAYOUT, cut=True)
+  assert cut["tokens"].tolist() == [*whole[: LAYOUT.length - 1], chat.end] and cut["loss_weights"].sum() == 39
+  with pytest.raises(sequence.TooLong):
+    sequence.encode(words, chat, LAYOUT)
+
+
+def test_words_put_no_picture_into_what_is_made_of_them():
+  """Neither a caption or a question that looks like a template, nor a conversation that names our own word."""
+  assert sequence.edited(picture(), "{picture}", picture()).turns[0] == ("user", IMAGE + "{picture}")
+  assert sequence.asked(picture(), "{picture}?").turns == (("user", IMAGE + "{picture}?"),)
+  turns = (("user", f"{IMAGE}what is {IMAGE_MARKER}?"), ("assistant", "red"))
+  held = sequence.held(Dialogue(turns, picture()[None]))
+  assert held.turns == (("user", f"what is {IMAGE}?"), ("assistant", "red"))
 
 
 # Rows.

@@ -143,7 +143,7 @@ class Asked(Oracle):
     return jnp.ones((*place.order.shape[:1], place.order.shape[1] * levels, 2, 1))
 
   def predict(self, x_t, t, given):
-    self.given = np.asarray(given)
+    self.given, self.x_t, self.t = np.asarray(given), np.asarray(x_t), np.asarray(t)
     return x_t, None
 
 
@@ -154,6 +154,11 @@ def test_a_separate_drawer_is_told_nothing_of_some_pictures():
   assert asked.given.shape == (2, 8 * tiny.PICTURES, 2, 1)
   np.testing.assert_array_equal(asked.given[:, :, 0], asked.given[:, :, 1])  # all of a condition, or nothing
   assert 0.2 < asked.given.mean() < 0.8
+  dropped = asked.given[:, :, 0, 0].ravel()  # by a key that is neither the noise's nor the times'
+  t = asked.t[..., None, None]
+  noise = (asked.x_t - (1 - t) * np.repeat(CLEAN, 8, axis=1)) / t
+  for other in (asked.t, noise.reshape(2, -1)[:, : asked.t.shape[1]]):
+    assert abs(np.corrcoef(dropped, other.ravel())[0, 1]) < 0.4
   flow.losses(asked, BATCH, FEATURES, "context", KEYS, **settings)
   assert asked.given.all()
   with pytest.raises(UserError, match=r"drop_condition is of a separate drawer; .* use data.drop_text"):

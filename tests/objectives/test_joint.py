@@ -65,6 +65,25 @@ def test_an_early_loss_needs_an_early_head():
     Objective({"flow": 1.0}, early=0.5).check(model, BATCH)
 
 
+def test_cached_features_are_enough_but_for_what_looks_at_pictures():
+  cached = BATCH.replace(images=None, features=np.zeros((2, tiny.PICTURES, tiny.TOKENS, tiny.CHANNELS)))
+  own = dict(own={"mine": "operator:add"})
+  Objective({"language": 1.0, "flow": 1.0, "mine": 1.0}, **own).check(tiny.model(), cached)
+  with pytest.raises(UserError, match="objective.weights: pixels need pictures"):
+    Objective({"language": 1.0, "pixels": 1.0}).check(tiny.model(), cached)
+
+
+def test_the_decoder_is_not_asked_for_the_margin_that_the_tower_leaves_out():
+  vision = dict(tiny.FIELDS["clip"]["vision"], image_size=tiny.SIZE + 2)
+  model = tiny.model(clip=dict(tiny.FIELDS["clip"], vision=vision, captioner=None))
+  batch = BATCH.replace(images=np.zeros((2, tiny.PICTURES, tiny.SIZE + 2, tiny.SIZE + 2, 3), np.uint8))
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, method="everything")["params"])
+  sums = jax.eval_shape(
+    lambda p: model.apply({"params": p}, batch, KEYS, method=Objective({"pixels": 1.0}).sums), params
+  )
+  assert sums.keys() == {"pixels", "pixels_psnr"}
+
+
 @pytest.mark.parametrize("name", ["contrastive", "caption", "readout"])
 def test_pairs_are_of_one_picture_a_row(name: str):
   with pytest.raises(UserError, match=f"for {name} a row is one picture and its caption; set data.images_per_row to 1"):
@@ -100,6 +119,13 @@ def test_settings_reach_the_objectives_that_they_are_of(params, monkeypatch):
   own = dict(levels=3, early=0.25, targets=2, drop_condition=0.1, decoder_noise=0.3, decoder_edges=4.0)
   traced(Objective({"flow": 1.0, "pixels": 1.0}, **own), params, BATCH)
   assert told == dict(levels=3, early=0.25, targets=2, drop=0.1, noise=0.3, edges=4.0)
+
+
+def test_an_objective_of_ones_own_is_summed_over_rows(params, monkeypatch):
+  monkeypatch.setattr(Objective, "_of_own", lambda self, name: lambda model, batch, keys: jnp.array([2.0, 5.0]))
+  objective = Objective({"mine": 1.0}, own={"mine": "somewhere:there"})
+  sums = tiny.model().apply({"params": params}, BATCH, KEYS, method=objective.sums)
+  assert sums == {"mine": 7.0} and objective.loss(sums, objective.counts(BATCH))[0] == 3.5
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,22 @@ def test_in_chunks_the_gradients_are_the_same_and_no_logits_of_all_slots_exist()
   assert "2,4,160" in program and "12,160" not in program and "24,160" not in program
 
 
+def test_of_bfloat16_neither_logits_nor_the_gradient_of_the_matrix_are_rounded_to_it():
+  rng = np.random.default_rng(0)
+  hidden, matrix = (jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((2, 64, 8), (8, 30)))
+  tokens, ones = rng.integers(0, 30, (2, 64)), np.ones((2, 64), np.int32)
+
+  def loss(matrix):
+    return language.predict_next(hidden, matrix, tokens, ones, ones).loss
+
+  scores = (np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64))[:, :-1]
+  taken = np.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+  found, gradient = jax.value_and_grad(loss)(matrix.astype(jnp.float32))
+  assert found == pytest.approx((np.log(np.exp(scores).sum(axis=-1)) - taken).sum(), rel=1e-5)
+  assert gradient.dtype == jnp.float32 and np.mean(gradient == gradient.astype(jnp.bfloat16)) < 0.1
+  assert jax.grad(loss)(matrix).dtype == jnp.bfloat16  # as the parameter is
+
+
 def test_a_chunk_that_does_not_divide_the_row_is_refused():
   with pytest.raises(UserError, match="vocabulary_chunk 4 does not divide the 6 slots"):
     zeros = np.zeros((ROWS, LENGTH), np.int32)

@@ -13,6 +13,7 @@ from clipflow_jax.objectives import pixels
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+IMAGES[2] = 90  # flat: no edge anywhere
 TRUTH = IMAGES / 127.5 - 1
 FEATURES = np.zeros((3, 4, 8), np.float32)
 
@@ -90,15 +91,15 @@ def test_features_are_noised_by_up_to_the_given_deviation_each_row_by_its_own_ke
 
 
 def test_edges_weigh_more_and_flat_ground_one():
-  image = np.zeros((1, 16, 16, 3), np.float32)
-  image[:, 6:9, 6:9] = 1.0
+  image = np.full((1, 16, 16, 3), 0.5, np.float32)
+  image[:, 6:9, 6:9, 0] = 0.65  # faint, and in one channel
   weights = np.asarray(pixels.edge_weights(image, 10.0))
   assert weights.shape == (1, 16, 16, 1)
-  assert weights[0, 7, 7] == 11 and weights[0, 5, 5] == 11
+  assert weights[0, 7, 7] == 11 and weights[0, 4, 4] == 11 and weights[0, 3, 3] == 1
   assert weights[0, 0, 0] == 1 and weights[0, 15, 7] == 1
-  np.testing.assert_array_equal(pixels.edge_weights(np.zeros((2, 8, 8, 3)), 10.0), 1)
 
 
 def test_edges_shift_the_weight_and_keep_its_mean():
-  sums = losses(Decoder(error=0.1), edges=10.0)
-  assert sums["pixels"] == pytest.approx(0.1 * 3, rel=1e-4)
+  for there in ([True, True, True], [False, False, True]):  # of each picture, also of one without
+    sums = losses(Decoder(error=0.1), edges=10.0, there=np.array(there))
+    assert sums["pixels"] == pytest.approx(0.1 * sum(there), rel=1e-4)
