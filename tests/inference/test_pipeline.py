@@ -496,7 +496,7 @@ def test_batches_are_cut_over_devices_and_give_the_same(loaded, trained, picture
 def test_what_is_no_picture_among_messages_is_told(model, picture):
   parts = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]
   with pytest.raises(UserError, match=r"no picture among messages: .*; give uint8 \[H,W,3\]"):
-    model.conversation([{"role": "user", "content": parts}])
+    conversation(model, [{"role": "user", "content": parts}])
 
 
 def test_no_messages_are_none_to_answer(model):
