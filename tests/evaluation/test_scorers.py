@@ -579,6 +579,7 @@ def test_a_choice_of_items_keeps_their_order_and_its_hash_tells_what_is_asked():
   chosen = items.choose(PICTURES, 4, seed=1)
   assert len(chosen) == 4 and [PICTURES.index(item) for item in chosen] == sorted(map(PICTURES.index, chosen))
   assert items.choose(PICTURES, 0, seed=1) == PICTURES
+  assert items.choose(PICTURES, 4, seed=2) != chosen != PICTURES[:4]
   assert items.fingerprint(chosen) == items.fingerprint(items.choose(PICTURES, 4, seed=1))
   assert items.fingerprint(chosen) != items.fingerprint(chosen[:3])
   assert items.fingerprint([Item("1", picture("red"))]) != items.fingerprint([Item("1", picture("blue"))])

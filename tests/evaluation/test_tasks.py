@@ -85,6 +85,12 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
   assert 0.9 <= np.mean(covered) <= 0.98
 
 
+def test_an_interval_is_the_middle_95_percent_of_what_resamples_tell():
+  told = iter([0.4, *np.arange(1001) / 1000, float("nan")])
+  found = tasks.summarise([Answer({"x": 0.0})] * 2, ITEMS[:2:2] * 2, lambda *_: {"x": next(told)}, resamples=1002)
+  assert found["metrics"]["x"] == pytest.approx({"value": 0.4, "low": 0.025, "high": 0.975})
+
+
 def test_items_of_one_group_are_drawn_together():
   prompts = [Answer({"right": float(i % 2)}) for i in range(8)]
   alone = tasks.summarise(prompts, [Item(str(i)) for i in range(8)], tasks.means)["metrics"]
