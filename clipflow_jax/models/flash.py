@@ -291,8 +291,7 @@ def _seen_blocks(first: jax.Array, end: jax.Array, cut: Blocks) -> jax.Array:
   first, end = (x.reshape(len(x), -1, cut.outer) for x in (first, end))
   some = first < end
   lowest = jnp.where(some, first, end.max(axis=-1, keepdims=True)).min(axis=-1)
-  furthest = jnp.where(some, end, 0).max(axis=-1)
-  return _bounds(lowest, first.max(axis=-1), end.min(axis=-1), furthest, cut.inner)
+  return _bounds(lowest, first.max(axis=-1), end.min(axis=-1), end.max(axis=-1), cut.inner)
 
 
 def _seeing_blocks(first: jax.Array, end: jax.Array, keys: int, cut: Blocks) -> jax.Array:
@@ -301,7 +300,7 @@ def _seeing_blocks(first: jax.Array, end: jax.Array, keys: int, cut: Blocks) -> 
   queries = first.shape[1]
   at = jnp.arange(queries)
   first, end = first[:, None], end[:, None]  # [B,1,Q]
-  some = (first < end) & (first < start + cut.outer) & (end > start)
+  some = (first < start + cut.outer) & (end > start)
   every = (first <= start) & (end >= jnp.minimum(start + cut.outer, keys))
 
   def earliest(which):

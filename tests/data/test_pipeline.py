@@ -201,6 +201,12 @@ def test_a_conversation_is_the_description_or_as_often_the_questions(chat):
   assert min(found.values()) == pytest.approx(50, abs=20)
 
 
+def test_questions_come_in_any_order():
+  several = dataclasses.replace(Constant()[0], description="", questions=tuple((f"{i}?", f"{i}") for i in range(3)))
+  told = (TASKS["converse"](several, Part(Constant()), np.random.default_rng(i), 0.0) for i in range(40))
+  assert len({tuple(answer for role, answer in one.turns if role == "assistant") for one in told}) == 6
+
+
 def test_one_question_is_asked_in_the_words_of_its_source_or_the_description_where_there_is_none(chat):
   several = dataclasses.replace(Constant()[0], questions=(("how?", "so"), ("what?", "that")))
   silent = dataclasses.replace(several, questions=())

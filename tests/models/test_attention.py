@@ -74,6 +74,16 @@ def test_attend_is_dot_product_attention_with_grouped_queries(arrays, queries: i
   np.testing.assert_allclose(attend(q, k, v, mask).reshape(2, 5, 32), expected, atol=1e-5)
 
 
+def test_products_of_bfloat16_are_not_rounded_to_it_before_the_last(arrays):
+  q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in arrays)
+  past, mask = (k, v), jnp.ones((2, 1, 7), bool)
+  for run in (lambda: attend(q, k, v, None), lambda: attend_beside(q, k[:, :5], v[:, :5], past, mask)):
+    traced = jax.make_jaxpr(run)()
+    products = [equation.outvars[0].aval.dtype for equation in traced.eqns if equation.primitive.name == "dot_general"]
+    assert len(products) >= 2 and set(products) == {jnp.dtype(jnp.float32)}
+    assert traced.out_avals[0].dtype == jnp.bfloat16
+
+
 def test_heads_share_keys_in_groups_of_neighbours(arrays):
   q, k, v = arrays
   alone = [attend(q[:, :, [h]], k[:, :, [h // 2]], v[:, :, [h // 2]], None) for h in range(4)]

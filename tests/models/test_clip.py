@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.models.clip import Clip
+from clipflow_jax.models.text import TextTower
 from tests import tiny
 
 MODEL = Clip(**tiny.FIELDS["clip"])
@@ -70,6 +71,17 @@ def test_a_caption_is_predicted_from_the_picture_and_the_words_before(params, ar
   _, other, _ = run(params, **arguments)
   assert not np.isclose(other[1], after[1]).all(axis=-1).any()
   np.testing.assert_array_equal(other[0], after[0])
+
+
+@pytest.mark.parametrize("end", [40, None])
+def test_a_text_that_is_read_at_its_end_is_what_stands_before_it(end: int | None):
+  """As CLIP's: without its number the end is the highest one."""
+  tower = TextTower(**tiny.FIELDS["clip"]["text"], pooling="end", end=end)
+  plain = np.array([[5, 7, 40, 1, 1, 1]])
+  params = tiny.random_params(jax.eval_shape(tower.init, jax.random.key(0), plain, plain > 0)["params"])
+  embed = jax.jit(lambda tokens: tower.apply({"params": params}, tokens, tokens > 0))
+  np.testing.assert_allclose(embed(np.array([[5, 7, 40, 2, 3, 2]])), embed(plain), atol=1e-6)
+  assert np.abs(embed(np.array([[6, 7, 40, 1, 1, 1]])) - embed(plain)).max() > 1e-3
 
 
 def test_the_temperature_is_learned_and_capped_at_a_hundred_from_where_it_can_come_back(params):

@@ -12,6 +12,7 @@ from clipflow_jax.batch import Batch
 from clipflow_jax.errors import UserError
 from clipflow_jax.flow import path
 from clipflow_jax.models.clipflow import ClipFlow, Place
+from clipflow_jax.models.transformer import Transformer
 from tests import tiny
 
 BATCH = tiny.batch()
@@ -58,6 +59,20 @@ def test_a_prediction_of_x_becomes_the_velocity_that_leads_there(predicted, head
   # The same network's output, once taken as the velocity and once as the clean features.
   output = predicted["v"][head]
   np.testing.assert_allclose(predicted["x"][head], path.velocity(output, X_T, T), atol=1e-4)
+
+
+def test_a_noisy_block_is_its_time_and_then_its_grid_where_its_picture_stands(params, monkeypatch):
+  found = []
+  monkeypatch.setattr(Transformer, "draw", lambda self, z, positions, *rest: found.append(positions) or (z, None))
+  at = np.array([[5, 6, 7], [8, 9, 10]])
+  given = None, Place(np.ones_like(at), at, at)
+  out = tiny.model(prediction="v").apply({"params": params}, X_T, T, given, method="velocity")
+  cells = [(0, row, column) for row in range(tiny.GRID) for column in range(tiny.GRID)]
+  np.testing.assert_array_equal(found[0], at[..., None, None] + np.array([(0, 0, 0)] * 4 + cells))
+  head = jax.tree.map(np.asarray, params["flow_head"])
+  rows, columns = (head["grid"][f"{name}_positions"] for name in ("row", "column"))
+  tokens = X_T @ head["entry"]["kernel"] + head["entry"]["bias"] + (rows[:, None] + columns).reshape(tiny.TOKENS, -1)
+  np.testing.assert_allclose(out, tokens @ head["head"]["kernel"] + head["head"]["bias"], atol=1e-4)
 
 
 def test_other_models_have_no_early_head(params):

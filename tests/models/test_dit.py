@@ -15,6 +15,9 @@ from clipflow_jax.errors import UserError
 from clipflow_jax.inference import image
 from clipflow_jax.inference.image import Sampling
 from clipflow_jax.models.clipflow import ClipFlow, Place
+from clipflow_jax.models.dit import DiTBlock, JointAttention
+from clipflow_jax.models.rotary import Rotation, grid_angles
+from clipflow_jax.models.transformer import Transformer
 from clipflow_jax.objectives import flow
 from clipflow_jax.parallel import sharding
 from clipflow_jax.training.state import flatten
@@ -123,6 +126,32 @@ def test_a_config_puts_it_in_the_flow_experts_place():
   assert not ClipFlow(**tiny.FIELDS).drawer and ClipFlow(**separate.model.to_dict()).draws
   with pytest.raises(UserError, match="there is one separate drawer, drawer=dit"):
     generation.get_config("drawer=unet")
+
+
+def test_queries_stand_behind_their_place_and_all_levels_of_a_picture_share_their_answer(params, monkeypatch):
+  found = []
+
+  def ask(self, x, positions, segments, order, context):
+    found.append(positions)
+    return x + order[..., None, None]
+
+  monkeypatch.setattr(Transformer, "ask", ask)
+  given = MODEL.apply({"params": params}, None, PLACE, 2, method="conditioning")
+  np.testing.assert_array_equal(found[0], PLACE.positions[..., None] + np.arange(QUERIES))
+  expected = np.asarray(params["queries"]) + PLACE.order[..., None, None]
+  np.testing.assert_allclose(given, np.repeat(expected, 2, axis=1), atol=1e-6)
+
+
+def test_a_block_begins_as_nothing_and_shut_to_the_condition():
+  x, embedding = (jax.random.normal(jax.random.key(i), size) for i, size in enumerate(((2, 4, 16), (2, 8))))
+  seen, other = (tuple(jax.random.normal(jax.random.key(i), (2, 2, 3, 2, 8))) for i in (2, 3))
+  rotation = Rotation.by(grid_angles(2, 2, 8, in_turn=True))
+  out, _ = DiTBlock(16, 2, 24).init_with_output(jax.random.key(4), x, seen, embedding, rotation)
+  np.testing.assert_array_equal(out, x)
+  attention = JointAttention(16, 2)
+  shut, begun = attention.init_with_output(jax.random.key(4), x, seen, rotation)
+  np.testing.assert_array_equal(attention.apply(begun, x, other, rotation), shut)
+  assert np.abs(shut).max() > 0.1  # what it says to itself
 
 
 def test_two_ways_to_draw_are_refused():

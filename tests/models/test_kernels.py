@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipflow_jax.errors import UserError
-from clipflow_jax.models import kernels
+from clipflow_jax.models import flash, kernels
 from clipflow_jax.models.attention import sight, visible
 from clipflow_jax.parallel import mesh
 from tests import tiny
@@ -135,6 +135,32 @@ def test_flash_leaves_out_what_is_not_seen_and_nothing_else():
   arguments = tuple(jnp.asarray(rng.normal(size=(2, length, heads, 24)), jnp.float32) for heads in (4, 2, 2))
   ours = lambda *qkv: kernels.attend(*qkv, jnp.asarray(mask)) * words  # noqa: E731
   agree("splash", ours, lambda *qkv: kernels.flash(*qkv, reach, interpret=True) * words, arguments)
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_flash_walks_through_the_blocks_that_are_seen_and_masks_only_those_that_are_not_seen_whole(of_keys: bool):
+  """Rows of words and pictures, with padding before, between and behind: the least that can be walked through."""
+  rng, length, cut = np.random.default_rng(0), 44, flash.Blocks(8, 4, 0, 0)
+  segments = np.repeat(rng.integers(0, 4, (30, 11)), 4, axis=1)
+  segments[0] = 1
+  order = np.tile(np.where(np.arange(length) % 12 < 8, np.arange(length) // 12 * 12, np.arange(length)), (30, 1))
+  first, end = kernels.Reach.of(jnp.asarray(segments), jnp.asarray(order)).range()
+  if of_keys:
+    bounds = flash._seeing_blocks(first, end, length, cut)
+  else:
+    bounds = flash._seen_blocks(*(flash._whole(bound, cut.outer) for bound in (first, end)), cut)
+  first, end, slots = np.asarray(first)[..., None], np.asarray(end)[..., None], np.arange(length)
+  sees = (first <= slots) & (slots < end)
+  sees = sees.swapaxes(1, 2) if of_keys else sees
+  for row, found in zip(sees, np.asarray(bounds), strict=True):
+    for i, (begin, full, partly, stop) in enumerate(found):
+      blocks = np.split(row[i * cut.outer : (i + 1) * cut.outer], range(cut.inner, row.shape[1], cut.inner), axis=1)
+      some, whole = (np.flatnonzero([what(block) for block in blocks]) for what in (np.any, np.all))
+      if len(some):
+        assert (begin, stop) == (some[0], some[-1] + 1) and begin <= full <= partly <= stop
+        assert [*whole] == [*range(full, partly)]
+      else:
+        assert begin >= full >= partly >= stop
 
 
 @pytest.mark.parametrize(("length", "heads", "groups", "dim"), [(256, 4, 2, 128), (257, 2, 2, 64), (77, 2, 1, 112)])

@@ -72,6 +72,24 @@ def test_what_is_done_twice_is_kept_apart_where_no_loop_does_it(unroll: bool):
   assert f"prevent_cse={unroll}" in str(jax.make_jaxpr(jax.grad(loss))(params))
 
 
+@pytest.mark.parametrize(("policy", "runs"), [("minimal", 1), ("full", 2)])
+def test_what_is_kept_of_flash_spares_its_second_run(policy: str, runs: int):
+  block = dict(mlp=24, heads=2, kv_heads=1, head_dim=8, kernel="flash", dtype=jnp.bfloat16)
+  module, positions = Stack(2, block, remat=policy), jnp.zeros((2, 6, 3), jnp.int32)
+  params = jax.eval_shape(lambda: module.init(jax.random.key(0), X, positions, None))
+  loss = lambda params: module.apply(params, X, positions, None)[0].astype(jnp.float32).sum()  # noqa: E731
+
+  def used(jaxpr: Any) -> int:
+    """How often the kernel runs for something that is read: what is not, the compiler leaves out."""
+    read = {id(value) for equation in jaxpr.eqns for value in equation.invars} | set(map(id, jaxpr.outvars))
+    kernels = [equation for equation in jaxpr.eqns if equation.params.get("name") == "flash_out"]
+    inner = [getattr(part, "jaxpr", part) for equation in jaxpr.eqns for part in equation.params.values()]
+    own = sum(any(id(value) in read for value in equation.outvars) for equation in kernels)
+    return own + sum(used(part) for part in inner if hasattr(part, "eqns"))
+
+  assert used(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) == runs
+
+
 def test_an_unknown_policy_is_an_error():
   with pytest.raises(UserError, match="remat 'some' is unknown; choose one of none, dots, minimal, offload, full"):
     remat(lambda: None, "some", False)

@@ -202,6 +202,20 @@ def test_writing_slot_by_slot_into_a_padded_buffer_equals_the_full_forward_pass(
     np.testing.assert_allclose(hidden, expected[:, begin:end], atol=1e-5)
 
 
+def test_queries_written_behind_a_place_are_answered_as_words_there_would_be(params):
+  x, ones = np.random.default_rng(0).normal(size=(1, 8, WIDTH)).astype(np.float32), np.ones((1, 8), np.int32)
+  order = np.arange(8, dtype=np.int32)[None]
+  places = np.repeat(order[..., None], 3, axis=-1)
+
+  def both(bound: Transformer):
+    _, context = bound.read(x[:, :5], ones[:, :5], order[:, :5], places[:, :5])
+    asked = bound.ask(x[:, None, 5:], order[:, None, 5:], ones[:, :1], order[:, 4:5], context)
+    return bound.read(x, ones, order, places)[0][:, 5:], asked[:, 0]
+
+  wanted, found = jax.jit(lambda params: MODEL.apply({"params": params}, method=both))(params)
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("remat", POLICIES)
 def test_a_remat_policy_recomputes_and_changes_neither_parameters_nor_shapes(params, remat: str):
   batch = tiny.batch()
@@ -214,6 +228,15 @@ def test_a_remat_policy_recomputes_and_changes_neither_parameters_nor_shapes(par
   jaxpr, gradient = jax.make_jaxpr(jax.grad(loss), return_shape=True)(params)
   assert ("remat" in str(jaxpr)) == (remat != "none")
   assert jax.tree.map(lambda a: a.shape, gradient) == jax.tree.map(lambda a: a.shape, params)
+
+
+def test_a_stack_may_begin_as_the_identity():
+  x, batch = np.random.default_rng(0).normal(size=(2, 3, WIDTH)).astype(np.float32), jnp.ones((2, 3), jnp.int32)
+  model = Transformer(**FIELDS, out_scale=0.0)
+  places = jnp.zeros((2, 3, 3), jnp.int32)
+  (hidden, _), params = model.init_with_output(jax.random.key(0), x, batch, batch, places, method="read")
+  np.testing.assert_allclose(hidden, rms(x, np.ones(WIDTH)), atol=1e-5)
+  assert np.any(params["params"]["text"]["layers"]["mlp"]["up"]["kernel"])  # what leads out alone is none
 
 
 def test_tied_logits_are_products_with_the_embedding(params):

@@ -72,6 +72,20 @@ def test_of_the_last_layer_a_class_token_is_made_alone(layers, remat, unroll):
     assert alone.cost_analysis()["flops"] < 0.9 * among_all.cost_analysis()["flops"]
 
 
+def test_squares_of_neighbours_are_averaged_into_one_feature():
+  fields, images = (
+    dict(FIELDS, image_size=32),
+    np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
+  )
+  plain, pooled = VisionTower(**fields), VisionTower(**fields, feature_pool=2)
+  params = tiny.random_params(jax.eval_shape(plain.init, jax.random.key(0), images)["params"])
+  every, found = (jax.jit(tower.apply)({"params": params}, images).features for tower in (plain, pooled))
+  grid = every.reshape(2, 4, 4, -1)
+  for row, column in np.ndindex(2, 2):
+    square = grid[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+    np.testing.assert_allclose(found[:, 2 * row + column], square.mean(axis=(1, 2)), atol=1e-5)
+
+
 def test_embeddings_have_unit_norm_and_tell_pictures_apart(params):
   embedding = np.asarray(see(params, ()).embedding)
   np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
