@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 
 import jax
@@ -96,6 +97,26 @@ def test_merged_weights_give_what_the_adapters_gave(base: str):
   assert float(plain_loss()(ours.merged(first.params), 0)) == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_what_is_learned_begins_at_random_within_its_bound_each_matrix_by_the_seed_as_its_own():
+  ours = Adapters(4, 8.0, "language_model/text/layers/mlp/(gate|up)")
+  one, other = (state.flatten(ours.fit(tiny.params(), seed)) for seed in (0, 1))
+  gate, up = (f"language_model/text/layers/mlp/{name}/kernel{adapters.A}" for name in ("gate", "up"))
+  drawn = [one[gate], one[up], other[gate]]
+  bound = one[gate].shape[-2] ** -0.5
+  assert all(0.9 * bound < np.abs(a).max() <= bound for a in drawn)
+  assert not any(np.allclose(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
+def test_what_was_learned_is_added_before_a_matrix_is_rounded():
+  rng, path = np.random.default_rng(0), "up/kernel"
+  matrix = jnp.asarray(rng.normal(size=(8, 8)), jnp.bfloat16)
+  a, b = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8, 2), (2, 8)))
+  found = Adapters(2, 1.0).merged(state.nest({path: matrix, path + adapters.A: a, path + adapters.B: b}))
+  wanted = np.asarray(matrix, np.float32) + 0.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+  assert found["up"]["kernel"].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found["up"]["kernel"], wanted.astype(np.float32).astype(jnp.bfloat16))
+
+
 def test_adapters_begin_as_nothing():
   merged = OURS.merged(OURS.fit(tiny.params(), seed=1))
   jax.tree.map(np.testing.assert_array_equal, merged, tiny.params())
@@ -128,7 +149,8 @@ def test_what_is_made_of_a_matrix_lies_where_the_matrix_does():
   [
     (dict(rank=4, where="nowhere"), "names no matrix"),
     (dict(rank=4, where="clip_model/.*/(query|key|value)"), "names clip_model/.*: only the transformer and what draws"),
-    (dict(rank=40, where=WHERE), "lower it"),
+    (dict(rank=16, where=WHERE), "lower it"),  # as many as a key has outputs
+    (dict(rank=4, alpha=0.0), "must be positive"),
     (dict(rank=4, where=WHERE, base="nf4", tile=7), "must divide"),
     (dict(rank=4, base="int3"), "choose one of int8, int4, nf4"),
   ],

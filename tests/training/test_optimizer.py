@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,26 @@ def test_a_value_that_makes_no_sense_is_refused(fields, said):
     Optimizer(10, **fields)
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_moments_decay_by_their_own_rates(name):
+  """Adam's second step (Kingma & Ba 2015), which optax's Muon takes as Nesterov does."""
+  b1, b2, path = 0.7, 0.8, "tower/up/bias"
+  _, update = updates(constant(name, b1=b1, b2=b2, clip=math.inf), [GRADIENTS, PARAMS])
+  one, two = (np.asarray(state.flatten(tree)[path], np.float64) for tree in (GRADIENTS, PARAMS))
+  mean, square = (1 - b1) * (b1 * one + two), (1 - b2) * (b2 * one**2 + two**2)
+  unbiased = mean / (1 - b1**2)
+  if name == "muon":
+    unbiased = b1 * mean / (1 - b1**3) + (1 - b1) * two / (1 - b1**2)
+  rate = 0.01 if name == "muon" else 0.1
+  np.testing.assert_allclose(update[path], -rate * unbiased / np.sqrt(square / (1 - b2**2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_rate_is_warmed_up(name):
+  first, second = updates(Optimizer(100, name, warmup=10), [GRADIENTS] * 2)
+  assert not any(leaf.any() for leaf in first.values()) and all(leaf.all() for leaf in second.values())
+
+
 # How far.
 
 
@@ -199,7 +221,7 @@ def test_however_short_the_run_is_the_rate_ends_its_fall(steps, decay):
 # What is not finite.
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])  # the last has no finite norm
 def test_a_gradient_that_is_not_finite_is_never_taken_however_often_it_comes(poison):
   tx = constant("adamw", patience=2).make(ONES)
   bad = state.nest(state.flatten(GRADIENTS) | {"tower/up/bias": jnp.full(4, poison)})

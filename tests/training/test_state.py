@@ -5,6 +5,9 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from clipflow_jax.errors import UserError
@@ -37,3 +40,16 @@ def test_a_multiplier_that_would_spoil_its_parameters_is_refused(scale: Any):
   """Of one that is no number a finite gradient makes an update that is none, which nothing else would stop."""
   with pytest.raises(UserError, match="config.train gives 'a/.*' the multiplier .*: give a number from 0"):
     state.multipliers({"a": {"kernel": 0}}, (("a/.*", scale),))
+
+
+def test_frozen_matrices_and_embeddings_alone_are_kept_in_fewer_bits():
+  names = ("up/kernel", "words/embedding", "norm/scale", "up/bias", "statistics/mean")
+  params = state.nest(dict.fromkeys(names, np.ones((2, 2), np.float32)) | {"head/kernel": np.ones((2, 2), np.float32)})
+  scales = dict.fromkeys(names, 0.0) | {"head/kernel": 1.0}
+  make = functools.partial(state.create, params, scales, optax.sgd(1.0), ema=True)
+  made = make(frozen_dtype="bfloat16")
+  found = {path: leaf.dtype for path, leaf in state.flatten(made.params).items()}
+  assert {path for path, dtype in found.items() if dtype == jnp.bfloat16} == {"up/kernel", "words/embedding"}
+  assert {leaf.dtype for leaf in jax.tree.leaves(make().params)} == {jnp.dtype(jnp.float32)}
+  with pytest.raises(UserError, match="frozen_dtype 'int8' is unknown"):
+    make(frozen_dtype="int8")
