@@ -1,12 +1,54 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from clipflow_jax.flow import solvers
+from clipflow_jax.flow import guidance, solvers
 from clipflow_jax.inference import image
+from clipflow_jax.inference.image import Sampling
 from tests import tiny
+
+PROMPTS, EMPTY = (tiny.pack([[tiny.example(np.random.default_rng(0), n, tiny.DRAW)]], pictures=1) for n in (5, 1))
+SHARED = {name: value for name, value in tiny.FIELDS["transformer"].items() if not name.startswith(("flow", "early"))}
+DRAWER = dict(queries=2, width=16, layers=1, heads=2, mlp=24)
+
+
+@pytest.mark.parametrize("guide", ["text", "early", "null"])
+def test_guidance_goes_on_from_the_weaker_prediction_through_the_stronger(guide: str):
+  model = tiny.model(transformer=SHARED, drawer=DRAWER) if guide == "null" else tiny.model()
+  init = functools.partial(model.init, method="everything")
+  params = tiny.random_params(jax.eval_shape(init, jax.random.key(0), PROMPTS)["params"])
+  keys = jax.random.split(jax.random.key(0), 1)
+
+  @jax.jit
+  def everything(params):
+    def drawn(guidance: float, prompts=PROMPTS) -> jax.Array:
+      return image.draw(model, params, prompts, EMPTY, keys, Sampling(1, guidance, eta=0.0, guide=guide))
+
+    return drawn(0.0), drawn(1.0), drawn(3.0), drawn(1.0, EMPTY)
+
+  weak, strong, pushed, empty = everything(params)
+  assert np.abs(strong - weak).max() > 1e-2
+  np.testing.assert_allclose(pushed, weak + 3 * (strong - weak), rtol=1e-3, atol=1e-3)
+  if guide == "text":
+    np.testing.assert_allclose(weak, empty, atol=1e-4)
+
+
+@pytest.mark.parametrize(("guide", "rule"), [("text", "classifier_free"), ("early", "internal")])
+def test_how_to_draw_reaches_the_guidance_and_the_solver(monkeypatch: pytest.MonkeyPatch, guide: str, rule: str):
+  told = {}
+  monkeypatch.setattr(guidance, rule, lambda pair, scale, interval: told.update(scale=scale, interval=interval))
+  monkeypatch.setattr(
+    solvers, "walk", lambda v, x, times, **how: told.update(how, steps=len(times) - 1) or (x, x[None])
+  )
+  sampling = Sampling(3, 2.0, 0.25, "heun", (0.2, 0.7), guide)
+  keys = jax.random.split(jax.random.key(0), 1)
+  jax.eval_shape(lambda params: image.draw(tiny.model(), params, PROMPTS, EMPTY, keys, sampling), tiny.params())
+  assert told.pop("keys") is keys
+  assert told == dict(scale=2.0, interval=(0.2, 0.7), method="heun", eta=0.25, steps=3)
 
 
 def test_a_flow_decoder_begins_with_noise_of_its_own(monkeypatch: pytest.MonkeyPatch):

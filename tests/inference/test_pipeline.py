@@ -121,6 +121,12 @@ def test_seeds_are_whole_numbers_of_any_kind_that_a_key_can_hold(model):
       model.draw(SHORT[:2], seed=wrong)
 
 
+def test_lengths_and_numbers_of_items_are_rounded_up_to_few():
+  assert [batching.bucket(n) for n in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 64]
+  assert [batching.bucket(n, 6) for n in (6, 7, 13)] == [6, 12, 24]
+  assert [batching.padded(n).tolist() for n in (1, 2, 3, 4)] == [[0], [0, 1], [0, 1, 2, 2], [0, 1, 2, 3]]
+
+
 def test_guidance_pushes_and_1_does_not(model):
   plain, weak, strong = (model.draw_features(SHORT, guidance=g) for g in (1.0, 1.5, 4.0))
   assert 0 < np.abs(weak - plain).max() < np.abs(strong - plain).max()
@@ -314,6 +320,15 @@ def test_greedy_writing_equals_full_forward_passes_word_for_word(model, pictures
     found = generate(*ends)
     np.testing.assert_array_equal(np.where(ended, -1, found), np.where(ended, -1, expected))
     np.testing.assert_array_equal(np.isin(found, ends), ended)
+
+
+def test_each_word_is_chosen_for_the_place_that_it_will_have(model, pictures):
+  """Its random number is of that place: of another one two words would share one."""
+  rows = model.rows([sequence.asked(pictures[0], "how?")], prompt=True)
+  features = model.model.apply({"params": model.params}, rows, method="features")
+  place = lambda logits, position: position  # noqa: E731
+  written = text.generate(model.model, model.params, rows, features, new=3, ends=(-1,), choose=place)
+  assert written.tolist() == [[rows.positions.max() + 1 + i for i in range(3)]]
 
 
 def test_questions_and_answers_of_many_lengths_take_few_programs(model, pictures, caplog):

@@ -59,7 +59,13 @@ def vision(**fields):
 
 @pytest.mark.parametrize(
   ("fields", "whiten"),
-  [(dict(), 0.0), (dict(), 1.0), (dict(pooling="attention"), 0.0), (dict(embedding=0), 0.0)],
+  [
+    (dict(), 0.0),
+    (dict(), 1.0),
+    (dict(pooling="attention", activation="quick_gelu"), 0.0),
+    (dict(embedding=0), 0.0),
+    (dict(projection_bias=True), 0.0),
+  ],
   ids=str,
 )
 def test_clip_embeds_features_of_its_last_layer_as_it_embeds_the_picture(fields, whiten):
@@ -94,8 +100,9 @@ def test_clip_judges_features_by_a_program_that_is_compiled_once(monkeypatch):
 
 def test_clip_looks_at_pictures_where_the_features_are_not_what_it_reads():
   assert rerank.clip_reads(vision(feature_layers=(2,)))
-  assert not rerank.clip_reads(vision(feature_layers=(2,), pooling="class"))
-  assert not rerank.clip_reads(vision(feature_layers=(2,), has_class=True))  # whose mean has the class token in it
+  assert rerank.clip_reads(vision(layers=1))  # all layers are the last
+  for other in (dict(pooling="class"), dict(feature_pool=2), dict(has_class=True)):  # a mean has the class token
+    assert not rerank.clip_reads(vision(feature_layers=(2,), **other))
   directions = {"up": [0.0, 1.0], "right": [1.0, 0.0]}
   model = types.SimpleNamespace(
     model=vision(),  # whose features are of both layers
