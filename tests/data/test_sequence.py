@@ -193,7 +193,7 @@ def test_in_peoples_words_the_word_of_a_picture_is_none(chat, quoted, ask):
   images = np.stack([picture()])
   made = {
     "drawn": sequence.drawn(quoted, picture()),
-    "edited": sequence.edited(picture(), quoted, picture()),
+    "edited": sequence.edited(picture(), quoted, picture(), sequence.EDIT),
     "asked": sequence.asked(picture(), quoted, ask),
     "read": sequence.read(picture(), twice, ask),
     "talked": sequence.talked(twice, picture()),
@@ -239,7 +239,7 @@ def test_a_caption_is_cut_to_the_whole_row_and_still_ends(chat):
 
 def test_words_put_no_picture_into_what_is_made_of_them():
   """Neither a caption or a question that looks like a template, nor a conversation that names our own word."""
-  assert sequence.edited(picture(), "{picture}", picture()).turns[0] == ("user", IMAGE + "{picture}")
+  assert sequence.edited(picture(), "{picture}", picture(), sequence.EDIT).turns[0] == ("user", IMAGE + "{picture}")
   assert sequence.asked(picture(), "{picture}?").turns == (("user", IMAGE + "{picture}?"),)
   turns = (("user", f"{IMAGE}what is {IMAGE_MARKER}?"), ("assistant", "red"))
   held = sequence.held(Dialogue(turns, picture()[None]))
