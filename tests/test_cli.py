@@ -117,7 +117,7 @@ def test_a_config_may_lie_anywhere(tmp_path, monkeypatch):
     (
       "configs/contrastive.py:fast=1",
       "--config.steps=3",
-      "argument 'fast' is unknown; there are model, hardware, tower, from",
+      "argument 'fast' is unknown; there are model, hardware, data, tower, size, from",
     ),
     ("configs/quickstart.py:fats=1", "--config.order=1", "argument 'fats' is unknown; there are fast, seed"),
     ("configs/quickstart.py:seed=x", "--config.order=1", "'x' is not like 0"),
