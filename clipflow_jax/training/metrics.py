@@ -282,7 +282,7 @@ def summary(values: dict[str, float]) -> str:
     "learning_rate": lambda v: f"rate {v:.2g}",
     "eta_seconds": lambda v: f"ETA {_duration(v)}",
     "step_time": lambda v: f"{v:.3f} s/step",
-    "images_per_s": lambda v: f"{v:,.0f} images/s",
+    "images_per_s": lambda v: f"{v:,.0f} images/s" if v >= 10 else f"{v:.2g} images/s",
     "tokens_per_s": lambda v: f"{v:,.0f} tokens/s",
     "mfu": lambda v: f"MFU {v:.1%}",
     "data_wait_fraction": lambda v: f"data wait {v:.1%}",

@@ -244,6 +244,7 @@ def test_the_line_follows_one_order_and_rounds():
     "loss 0.4321  ETA 1:01:21  0.173 s/step  370 images/s  23,712 tokens/s  MFU 41.2%  data wait 1.3%"
   )
   assert summary({"eta_seconds": 59.6}) == "ETA 1:00"
+  assert summary({"images_per_s": 0.257}) == "0.26 images/s"
   assert summary({"question_accuracy": 0.9512345, "psnr": 22.0}) == "question_accuracy 0.9512  psnr 22"
 
 
